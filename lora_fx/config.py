@@ -1,0 +1,303 @@
+"""LoraConfig: PEFT's vocabulary, frozen, keyword-only, validated when it is made.
+
+Names, defaults and meaning are those of `peft.LoraConfig` 0.21. An option of PEFT that this package
+does not support is refused by its name as soon as it says anything but its neutral value; nothing is
+ignored. No torch is needed here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import ConfigError, closest
+
+ALL_LINEAR = "all-linear"
+
+BIAS_MODES = ("none", "all", "lora_only")
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# PEFT's other options, with the values that mean "not used".
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "corda_config": (None,),
+    "ensure_weight_tying": (False,),
+    "eva_config": (None,),
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+    "loftq_config": (None, {}),
+    "lora_bias": (False,),
+    "lora_ga_config": (None,),
+    "megatron_config": (None,),
+    "monteclora_config": (None,),
+    "target_parameters": (None, (), []),
+    "trainable_token_indices": (None,),
+    "use_bdlora": (None, False),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "velora_config": (None,),
+}
+# Options that only have a meaning beside one of those above.
+WITHOUT_EFFECT = ("megatron_core", "qalora_group_size", "runtime_config")
+
+Names = Sequence[str] | str | None
+
+
+class _OptionsChecked(type):
+    """Looks at the option names before `__init__` does, to refuse them in this package's words."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        if args:
+            raise ConfigError(f"LoraConfig takes keyword arguments only, for instance r={args[0]!r}")
+        return super().__call__(**_supported(options))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(metaclass=_OptionsChecked):
+    """What to adapt and how; see `peft.LoraConfig` for the same fields.
+
+    Attributes:
+        r: rank of A (r, in) and B (out, r); > 0.
+        target_modules: a list of names (exact or dotted suffix), one regular expression that must
+            match a whole name, or "all-linear" (every linear but the output head).
+        exclude_modules: the same forms; taken away from the targets first.
+        lora_alpha: scaling = lora_alpha / r (LoRA, arXiv 2106.09685, section 4.1).
+        lora_dropout: probability in [0, 1) of dropping elements of A's input in training.
+        fan_in_fan_out: accepted for PEFT's sake. How a weight is stored is read from the graph.
+        bias: "none", "all" or "lora_only": which biases of the base are trained and saved too.
+        use_rslora: scaling = lora_alpha / sqrt(r) (rsLoRA, arXiv 2312.03732).
+        modules_to_save: modules that are trained in full and saved with the adapter.
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B
+            zero) or False (both random, for debugging).
+        layers_to_transform: layer index or indices to keep; needs a list in target_modules.
+        layers_pattern: name(s) of the container that the layer index stands behind.
+        rank_pattern, alpha_pattern: {regular expression anchored at the end of a name: value}.
+        task_type, base_model_name_or_path, revision, inference_mode, auto_mapping: notes that PEFT
+            keeps in its files. They change nothing here and survive load and save.
+
+    Raises:
+        ConfigError: on a wrong type, a value out of range, or an option that is not supported.
+    """
+
+    r: int = 8
+    target_modules: Names = None
+    exclude_modules: Names = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    modules_to_save: Sequence[str] | None = None
+    init_lora_weights: bool | Literal["gaussian"] = True
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Names = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    auto_mapping: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            self._set(name, _names(name, getattr(self, name)))
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(
+                f"modules_to_save={self.modules_to_save!r} is a string; give a list of module names, "
+                f"for instance modules_to_save=[{self.modules_to_save!r}]"
+            )
+        self._set("modules_to_save", _names("modules_to_save", self.modules_to_save))
+        self._set("layers_to_transform", _layers(self.layers_to_transform))
+        self._set("r", _rank("r", self.r))
+        self._set("lora_alpha", _alpha("lora_alpha", self.lora_alpha))
+        self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _rank))
+        self._set("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _alpha))
+        self._set("lora_dropout", _dropout(self.lora_dropout))
+        for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
+            _check_bool(name, getattr(self, name))
+        _check_choice("bias", self.bias, BIAS_MODES)
+        if self.task_type is not None:
+            self._set("task_type", _text("task_type", self.task_type))
+            _check_choice("task_type", self.task_type, TASK_TYPES)
+        if not isinstance(self.init_lora_weights, bool):
+            _check_choice("init_lora_weights", self.init_lora_weights, ("gaussian", True, False))
+        self._check_layers()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # frozen to everyone else
+
+    def _check_layers(self) -> None:
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ConfigError(
+                f"layers_to_transform={self.layers_to_transform!r} filters a list of names, but "
+                f"target_modules={self.target_modules!r} is a string; put the layer numbers into the "
+                "expression, or give target_modules as a list"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                f"layers_pattern={self.layers_pattern!r} says where layer numbers stand, but "
+                "layers_to_transform is not given; give both or neither"
+            )
+
+    @property
+    def scaling(self) -> float:
+        """lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora, for names that no pattern changes."""
+        return scaling_of(self.lora_alpha, self.r, use_rslora=self.use_rslora)
+
+    @classmethod
+    def from_peft(cls, config: object) -> LoraConfig:
+        """A LoraConfig from PEFT's config object, from a mapping of its fields, or itself.
+
+        Raises:
+            ConfigError: if it is not a LoRA configuration, or uses what is not supported here.
+        """
+        if isinstance(config, cls):
+            return config
+        options = _peft_fields(config)
+        peft_type = _text("peft_type", options.pop("peft_type", "LORA"))
+        if peft_type != "LORA":
+            hint = " Did you mean 'LORA'?" if peft_type.upper() == "LORA" else ""
+            raise ConfigError(f"peft_type is {peft_type!r}; only 'LORA' adapters are supported.{hint}")
+        options.pop("peft_version", None)
+        return cls(**options)
+
+    def to_peft(self) -> dict[str, Any]:
+        """The fields as PEFT's adapter_config.json holds them (JSON types only)."""
+        fields: dict[str, Any] = {"peft_type": "LORA"}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            fields[f.name] = list(value) if isinstance(value, tuple) else value
+        return fields
+
+
+def scaling_of(lora_alpha: float, r: int, *, use_rslora: bool) -> float:
+    """The factor on B @ A: lora_alpha / r, rank-stabilised lora_alpha / sqrt(r)."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def _peft_fields(config: object) -> dict[str, Any]:
+    if isinstance(config, Mapping):
+        return dict(config)
+    if dataclasses.is_dataclass(config) and hasattr(config, "peft_type") and not isinstance(config, type):
+        return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    raise ConfigError(
+        f"{type(config).__name__} is not a LoRA configuration; pass lora_fx.LoraConfig(...), "
+        "a peft.LoraConfig, or a mapping of its fields"
+    )
+
+
+def _supported(options: dict[str, Any]) -> dict[str, Any]:
+    """The options without those that are not supported but hold their neutral value; others are refused."""
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    for name in [name for name in options if name not in known and name not in WITHOUT_EFFECT]:
+        if name not in UNSUPPORTED:
+            raise ConfigError(
+                f"LoraConfig has no option {name!r} (given {options[name]!r}).{closest(name, known)}"
+            )
+        if not any(options[name] is value or options[name] == value for value in UNSUPPORTED[name]):
+            raise ConfigError(
+                f"{name}={options[name]!r} is not supported by lora_fx yet; "
+                f"leave it out (its neutral value is {UNSUPPORTED[name][0]!r})"
+            )
+    return {name: value for name, value in options.items() if name in known}
+
+
+def _names(name: str, value: Any) -> tuple[str, ...] | str | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if name == "target_modules" and value.lower() == ALL_LINEAR:
+            return ALL_LINEAR
+        if name == "layers_pattern":
+            return _names(name, [value] if value else [])
+        _check_expression(name, value)
+        return value
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise ConfigError(f"{name}={value!r} must be a list of names or a string, not {type(value).__name__}")
+    entries = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+    for entry in entries:
+        if not isinstance(entry, str):
+            raise ConfigError(f"{name} holds {entry!r}, a {type(entry).__name__}; every entry must be a string")
+        if name == "layers_pattern":
+            _check_expression(name, entry)
+    return tuple(dict.fromkeys(entries))
+
+
+def _check_expression(name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ConfigError(
+            f"{name}={expression!r} is not a regular expression: {error}. "
+            "Give a list of names if these are plain names"
+        ) from error
+
+
+def _layers(value: Any) -> tuple[int, ...] | int | None:
+    if value is None:
+        return None
+    entries = list(value) if isinstance(value, (list, tuple, set, frozenset, range)) else [value]
+    for entry in entries:
+        if isinstance(entry, bool) or not isinstance(entry, int) or entry < 0:
+            raise ConfigError(f"layers_to_transform holds {entry!r}; layer indices are integers from 0")
+    if isinstance(value, int):
+        return value
+    return tuple(entries) or None
+
+
+def _rank(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ConfigError(f"{name}={value!r} must be an integer above 0")
+    return value
+
+
+def _alpha(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value == 0:
+        raise ConfigError(f"{name}={value!r} must be a finite number other than 0")
+    return value
+
+
+def _dropout(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ConfigError(f"lora_dropout={value!r} must be a number from 0 up to, and without, 1")
+    return float(value)
+
+
+def _pattern(name: str, value: Any, check: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name}={value!r} must map regular expressions to values")
+    checked = {}
+    for key, entry in value.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"{name} has the key {key!r}; keys are regular expressions on module names")
+        _check_expression(f"the key of {name}", key)
+        checked[key] = check(f"{name}[{key!r}]", entry)
+    return checked
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if not isinstance(value, str):
+        raise ConfigError(f"{name}={value!r} must be a string")
+    return value
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} must be True or False, not {type(value).__name__}")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        near = closest(str(value), [c for c in choices if isinstance(c, str)])
+        raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.{near}")

@@ -1,0 +1,302 @@
+"""The graph module that every pass takes and gives: one set of tensors, a graph for each mode.
+
+torch.export writes `self.training` into the graph as literals (dropout flags, probabilities, the
+branch that was taken), so one exported graph can only train or only evaluate. `LoraGraphModule`
+carries a graph of each mode over the same tensors, and `.train()` / `.eval()` switch between them.
+Graphs that hold their modes themselves (symbolic_trace keeps nn.Dropout modules) have one view.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from .errors import GraphError
+
+if TYPE_CHECKING:
+    from .injection import Adapter
+
+_META_KEY = "lora_fx"
+
+# What GraphModule.recompile leaves on the instance; together with the class's `forward` it is one view.
+_COMPILED = ("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+@dataclass(frozen=True)
+class TraceRecord:
+    """What `trace` remembers of its call, so that nothing has to be said twice at export.
+
+    Attributes:
+        args, kwargs: the example inputs, detached copies.
+        dimension_names: one mapping per flattened leaf of (args, kwargs): {free dimension: name}.
+        model_class: class name of the traced model.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dimension_names: tuple[dict[int, str], ...]
+    model_class: str
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TraceRecord:
+        return self  # frozen, and nobody writes into the examples
+
+
+@dataclass
+class GraphRecord:
+    """What the passes know about one graph module beyond its graph. It lives in `gm.meta`.
+
+    Attributes:
+        trace: how the graph was made; None for graphs that the user traced.
+        views: the graph of each mode, or one graph under None that serves both.
+        untraceable: {mode: why the model has no graph in that mode}.
+        adapters: what was injected, by adapter name, in the order of injection.
+        requires_grad: the flags the base parameters had before the first injection froze them.
+        originals: base tensors that an adapter trains in full, as they were: {fqn: tensor}.
+        folded: what an in-place fold needs to take itself back (see folding.py).
+    """
+
+    trace: TraceRecord | None = None
+    views: dict[bool | None, fx.Graph] = field(default_factory=dict)
+    untraceable: dict[bool, str] = field(default_factory=dict)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    folded: Any = None
+    report: Any = None
+
+
+class LoraGraphModule(fx.GraphModule):
+    """A `torch.fx.GraphModule` whose `.train()` and `.eval()` show the graph of that mode."""
+
+    meta: dict[str, Any]
+
+    def train(self, mode: bool = True) -> LoraGraphModule:
+        """Set the mode of all submodules and show the graph that was traced in it.
+
+        Raises:
+            GraphError: if the model could not be traced in that mode.
+        """
+        record = record_of(self)
+        if mode in record.untraceable:
+            word = "train" if mode else "eval"
+            raise GraphError(
+                f"this graph has no {word}() form: the model could not be traced in it "
+                f"({record.untraceable[mode]}). Trace it in the mode you need, or mend the model"
+            )
+        super().train(mode)
+        if mode in record.views and self._graph is not record.views[mode]:
+            self._show(mode)
+        return self
+
+    def eval(self) -> LoraGraphModule:
+        """`train(False)`."""
+        return self.train(False)
+
+    def _show(self, mode: bool) -> None:
+        """Exchange the shown view; a view keeps its compiled forward, so torch.compile meets it again."""
+        cache: dict[fx.Graph, dict[str, Any]] = self.__dict__.setdefault("_compiled_views", {})
+        shown = {name: self.__dict__[name] for name in _COMPILED if name in self.__dict__}
+        cache[self._graph] = shown | {"forward": type(self).forward}
+        graph = record_of(self).views[mode]
+        if graph not in cache:
+            self.graph = graph
+            return
+        compiled = dict(cache[graph])
+        type(self).forward = compiled.pop("forward")
+        self.__dict__.update(compiled)
+
+    def recompile(self) -> Any:
+        """Compile the shown graph anew; needed after editing it by hand, as for any GraphModule."""
+        self.__dict__.pop("_compiled_views", None)
+        record = self.__dict__.get("meta", {}).get(_META_KEY)
+        if record is not None:
+            mode = self.training if self.training in record.views else None
+            record.views[mode] = self._graph
+        return super().recompile()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoraGraphModule:
+        with warnings.catch_warnings():  # copying a pytree spec calls what torch itself deprecated
+            warnings.simplefilter("ignore", FutureWarning)
+            result: LoraGraphModule = super().__deepcopy__(memo)  # type: ignore[assignment]
+        _restore_what_fx_drops(self, result)
+        return result
+
+
+def record_of(gm: fx.GraphModule) -> GraphRecord:
+    """The record of a graph module; an empty one for graphs that no pass has seen."""
+    record = gm.meta.get(_META_KEY)
+    return record if isinstance(record, GraphRecord) else GraphRecord(views={None: gm.graph})
+
+
+def trace_record(gm: fx.GraphModule) -> TraceRecord | None:
+    """What `trace` remembered of making `gm`: example inputs and dimension names. None if it did not."""
+    return record_of(checked_graph_module(gm)).trace
+
+
+def adapter_names(gm: fx.GraphModule) -> tuple[str, ...]:
+    """The names of the adapters that are injected in `gm` and not folded, in the order of injection."""
+    record = record_of(checked_graph_module(gm))
+    return () if record.folded is not None else tuple(record.adapters)
+
+
+def checked_graph_module(gm: object) -> fx.GraphModule:
+    """`gm` itself if it is a graph module.
+
+    Raises:
+        GraphError: with the call to make instead, for an ExportedProgram, a plain module, or anything else.
+    """
+    if isinstance(gm, fx.GraphModule):
+        return gm
+    if isinstance(gm, ExportedProgram):
+        raise GraphError(
+            "this is an ExportedProgram, which torch keeps read-only; "
+            "pass its graph module, ep.module(), or trace the model with lora_fx.trace(model, args)"
+        )
+    if isinstance(gm, nn.Module):
+        raise GraphError(
+            f"{type(gm).__name__} is a plain nn.Module, not a graph; "
+            "trace it first: gm = lora_fx.trace(model, args, kwargs)"
+        )
+    raise GraphError(f"expected a torch.fx.GraphModule from lora_fx.trace(model, args), not {type(gm).__name__}")
+
+
+def make_graph_module(
+    views: dict[bool | None, fx.GraphModule], *, training: bool, trace: TraceRecord | None
+) -> LoraGraphModule:
+    """One module from graph modules of the same model, one per mode, or one under None for both."""
+    shown = training if training in views else next(iter(views))
+    source = views[shown]
+    gm = LoraGraphModule(source, source.graph, class_name="LoraGraphModule")
+    record = GraphRecord(trace=trace, views={shown: gm.graph})
+    gm.meta.update(copy.copy(source.meta))
+    gm.meta[_META_KEY] = record
+    _restore_what_fx_drops(source, gm)
+    for mode, other in views.items():
+        if mode != shown:
+            record.views[mode] = _adopt(gm, other, suffix="train" if mode else "eval")
+    nn.Module.train(gm, training)
+    return gm
+
+
+def copy_sharing_tensors(gm: fx.GraphModule) -> LoraGraphModule:
+    """A copy of the structure over the same storages.
+
+    Parameters are new `nn.Parameter` objects on the old storage, so that freezing the copy leaves the
+    original's `requires_grad` alone; ties stay ties. Buffers and constants are the same tensors.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in _plain_tensors(gm)}
+    memo |= {id(buffer): buffer for buffer in gm.buffers()}
+    for parameter in gm.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        clone = copy.deepcopy(gm, memo)
+    if not isinstance(clone, LoraGraphModule):
+        _restore_what_fx_drops(gm, clone)
+        clone = make_graph_module({None: clone}, training=gm.training, trace=None)
+        # train() would set the flag on every submodule, and the modes may be mixed on purpose
+        for module, original in zip(clone.modules(), gm.modules(), strict=False):
+            module.training = original.training
+    for name in _HOOKS:
+        clone.__dict__[name] = copy.copy(gm.__dict__[name])
+    return clone
+
+
+def get_attribute(root: nn.Module, target: str) -> Any:
+    """The object behind a dotted name, or None."""
+    value: Any = root
+    for part in target.split("."):
+        value = getattr(value, part, None)
+        if value is None:
+            return None
+    return value
+
+
+def set_attribute(root: nn.Module, target: str, value: Any, *, persistent: bool = True) -> None:
+    """Put a parameter, tensor or module at a dotted name, making the containers on the way."""
+    *containers, name = target.split(".")
+    owner = root
+    for part in containers:
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        owner.register_buffer(name, value, persistent=persistent)
+    else:
+        setattr(owner, name, value)
+
+
+def _plain_tensors(root: nn.Module) -> Iterator[torch.Tensor]:
+    for module in root.modules():
+        yield from (value for value in module.__dict__.values() if isinstance(value, torch.Tensor))
+
+
+def _restore_what_fx_drops(source: nn.Module, target: nn.Module) -> None:
+    """fx registers every tensor it copies as a persistent buffer; keep state_dict's keys the source's."""
+    for name, module in source.named_modules():
+        twin = target.get_submodule(name) if _has_submodule(target, name) else None
+        if twin is not None:
+            twin._non_persistent_buffers_set = module._non_persistent_buffers_set & set(twin._buffers)
+            hidden = {n for n in twin._buffers if isinstance(module.__dict__.get(n), torch.Tensor)}
+            twin._non_persistent_buffers_set |= hidden  # a plain tensor attribute was in no state_dict
+
+
+def _has_submodule(root: nn.Module, name: str) -> bool:
+    return name == "" or isinstance(get_attribute(root, name), nn.Module)
+
+
+def _adopt(gm: LoraGraphModule, other: fx.GraphModule, *, suffix: str) -> fx.Graph:
+    """Bring the graph of `other` over to `gm`; what has the same name but another value is renamed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        graph = copy.deepcopy(other.graph)
+    renamed: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op not in ("get_attr", "call_module"):
+            continue
+        target = str(node.target)
+        if target not in renamed:
+            renamed[target] = _adopt_attribute(gm, other, target, suffix)
+        node.target = renamed[target]
+    graph.owning_module = gm
+    return graph
+
+
+def _adopt_attribute(gm: LoraGraphModule, other: fx.GraphModule, target: str, suffix: str) -> str:
+    value, existing = get_attribute(other, target), get_attribute(gm, target)
+    if existing is not None and _is_same(existing, value):
+        return target
+    name = target if existing is None else f"{target}_{suffix}"
+    if get_attribute(gm, name) is not None:
+        raise GraphError(f"the traced graphs clash on the attribute {name!r}; rename it in the model")
+    owner = other.get_submodule(target.rpartition(".")[0])
+    persistent = target.rpartition(".")[2] not in owner._non_persistent_buffers_set
+    set_attribute(gm, name, value, persistent=persistent and target in other.state_dict())
+    return name
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """The same object, or constants of the same value. A sub-graph is never shared: views edit their own."""
+    if a is b:
+        return True
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return False
+    if isinstance(a, nn.Parameter) or isinstance(b, nn.Parameter):
+        return False
+    return a.dtype == b.dtype and a.shape == b.shape and a.device == b.device and torch.equal(a, b)

@@ -1,0 +1,89 @@
+"""PEFT's rules for which names a configuration means: pure functions of strings.
+
+The rules are those of `check_target_module_exists` and `get_pattern_key` in PEFT's
+`tuners/tuners_utils.py` and `utils/other.py` (0.21); nothing here knows a graph or torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+
+def matches_suffix(name: str, entry: str) -> bool:
+    """Whether a list entry means `name`: equal to it, or a dotted suffix of it (`q` is not in `seq`)."""
+    return name == entry or name.endswith(f".{entry}")
+
+
+def matches_names(name: str, patterns: str | Iterable[str]) -> bool:
+    """A string is a regular expression that must match in full; a list holds exact or dotted-suffix names."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(matches_suffix(name, entry) for entry in patterns)
+
+
+def is_under(name: str, modules: Iterable[str]) -> bool:
+    """Whether `name` is one of `modules` (exact or dotted suffix) or lies inside one of them."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(matches_suffix(prefix, module) for prefix in prefixes for module in modules)
+
+
+def layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
+    """The layer number in a dotted name, or None.
+
+    With `layers_pattern`, the number behind the first segment that the pattern matches, at the root
+    too. Without one, the first number that stands behind a named container (`h.3.` needs something
+    before `h`): both as PEFT reads them.
+    """
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) and layers_pattern else layers_pattern
+    if not patterns:
+        expressions = [r".*?\.[^.]*\.(?P<index>\d+)\."]
+    else:
+        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
+    for expression in expressions:
+        if match := re.match(expression, name):
+            return int(match["index"])
+    return None
+
+
+def matches_target(
+    name: str,
+    target_modules: str | Sequence[str],
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+) -> bool:
+    """Whether `target_modules`, with its layer filter, means the module `name`.
+
+    The layer filter applies to suffix matches only: a list entry that is the whole name is taken as
+    it stands, as in PEFT.
+    """
+    if isinstance(target_modules, str):
+        return matches_names(name, target_modules)
+    if name in target_modules:
+        return True
+    if not matches_names(name, target_modules):
+        return False
+    wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+    return not wanted or layer_index(name, layers_pattern) in wanted
+
+
+def matching_key(name: str, patterns: Mapping[str, object]) -> str | None:
+    """The first key of a rank_pattern or alpha_pattern that means `name`, or None.
+
+    A key is a regular expression anchored at the end and at a dotted boundary; `^` anchors the start.
+    """
+    for key in patterns:
+        if re.match(rf"(.*\.)?({key})$", name):
+            return key
+    return None
+
+
+def shortest_suffix(name: str, others: Iterable[str]) -> str:
+    """The shortest dotted suffix of `name` that means none of `others`."""
+    parts = name.split(".")
+    for start in range(len(parts) - 1, 0, -1):
+        suffix = ".".join(parts[start:])
+        if not any(matches_suffix(other, suffix) for other in others):
+            return suffix
+    return name

@@ -1,0 +1,326 @@
+"""From a model to a graph module: torch.export in both modes, or symbolic_trace where asked for."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.utils import _pytree as pytree
+
+from .errors import GraphError, LoraFxWarning
+from .graph_module import LoraGraphModule, TraceRecord, get_attribute, make_graph_module
+
+logger = logging.getLogger("lora_fx")
+
+Shapes = Mapping[str, Any] | tuple[Any, ...] | list[Any] | None
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...] | torch.Tensor = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Literal["auto"] | Shapes = "auto",
+    tracer: Literal["export", "symbolic"] = "export",
+) -> LoraGraphModule:
+    """A trainable graph of `model`, with its inputs, its output types, and its own tensors.
+
+    The model is traced in train and in eval mode; `.train()` and `.eval()` on the result do what they
+    do on the model, bit for bit under the same seed (eager's fused fast paths apart). The result starts
+    in the model's mode.
+
+    Args:
+        model: any module that torch.export takes. It is left as it was.
+        args, kwargs: example inputs. Copies are remembered for export and for checks.
+        dynamic_shapes: "auto" leaves free every dimension that the model leaves free; None fixes all;
+            anything else is torch.export's own form, and its `Dim` names are kept.
+        tracer: "export", or "symbolic" for `torch.fx.symbolic_trace` (plain feed-forward modules).
+
+    Raises:
+        GraphError: if the model cannot be traced, with the reason and what to do about it.
+    """
+    _check_model(model)
+    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+    kwargs = dict(kwargs or {})
+    if tracer == "symbolic":
+        return _trace_symbolically(model, args, kwargs)
+    if tracer != "export":
+        raise GraphError(f"tracer={tracer!r} is unknown; use 'export' or 'symbolic'")
+    # A batch of one would be taken for a constant, so the tracer sees it doubled.
+    example_args, example_kwargs = _doubled_batch(args, kwargs) if dynamic_shapes == "auto" else (args, kwargs)
+    program, shapes = _export_shown_mode(model, example_args, example_kwargs, dynamic_shapes)
+    views: dict[bool | None, fx.GraphModule] = {model.training: _module_of(program)}
+    untraceable: dict[bool, str] = {}
+    try:
+        views[not model.training] = _module_of(_export_other_mode(model, example_args, example_kwargs, shapes))
+    except Exception as error:
+        untraceable[not model.training] = _reason(error)
+        logger.info("no graph for training=%s: %s", not model.training, _reason(error))
+    if len(views) == 2 and _is_same_graph(views[True], views[False]):
+        views = {None: views[model.training]}
+    named = _dimension_names(program, model, args, kwargs, dynamic_shapes)
+    record = TraceRecord(_copied(args), _copied(kwargs), named, type(model).__name__)
+    gm = make_graph_module(views, training=model.training, trace=record)
+    gm.meta["lora_fx"].untraceable = untraceable
+    return gm
+
+
+def _check_model(model: object) -> None:
+    if isinstance(model, ExportedProgram):
+        raise GraphError(
+            "this is an ExportedProgram and is traced already; pass its graph module, ep.module(), "
+            "straight to find_sites, make_plan or inject"
+        )
+    if isinstance(model, fx.GraphModule):
+        raise GraphError(
+            "this is a torch.fx.GraphModule and is traced already; pass it straight to find_sites, "
+            "make_plan or inject"
+        )
+    if not isinstance(model, nn.Module):
+        raise GraphError(f"trace takes a torch.nn.Module, not {type(model).__name__}")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            raise GraphError(
+                f"parameter {name!r} is not initialised (a lazy module); run the model once before tracing"
+            )
+
+
+def _export_shown_mode(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> tuple[ExportedProgram, Any]:
+    """The program in the mode the model is in, and the dynamic shapes that worked."""
+    candidates: list[Any] = [dynamic_shapes]
+    if dynamic_shapes == "auto":
+        bound = _bound(model, args, kwargs)
+        candidates = [_free(bound, lambda i: True), _free(bound, lambda i: i < 2), _free(bound, lambda i: i == 0), None]
+    first: Exception | None = None
+    for shapes in candidates:
+        try:
+            program = _export(model, args, kwargs, shapes)
+        except Exception as error:
+            first = first or error
+            continue
+        if first is not None:
+            warnings.warn(
+                f"{type(model).__name__} could not be traced with every dimension free "
+                f"({_reason(first)}); traced with {_spelled(shapes)}. Pass dynamic_shapes to decide",
+                LoraFxWarning,
+                stacklevel=4,
+            )
+        return program, shapes
+    assert first is not None
+    raise GraphError(_untraceable_message(model, first)) from first
+
+
+def _export_other_mode(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    flags = {module: module.training for module in model.modules()}
+    try:
+        model.train(not model.training)
+        return _export(model, args, kwargs, shapes)
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    with _quiet():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _module_of(program: ExportedProgram) -> fx.GraphModule:
+    with _quiet():
+        gm: fx.GraphModule = program.module()
+    return gm
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export's notes about its own internals; its errors still come through."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise GraphError(
+            f"the example inputs do not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: "
+            f"{error}. Call lora_fx.trace(model, args, kwargs) with inputs that model(*args, **kwargs) takes"
+        ) from error
+
+
+def _free(bound: dict[str, Any], is_free: Callable[[int], bool]) -> dict[str, Any]:
+    def shapes(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return None
+        return {i: Dim.AUTO for i in range(leaf.ndim) if is_free(i)}
+
+    return {name: pytree.tree_map(shapes, value) for name, value in bound.items()}
+
+
+def _doubled_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    leaves = pytree.tree_leaves((args, kwargs))
+    sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim}
+    if sizes != {1}:
+        return args, kwargs
+
+    def doubled(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf
+
+    twice: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(doubled, (args, kwargs))
+    return twice
+
+
+def _is_same_graph(a: fx.GraphModule, b: fx.GraphModule) -> bool:
+    """Whether two exports of one model compute the same: equal code, bodies and constants."""
+    if a.code != b.code:
+        return False
+    targets = [str(n.target) for n in a.graph.nodes if n.op == "get_attr"]
+    for target in targets:
+        left, right = get_attribute(a, target), get_attribute(b, target)
+        if isinstance(left, fx.GraphModule):
+            if not (isinstance(right, fx.GraphModule) and _is_same_graph(left, right)):
+                return False
+        elif left is not right and not _is_equal_constant(left, right):
+            return False
+    return True
+
+
+def _is_equal_constant(a: Any, b: Any) -> bool:
+    both = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    return both and a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(a, b))
+
+
+def _copied(value: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, value)
+
+
+def _dimension_names(
+    program: ExportedProgram, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> tuple[dict[int, str], ...]:
+    """A name for each free dimension: the caller's `Dim` name, or batch, sequence, height, width, ..."""
+    specs = program.graph_signature.input_specs
+    inputs = {spec.arg.name for spec in specs if spec.kind is InputKind.USER_INPUT}
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in inputs]
+    given = _given_names(model, args, kwargs, dynamic_shapes)
+    leaves = pytree.tree_leaves((args, kwargs))
+    by_symbol: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    named: list[dict[int, str]] = []
+    for position, (node, leaf) in enumerate(zip(placeholders, leaves, strict=True)):
+        value = node.meta.get("val")
+        names: dict[int, str] = {}
+        for i, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if is_concrete_int(size):
+                continue
+            name = given.get((position, i)) or _usual_name(value, i, node.name)
+            # Two symbols may be one dimension to the user (ids and mask); sizes that differ are two.
+            name = name if sizes.get(name, leaf.shape[i]) == leaf.shape[i] else f"{node.name}_dim_{i}"
+            names[i] = by_symbol.setdefault(str(size), name)
+            sizes[names[i]] = leaf.shape[i]
+        named.append(names)
+    return tuple(named)
+
+
+def _usual_name(value: torch.Tensor, dimension: int, input_name: str) -> str:
+    if dimension == 0:
+        return "batch"
+    if dimension == 1 and (not value.is_floating_point() or value.ndim == 3):
+        return "sequence"
+    if value.ndim == 4 and dimension >= 2:
+        return ("height", "width")[dimension - 2]
+    return f"{input_name}_dim_{dimension}"
+
+
+def _given_names(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> dict[tuple[int, int], str]:
+    """{(flattened input, dimension): name} of the `Dim`s in the caller's dynamic_shapes."""
+    if dynamic_shapes is None or dynamic_shapes == "auto":
+        return {}
+    bound = _bound(model, args, kwargs)
+    if not isinstance(dynamic_shapes, Mapping):
+        dynamic_shapes = dict(zip(bound, dynamic_shapes, strict=True))
+    leaves: list[Any] = []
+    for name, value in bound.items():
+        leaves.extend(_specs(value, dynamic_shapes.get(name)))
+    names: dict[tuple[int, int], str] = {}
+    for position, spec in enumerate(leaves):
+        entries = spec.items() if isinstance(spec, Mapping) else enumerate(spec or ())
+        names |= {(position, i): dim.__name__ for i, dim in entries if isinstance(dim, Dim)}
+    return names
+
+
+def _specs(value: Any, spec: Any) -> list[Any]:
+    """The part of a dynamic_shapes tree that belongs to each leaf of `value`."""
+    children, _ = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
+    if len(children) == 1 and children[0] is value:
+        return [spec]
+    if spec is None:
+        return [None] * len(pytree.tree_leaves(value))
+    parts = spec.values() if isinstance(spec, Mapping) else spec
+    return [leaf for child, part in zip(children, parts, strict=True) for leaf in _specs(child, part)]
+
+
+def _trace_symbolically(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LoraGraphModule:
+    flags = {module: module.training for module in model.modules()}
+    views: dict[bool | None, fx.GraphModule] = {}
+    try:
+        for mode in (True, False):
+            model.train(mode)
+            views[mode] = fx.symbolic_trace(model)
+    except Exception as error:
+        raise GraphError(
+            f"torch.fx.symbolic_trace cannot trace {type(model).__name__}: {_reason(error)}. "
+            "Use torch.export instead: lora_fx.trace(model, args, kwargs)"
+        ) from error
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+    if views[True].code == views[False].code:
+        views = {None: views[model.training]}
+    leaves = pytree.tree_leaves((args, kwargs))
+    names = tuple({0: "batch"} if isinstance(leaf, torch.Tensor) and leaf.ndim else {} for leaf in leaves)
+    record = TraceRecord(_copied(args), _copied(kwargs), names, type(model).__name__)
+    # The graph calls the model's own modules: copy them, so that .train() on the graph is not on the model.
+    return make_graph_module(views, training=model.training, trace=record)
+
+
+def _reason(error: BaseException) -> str:
+    """The first telling line of another library's error, without its colours."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line[:300]}"
+
+
+def _spelled(shapes: Any) -> str:
+    free = {spec for spec in map(str, pytree.tree_leaves(shapes)) if "AUTO" in spec} if shapes else set()
+    return "the first dimensions free" if free else "all shapes fixed"
+
+
+def _untraceable_message(model: nn.Module, error: Exception) -> str:
+    hints = {
+        "register a pytree": "the output or input is of a class unknown to torch: register it with "
+        "torch.utils._pytree.register_dataclass, or pass use_cache=False",
+        "Cache": "decoders need use_cache=False in the call: lora_fx.trace(model, args, {'use_cache': False})",
+        "data-dependent": "a branch depends on the values of a tensor: use torch.cond or torch.where there",
+        "Could not guard": "a branch depends on the values of a tensor: use torch.cond or torch.where there",
+        "Constraints violated": "a dimension that was said to be free is not: leave it out of "
+        'dynamic_shapes, or use dynamic_shapes="auto"',
+        "DataParallel": "trace the module inside: model.module",
+    }
+    text = f"{type(error).__name__}: {error}"
+    hint = next((h for word, h in hints.items() if word in text), "try torch.export.export on it alone")
+    return f"{type(model).__name__} cannot be traced by torch.export: {_reason(error)}. To mend it: {hint}"
