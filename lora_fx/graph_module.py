@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _META_KEY = "lora_fx"
 
+# The key in a node's meta under which graph.py says what an inserted node is for.
+ROLE = "lora_fx"
+
 # What GraphModule.recompile leaves on the instance; together with the class's `forward` it is one view.
 _COMPILED = ("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec")
 _HOOKS = (
@@ -46,12 +49,14 @@ class TraceRecord:
         args, kwargs: the example inputs, detached copies.
         dimension_names: one mapping per flattened leaf of (args, kwargs): {free dimension: name}.
         model_class: class name of the traced model.
+        module_aliases: {path: first path} of modules that stand in the model under several names.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dimension_names: tuple[dict[int, str], ...]
     model_class: str
+    module_aliases: dict[str, str] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TraceRecord:
         return self  # frozen, and nobody writes into the examples
@@ -135,6 +140,8 @@ class LoraGraphModule(fx.GraphModule):
             warnings.simplefilter("ignore", FutureWarning)
             result: LoraGraphModule = super().__deepcopy__(memo)  # type: ignore[assignment]
         _restore_what_fx_drops(self, result)
+        for graph in record_of(result).views.values():
+            graph.owning_module = result
         return result
 
 
@@ -200,22 +207,45 @@ def copy_sharing_tensors(gm: fx.GraphModule) -> LoraGraphModule:
     Parameters are new `nn.Parameter` objects on the old storage, so that freezing the copy leaves the
     original's `requires_grad` alone; ties stay ties. Buffers and constants are the same tensors.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in _plain_tensors(gm)}
-    memo |= {id(buffer): buffer for buffer in gm.buffers()}
+    memo = _memo_of_tensors(gm)
     for parameter in gm.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        clone = copy.deepcopy(gm, memo)
+    clone = _deepcopy(gm, memo)
     if not isinstance(clone, LoraGraphModule):
         _restore_what_fx_drops(gm, clone)
+        flags = {name: module.training for name, module in gm.named_modules()}
         clone = make_graph_module({None: clone}, training=gm.training, trace=None)
-        # train() would set the flag on every submodule, and the modes may be mixed on purpose
-        for module, original in zip(clone.modules(), gm.modules(), strict=False):
-            module.training = original.training
-    for name in _HOOKS:
-        clone.__dict__[name] = copy.copy(gm.__dict__[name])
+        for name, module in clone.named_modules():  # the modes may be mixed on purpose
+            module.training = flags.get(name, gm.training)
+    _copy_hooks(gm, clone)
     return clone
+
+
+def _copy_hooks(source: fx.GraphModule, target: fx.GraphModule) -> None:
+    """The user's hooks go along; torch.export's own check of inputs stays, as the graph has its guards."""
+    for name in _HOOKS:
+        for key, hook in source.__dict__[name].items():
+            if not str(getattr(hook, "__module__", "")).startswith("torch.export"):
+                target.__dict__[name][key] = hook
+
+
+def copy_modules(views: dict[bool | None, fx.GraphModule]) -> dict[bool | None, fx.GraphModule]:
+    """The graph modules over copies of their submodules, one copy for all views; the tensors stay the same objects."""
+    memo: dict[int, Any] = {}
+    for gm in views.values():
+        memo |= _memo_of_tensors(gm) | {id(parameter): parameter for parameter in gm.parameters()}
+    return {mode: _deepcopy(gm, memo) for mode, gm in views.items()}
+
+
+def _memo_of_tensors(gm: fx.GraphModule) -> dict[int, Any]:
+    """A deepcopy memo in which buffers and plain tensor attributes stand for themselves."""
+    return {id(tensor): tensor for tensor in (*gm.buffers(), *_plain_tensors(gm))}
+
+
+def _deepcopy(value: Any, memo: dict[int, Any]) -> Any:
+    with warnings.catch_warnings():  # copying a pytree spec calls what torch itself deprecated
+        warnings.simplefilter("ignore", FutureWarning)
+        return copy.deepcopy(value, memo)
 
 
 def get_attribute(root: nn.Module, target: str) -> Any:
@@ -242,6 +272,19 @@ def set_attribute(root: nn.Module, target: str, value: Any, *, persistent: bool 
         setattr(owner, name, value)
 
 
+def delete_attribute(root: nn.Module, target: str) -> None:
+    """Remove what stands at a dotted name, and the plain containers that are empty without it."""
+    parts = target.split(".")
+    owners = [root]
+    for part in parts[:-1]:
+        owners.append(getattr(owners[-1], part))
+    delattr(owners[-1], parts[-1])
+    for owner, container, name in zip(owners[-2::-1], owners[:0:-1], parts[-2::-1], strict=True):
+        if type(container) is not nn.Module or next(container.named_children(), None) or container.state_dict():
+            break
+        delattr(owner, name)
+
+
 def _plain_tensors(root: nn.Module) -> Iterator[torch.Tensor]:
     for module in root.modules():
         yield from (value for value in module.__dict__.values() if isinstance(value, torch.Tensor))
@@ -263,9 +306,7 @@ def _has_submodule(root: nn.Module, name: str) -> bool:
 
 def _adopt(gm: LoraGraphModule, other: fx.GraphModule, *, suffix: str) -> fx.Graph:
     """Bring the graph of `other` over to `gm`; what has the same name but another value is renamed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        graph = copy.deepcopy(other.graph)
+    graph: fx.Graph = _deepcopy(other.graph, {})
     renamed: dict[str, str] = {}
     for node in graph.nodes:
         if node.op not in ("get_attr", "call_module"):

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from .errors import GraphError, LoraFxWarning
-from .graph_module import LoraGraphModule, TraceRecord, get_attribute, make_graph_module
+from .graph_module import LoraGraphModule, TraceRecord, copy_modules, get_attribute, make_graph_module
 
 logger = logging.getLogger("lora_fx")
 
@@ -69,7 +69,7 @@ def trace(
     if len(views) == 2 and _is_same_graph(views[True], views[False]):
         views = {None: views[model.training]}
     named = _dimension_names(program, model, args, kwargs, dynamic_shapes)
-    record = TraceRecord(_copied(args), _copied(kwargs), named, type(model).__name__)
+    record = TraceRecord(_copied(args), _copied(kwargs), named, type(model).__name__, _module_aliases(model))
     gm = make_graph_module(views, training=model.training, trace=record)
     gm.meta["lora_fx"].untraceable = untraceable
     return gm
@@ -203,6 +203,15 @@ def _is_equal_constant(a: Any, b: Any) -> bool:
     return both and a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(a, b))
 
 
+def _module_aliases(model: nn.Module) -> dict[str, str]:
+    first: dict[nn.Module, str] = {}
+    aliases: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (found := first.setdefault(module, name)) != name:
+            aliases[name] = found
+    return aliases
+
+
 def _copied(value: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, value)
 
@@ -293,9 +302,9 @@ def _trace_symbolically(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         views = {None: views[model.training]}
     leaves = pytree.tree_leaves((args, kwargs))
     names = tuple({0: "batch"} if isinstance(leaf, torch.Tensor) and leaf.ndim else {} for leaf in leaves)
-    record = TraceRecord(_copied(args), _copied(kwargs), names, type(model).__name__)
-    # The graph calls the model's own modules: copy them, so that .train() on the graph is not on the model.
-    return make_graph_module(views, training=model.training, trace=record)
+    record = TraceRecord(_copied(args), _copied(kwargs), names, type(model).__name__, _module_aliases(model))
+    # The graph calls the model's own modules: copies keep `.train()` on the graph away from the model.
+    return make_graph_module(copy_modules(views), training=model.training, trace=record)
 
 
 def _reason(error: BaseException) -> str:

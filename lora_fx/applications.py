@@ -1,0 +1,413 @@
+"""Where in a graph parameters are applied: the one reading of graphs that sites and injection share.
+
+Dialects of fx graph end here. Scopes see through higher-order ops (torch.no_grad, autocast, cond and
+checkpoint regions are sub-graphs that take the weight as an operand), chains of transposes are undone,
+and parameters are known by storage, so that every name of a tied weight means the same tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .errors import GraphError
+from .graph_module import ROLE, get_attribute, record_of
+from .ops import Use, uses_of
+from .ops.use import argument
+
+_aten = torch.ops.aten
+
+# Ops that give the same weight, transposed or as it is.
+_TRANSPOSES = {_aten.t.default, _aten.numpy_T.default, _aten.mT.default, torch.t, "t"}
+_SWAPS = {_aten.transpose.int, torch.transpose, "transpose", torch.swapaxes, "swapaxes"}
+_PERMUTES = {_aten.permute.default, torch.permute, "permute"}
+_COPIES = {
+    _aten.to.dtype,
+    _aten.to.dtype_layout,
+    _aten.alias.default,
+    _aten.contiguous.default,
+    _aten.clone.default,
+    "contiguous",
+    "clone",
+}
+
+# Higher-order ops whose operands follow their body one by one; cond and checkpoint are handled beside.
+_REGIONS = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint"}
+
+# run_decompositions leaves these behind; torch.export and symbolic_trace never write them.
+_DECOMPOSED = {
+    _aten._softmax.default,
+    _aten._log_softmax.default,
+    _aten.native_layer_norm.default,
+    _aten.native_group_norm.default,
+    _aten.native_dropout.default,
+    _aten._to_copy.default,
+    _aten.convolution.default,
+    _aten._native_batch_norm_legit.default,
+    _aten._native_batch_norm_legit_no_training.default,
+}
+_LINEAR_CLASS = "torch.nn.modules.linear.Linear"
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """A graph, and for the body of a higher-order op the call that it belongs to.
+
+    Attributes:
+        graph: the nodes.
+        module: the graph module that owns the graph's attributes.
+        call: the higher-order node in the parent's graph; None at the root.
+        parent: the scope of that node.
+        operands: what the call passes to each placeholder of this graph, in order.
+        grad: False under torch.no_grad.
+        reason: why nothing can be inserted here, for ops whose operands we cannot extend.
+    """
+
+    graph: fx.Graph
+    module: fx.GraphModule
+    call: fx.Node | None = None
+    parent: Scope | None = None
+    operands: tuple[fx.Node, ...] = ()
+    grad: bool = True
+    reason: str | None = None
+
+    @property
+    def root(self) -> Scope:
+        """The scope of the module's own graph."""
+        return self if self.parent is None else self.parent.root
+
+
+@dataclass(frozen=True)
+class Application:
+    """One node that applies a parameter.
+
+    Attributes:
+        scope, use: where, and how the op reads it.
+        path: the dotted name that target_modules is matched with.
+        weight: the parameter's own name at that path.
+        attribute: the name under which the graph reads it; differs from `weight` for tied weights.
+        stored_in_out: the parameter is stored (in, out), as in GPT-2's Conv1D, rather than (out, in).
+        mode: the view it is in.
+    """
+
+    scope: Scope
+    use: Use
+    path: str
+    weight: str
+    attribute: str
+    stored_in_out: bool
+    mode: bool | None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A node that applies something that cannot be adapted, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass
+class Reading:
+    """All applications in all views of a graph module, and what else uses the same storages.
+
+    Attributes:
+        applications: in graph order, the views one after the other.
+        refusals: linear nodes that cannot be adapted.
+        names: storage → all parameter names that view it.
+        users: parameter name → nodes that read it, dead reads left out.
+        aliases: other module paths of a shared module → the path that stands for all.
+    """
+
+    applications: list[Application] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    names: dict[int, list[str]] = field(default_factory=dict)
+    users: dict[str, list[fx.Node]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+
+def read_applications(gm: fx.GraphModule) -> Reading:
+    """Every place of `gm` where a two-dimensional parameter is applied, in every view.
+
+    Raises:
+        GraphError: if the graph was decomposed, so that its linears are no longer there.
+    """
+    parameters = dict(gm.named_parameters(remove_duplicate=False))
+    reading = Reading(names=names_by_storage(parameters), aliases=_module_aliases(gm, parameters))
+    for mode, graph in record_of(gm).views.items():
+        _check_not_decomposed(graph)
+        for node, scope in _nodes(Scope(graph, gm)):
+            _read_node(node, scope, mode, parameters, reading)
+    return reading
+
+
+def _module_aliases(gm: fx.GraphModule, parameters: dict[str, nn.Parameter]) -> dict[str, str]:
+    """{path: first path} of modules that stand in the model under several names.
+
+    `trace` knows them from the model. In a graph that the user exported, two modules are taken for one
+    if weight and bias are both the same; sharing a weight alone is tying, not sharing the module.
+    """
+    record = record_of(gm).trace
+    if record is not None:
+        return dict(record.module_aliases)
+    first: dict[tuple[int, int], str] = {}
+    aliases: dict[str, str] = {}
+    for name, parameter in parameters.items():
+        path, _, last = name.rpartition(".")
+        bias = parameters.get(f"{path}.bias")
+        if last == "weight" and bias is not None:
+            found = first.setdefault((id(parameter), id(bias)), path)
+            if found != path:
+                aliases[path] = found
+    return aliases
+
+
+def names_by_storage(parameters: dict[str, nn.Parameter]) -> dict[int, list[str]]:
+    """Parameter names by the storage that they view: tied and overlapping ones stand together."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names.setdefault(storage_of(parameter), []).append(name)
+    return names
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """An identity for the tensor's storage that also works on the meta device."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # wrapper subclasses have no storage of their own
+        return id(tensor)
+
+
+def is_same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same elements of the same storage."""
+    layout = (a.storage_offset(), a.shape, a.stride()) == (b.storage_offset(), b.shape, b.stride())
+    return a is b or (storage_of(a) == storage_of(b) and layout)
+
+
+def module_stack(node: fx.Node) -> list[tuple[str, str]]:
+    """[(module path, class name)] of the calls that the node was traced in, outermost first."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return [(path, cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}") for path, cls in stack]
+
+
+def bodies_of(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node], str | None]:
+    """(body get_attr nodes, operands, why operands cannot be added) of a higher-order node; empty for others."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return [], [], None
+    name = str(node.target.name())
+    bodies = [arg for arg in node.args if _is_body(arg)]
+    if name == "cond":
+        return bodies, list(argument(node, 3, "operands") or ()), None
+    if name in _REGIONS:
+        start = node.args.index(bodies[-1]) + 1 if bodies else 0
+        return bodies, [arg for arg in node.args[start:] if isinstance(arg, fx.Node)], None
+    return bodies, [], f"it runs inside the higher-order op {name!r}, to which no operand can be added"
+
+
+def _is_body(arg: Any) -> bool:
+    if not isinstance(arg, fx.Node) or arg.op != "get_attr":
+        return False
+    owner = arg.graph.owning_module
+    return owner is not None and isinstance(get_attribute(owner, str(arg.target)), fx.GraphModule)
+
+
+def _nodes(scope: Scope) -> Iterator[tuple[fx.Node, Scope]]:
+    """All nodes in the order in which they run, those of sub-graphs at the place of their call."""
+    for node in scope.graph.nodes:
+        yield node, scope
+        bodies, operands, reason = bodies_of(node)
+        for body in bodies:
+            module = get_attribute(scope.module, str(body.target))
+            in_no_grad = node.target is torch.ops.higher_order.wrap_with_set_grad_enabled and node.args[0] is False
+            shared = "its sub-graph is called from two places" if len(body.users) > 1 else None
+            yield from _nodes(
+                Scope(
+                    graph=module.graph,
+                    module=module,
+                    call=node,
+                    parent=scope,
+                    operands=tuple(operands),
+                    grad=scope.grad and not in_no_grad,
+                    reason=reason or scope.reason or shared,
+                )
+            )
+
+
+def _read_node(
+    node: fx.Node, scope: Scope, mode: bool | None, parameters: dict[str, nn.Parameter], reading: Reading
+) -> None:
+    if ROLE in node.meta:
+        return  # an adapter's own nodes are no sites
+    _note_users(node, scope, parameters, reading)
+    refusal: Refusal | None = None
+    for use in uses_of(node, scope.module):
+        found = _application(use, scope, mode, parameters, reading)
+        if isinstance(found, Application):
+            reading.applications.append(found)
+            return
+        refusal = found
+    if refusal is not None:
+        reading.refusals.append(refusal)
+
+
+def _note_users(
+    node: fx.Node, scope: Scope, parameters: dict[str, nn.Parameter], reading: Reading
+) -> None:
+    if node.op == "get_attr" and str(node.target) in parameters and scope.parent is None:
+        reading.users.setdefault(str(node.target), []).extend(_final_users(node))
+    elif node.op == "call_module":
+        for name, _ in scope.module.get_submodule(str(node.target)).named_parameters(remove_duplicate=False):
+            reading.users.setdefault(f"{node.target}.{name}", []).append(node)
+
+
+def _final_users(node: fx.Node) -> Iterator[fx.Node]:
+    """The users of a weight, looking through transposes and into the bodies that it is an operand of."""
+    for user in node.users:
+        bodies, operands, _ = bodies_of(user)
+        if bodies:
+            for body in bodies:
+                module = get_attribute(user.graph.owning_module, str(body.target))
+                placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+                for index, operand in enumerate(operands):
+                    if operand is node:
+                        yield from _final_users(placeholders[index])
+        elif _undone(user) is not None:
+            yield from _final_users(user)
+        else:
+            yield user
+
+
+def _application(
+    use: Use, scope: Scope, mode: bool | None, parameters: dict[str, nn.Parameter], reading: Reading
+) -> Application | Refusal | None:
+    """The application that a use is; a refusal if it is one that cannot be adapted; None if it is neither."""
+    origin = _origin(use.weight, scope, parameters)
+    stack = module_stack(use.node)
+    path = stack[-1][0] if stack else ""
+    if use.node.op == "call_module":
+        path = str(use.node.target)
+        if reason := _module_reason(scope.module.get_submodule(path)):
+            return Refusal(path, reason)
+    if isinstance(origin, str):
+        return Refusal(path, origin) if use.is_certain else None
+    attribute, flipped = origin.name, origin.flipped
+    parameter = parameters[attribute]
+    if parameter.ndim != 2:
+        return Refusal(path, f"{attribute} has {parameter.ndim} dimensions") if use.is_certain else None
+    if not parameter.is_floating_point():
+        return Refusal(path, f"{attribute} is {parameter.dtype}, which LoRA cannot be added to")
+    weight = _own_name(attribute, stack, use, parameters, reading)
+    if scope.reason is not None:
+        return Refusal(_path_of(weight), scope.reason)
+    return Application(scope, use, _path_of(weight), weight, attribute, use.takes_in_out != flipped, mode)
+
+
+def _module_reason(module: nn.Module) -> str | None:
+    if "weight" not in module._parameters:
+        return "its weight is computed (parametrised, weight-normed or pruned), not a parameter"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which symbolic_trace hides in the module; lora_fx.trace puts them into the graph"
+    return None
+
+
+@dataclass(frozen=True)
+class _Origin:
+    name: str
+    flipped: bool
+
+
+def _origin(weight: fx.Node | str, scope: Scope, parameters: dict[str, nn.Parameter]) -> _Origin | str:
+    """The parameter that a weight operand is, through transposes and out of sub-graphs; or why it is none."""
+    flipped = False
+    while isinstance(weight, fx.Node):
+        if weight.op == "placeholder" and scope.parent is not None:
+            placeholders = [n for n in scope.graph.nodes if n.op == "placeholder"]
+            if placeholders.index(weight) >= len(scope.operands):
+                return "its weight is an operand of a sub-graph that cannot be followed"
+            weight, scope = scope.operands[placeholders.index(weight)], scope.parent
+        elif weight.op == "get_attr":
+            weight = str(weight.target)
+        elif (step := _undone(weight)) is not None:
+            weight, swapped = step
+            flipped ^= swapped
+        else:
+            return f"its weight is computed in the graph (by {weight.name}), not a parameter"
+    if weight not in parameters:
+        return f"its weight {weight!r} is a buffer or constant, not a parameter"
+    return _Origin(weight, flipped)
+
+
+def _undone(node: fx.Node) -> tuple[fx.Node, bool] | None:
+    """(what the node transposes or copies, whether it transposes), or None for any other node."""
+    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    if source is None or node.op not in ("call_function", "call_method"):
+        return None
+    rest = node.args[1:]
+    if node.target in _TRANSPOSES:
+        return source, True
+    if node.target is getattr and rest and rest[0] in ("T", "mT"):
+        return source, True
+    if node.target in _SWAPS and len(rest) == 2 and sorted(int(d) % 2 for d in rest) == [0, 1]:
+        return source, True
+    if node.target in _PERMUTES:
+        dims = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+        if len(dims) == 2:
+            return source, [int(d) % 2 for d in dims] == [1, 0]
+    if node.target in _COPIES:
+        return source, False
+    return None
+
+
+def is_undone(node: fx.Node) -> bool:
+    """Whether the node only transposes or copies its argument."""
+    return _undone(node) is not None
+
+
+def undone_steps(node: fx.Node) -> list[fx.Node]:
+    """The transposes and copies between a weight's read and `node`, first to last."""
+    steps: list[fx.Node] = []
+    while (step := _undone(node)) is not None:
+        steps.insert(0, node)
+        node = step[0]
+    return steps
+
+
+def _own_name(
+    attribute: str, stack: list[tuple[str, str]], use: Use, parameters: dict[str, nn.Parameter], reading: Reading
+) -> str:
+    """The parameter's name at the module that applies it: the tracers route tied weights by any of their names."""
+    if use.node.op == "call_module" or not stack:
+        return attribute
+    path, cls = reading.aliases.get(stack[-1][0], stack[-1][0]), stack[-1][1]
+    names = reading.names[storage_of(parameters[attribute])]
+    aliases = [n for n in names if is_same_view(parameters[n], parameters[attribute])]
+    own = [n for n in aliases if n.rpartition(".")[0] == path]
+    if own:
+        return attribute if attribute in own else own[0]
+    if cls == _LINEAR_CLASS and path:  # strict export drops the second name of a tied weight
+        return f"{path}.weight"
+    return attribute
+
+
+def _path_of(weight: str) -> str:
+    owner, _, name = weight.rpartition(".")
+    return owner if name == "weight" else weight
+
+
+def _check_not_decomposed(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        stack = module_stack(node)
+        in_linear = bool(stack) and stack[-1][1] == _LINEAR_CLASS
+        split = in_linear and node.target in (_aten.addmm.default, _aten.mm.default)
+        if split or node.target in _DECOMPOSED:
+            raise GraphError(
+                f"this graph was decomposed: it holds {node.target}, and its linears are spread over several "
+                "nodes. Use the graph before run_decompositions(): "
+                "torch.export.export(model, args).module(), or lora_fx.trace(model, args)"
+            )

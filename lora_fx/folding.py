@@ -1,0 +1,441 @@
+"""The pass that folds scaling · B @ A into the weights (PEFT calls this "merge and unload"), and back.
+
+Plan, compute and check everything, then commit: an error leaves graph and weights as they were. The
+product is accumulated in at least float32 and rounded once to the weight's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from .applications import Application, Reading, is_same_view, read_applications, storage_of
+from .errors import FoldError, LoraFxWarning
+from .graph import erase_low_rank_paths, finish, rebind_weight, rename_reads
+from .graph_module import (
+    LoraGraphModule,
+    checked_graph_module,
+    copy_sharing_tensors,
+    delete_attribute,
+    get_attribute,
+    record_of,
+    set_attribute,
+)
+from .injection import Adapter, AdapterSite
+from .parameters import find_adapter
+from .tables import format_table
+
+# Below this share of the delta, folding says that much of what was trained is lost to rounding.
+_KEPT_ENOUGH = 0.9
+
+
+@dataclass(frozen=True)
+class FoldedSite:
+    """What folding did to one weight.
+
+    Attributes:
+        path, weight, dtype: which.
+        weight_norm, delta_norm: Frobenius norms of the base weight and of scaling · B @ A.
+        kept: 1 − ‖rounding error‖ / ‖delta‖: the share of the delta that the weight's dtype keeps. 1 for
+            a delta of zero.
+        untied_from: other names of the weight that keep the base's value; empty for weights not tied.
+    """
+
+    path: str
+    weight: str
+    dtype: torch.dtype
+    weight_norm: float
+    delta_norm: float
+    kept: float
+    untied_from: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What a fold did, site by site; prints as a table."""
+
+    adapters: tuple[str, ...]
+    sites: tuple[FoldedSite, ...]
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                site.path or "(root)",
+                str(site.dtype).removeprefix("torch."),
+                f"{site.weight_norm:.4g}",
+                f"{site.delta_norm:.4g}",
+                f"{site.delta_norm / site.weight_norm:.2%}" if site.weight_norm else "",
+                f"{site.kept:.2%}",
+                f"untied from {', '.join(site.untied_from)}" if site.untied_from else "",
+            )
+            for site in self.sites
+        ]
+        header = ("site", "dtype", "‖W‖", "‖ΔW‖", "‖ΔW‖/‖W‖", "kept", "remarks")
+        return f"folded {', '.join(self.adapters)} into {len(rows)} weights\n\n{format_table(header, rows)}"
+
+
+@dataclass
+class InPlaceFold:
+    """What `unfold` needs: the injected graph, and the base tensors as they were."""
+
+    injected: LoraGraphModule
+    originals: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One weight to fold: all the adapters' sites on it that fold into the same tensor."""
+
+    paths: tuple[str, ...]
+    sites: tuple[AdapterSite, ...]
+    attribute: str
+    aliases: tuple[str, ...]
+    other_readers: tuple[str, ...]
+
+
+def fold(
+    gm: fx.GraphModule,
+    *,
+    adapters: Sequence[str] | str | None = None,
+    inplace: bool = False,
+    accumulate: torch.dtype = torch.float32,
+) -> LoraGraphModule:
+    """Merge the adapters into the weights and take every LoRA node out of the graph.
+
+    The result's code, state_dict keys and requires_grad flags are those of the graph before `inject`,
+    unless a tied weight has to be untied, which adds one parameter and warns. `fold_report(gm)` says,
+    per site, how large the delta was and how much of it the weight's dtype keeps.
+
+    Args:
+        gm: an injected graph.
+        adapters: names to fold; None for all. Others stay injected.
+        inplace: write into the base weights, so that the model they came from is the merged model;
+            `gm` itself becomes the folded graph, and `unfold` takes both back bit for bit.
+        accumulate: torch.float32 or torch.float64; at least the weight's own dtype is used.
+
+    Raises:
+        AdapterError: if an adapter is not there.
+        FoldError: if there is nothing to fold, a weight would become NaN or Inf, or `inplace` meets a
+            tied weight.
+    """
+    gm = checked_graph_module(gm)
+    chosen = _chosen(gm, adapters)
+    if accumulate not in (torch.float32, torch.float64):
+        raise FoldError(f"accumulate={accumulate!r} must be torch.float32 or torch.float64")
+    assert isinstance(gm, LoraGraphModule)
+    reading = read_applications(gm)
+    tasks = _tasks(gm, reading, chosen)
+    if inplace:
+        _check_not_tied(gm, tasks)
+    weights: dict[str, torch.Tensor] = {}
+    folded_sites: list[FoldedSite] = []
+    for task in tasks:
+        weights[task.attribute], site = _folded(gm, task, accumulate, into=None)
+        folded_sites.append(site)
+    report = FoldReport(tuple(adapter.name for adapter in chosen), tuple(folded_sites))
+    result = copy_sharing_tensors(gm)
+    _remove_adapters(result, chosen)
+    if inplace:
+        originals = _write(gm, weights, chosen)
+        _keep_base_tensors(result, gm, chosen)
+        record_of(result).folded = InPlaceFold(result, originals)
+        _exchange(gm, result)
+        result = gm
+    else:
+        for task in tasks:
+            _replace_weight(result, task, weights[task.attribute])
+        finish(result)
+    record_of(result).report = report
+    _warn(report)
+    return result
+
+
+def unfold(gm: fx.GraphModule) -> LoraGraphModule:
+    """Take an in-place fold back: the base weights are what they were, bit for bit, and the adapters are there.
+
+    Raises:
+        FoldError: if `gm` was not folded with inplace=True.
+    """
+    gm = checked_graph_module(gm)
+    state = record_of(gm).folded
+    if state is None or not isinstance(gm, LoraGraphModule):
+        raise FoldError(
+            "this graph was not folded in place; only fold(gm, inplace=True) can be taken back. "
+            "Without inplace, fold leaves the injected graph as it was: keep that"
+        )
+    with torch.no_grad():
+        for tensor, original in state.originals:
+            tensor.copy_(original)
+    injected = state.injected
+    _exchange(gm, injected)
+    return gm
+
+
+def fold_report(gm: fx.GraphModule) -> FoldReport:
+    """What the last `fold` did to make `gm`.
+
+    Raises:
+        FoldError: if `gm` does not come from `fold`.
+    """
+    report = record_of(checked_graph_module(gm)).report
+    if not isinstance(report, FoldReport):
+        raise FoldError("this graph does not come from fold(gm), so there is no report")
+    return report
+
+
+def _chosen(gm: fx.GraphModule, names: Sequence[str] | str | None) -> list[Adapter]:
+    record = record_of(gm)
+    if record.folded is not None:
+        raise FoldError("this graph is folded already; lora_fx.unfold(gm) takes that back")
+    if not record.adapters:
+        raise FoldError("there is nothing to fold: the graph has no adapter. inject(gm, config) adds one")
+    if names is None:
+        return list(record.adapters.values())
+    wanted = [names] if isinstance(names, str) else list(names)
+    if not wanted:
+        raise FoldError("adapters=[] names nothing to fold; leave it out to fold all")
+    return [find_adapter(gm, name) for name in dict.fromkeys(wanted)]
+
+
+def _tasks(gm: LoraGraphModule, reading: Reading, chosen: list[Adapter]) -> list[_Task]:
+    """One task per resulting tensor: sites that share weight and adapters fold together."""
+    by_path: dict[str, list[AdapterSite]] = {}
+    for adapter in chosen:
+        for path, site in adapter.sites.items():
+            by_path.setdefault(path, []).append(site)
+    groups: dict[object, list[str]] = {}
+    for path, sites in by_path.items():
+        weight = gm.get_parameter(sites[0].attribute)
+        view = (storage_of(weight), weight.storage_offset(), weight.shape, weight.stride())
+        # Sites that share A and B hold the same Parameter objects.
+        values = tuple((id(gm.get_parameter(site.lora_a)), site.scaling) for site in sites)
+        groups.setdefault((view, values), []).append(path)
+    nodes: dict[str, list[fx.Node]] = {}
+    for application in reading.applications:
+        nodes.setdefault(application.path, []).append(application.use.node)
+    return [_task(gm, reading, paths, by_path, nodes) for paths in groups.values()]
+
+
+def _task(
+    gm: LoraGraphModule,
+    reading: Reading,
+    paths: list[str],
+    by_path: dict[str, list[AdapterSite]],
+    nodes: dict[str, list[fx.Node]],
+) -> _Task:
+    sites = by_path[paths[0]]
+    weight = gm.get_parameter(sites[0].attribute)
+    names = reading.names[storage_of(weight)]
+    adapted = {node for path in paths for node in nodes[path]}
+    readers = [name for name in names if any(node not in adapted for node in reading.users.get(name, ()))]
+    aliases = [name for name in names if is_same_view(gm.get_parameter(name), weight)]
+    return _Task(tuple(paths), tuple(sites), sites[0].attribute, tuple(aliases), tuple(readers))
+
+
+def _folded(
+    gm: LoraGraphModule, task: _Task, accumulate: torch.dtype, into: torch.Tensor | None
+) -> tuple[torch.Tensor, FoldedSite]:
+    """W + Σ scaling · B @ A in the weight's dtype, rounded once, and what that did."""
+    weight = gm.get_parameter(task.attribute).detach()
+    dtype = torch.promote_types(weight.dtype, accumulate)
+    total = weight.to(dtype)
+    delta_squared = torch.zeros((), dtype=torch.float64)
+    factors = []
+    for site in task.sites:
+        a, b = gm.get_parameter(site.lora_a).detach().to(dtype), gm.get_parameter(site.lora_b).detach().to(dtype)
+        factors.append((a, b, site.scaling))
+        left, right = (a.T, b.T) if site.fan_in_fan_out else (b, a)
+        total = torch.addmm(total, left, right, alpha=site.scaling)  # (out, r) @ (r, in) -> (out, in)
+    rounded = total.to(weight.dtype)
+    if not bool(torch.isfinite(rounded).all()):
+        raise FoldError(_why_not_finite(task, weight, total, factors))
+    delta_norm = _delta_norm(factors, delta_squared)
+    kept = _kept(weight, total, rounded, factors, task.sites, delta_norm)
+    norm = float(torch.linalg.vector_norm(weight, dtype=dtype))
+    untied = tuple(name for name in task.other_readers)
+    return rounded, FoldedSite(task.paths[0], task.sites[0].weight, weight.dtype, norm, delta_norm, kept, untied)
+
+
+_Factors = list[tuple[torch.Tensor, torch.Tensor, float]]
+
+
+def _delta_norm(factors: _Factors, zero: torch.Tensor) -> float:
+    """‖Σ s B A‖ without forming it: ⟨s B A, t D C⟩ = s t · tr((Bᵀ D)(C Aᵀ)), r × r products."""
+    squared = zero.to(factors[0][0].device)
+    for a, b, s in factors:
+        for c, d, t in factors:
+            squared = squared + s * t * ((b.T @ d).double() * (a @ c.T).double()).sum()
+    return math.sqrt(max(float(squared), 0.0))
+
+
+def _kept(
+    weight: torch.Tensor,
+    total: torch.Tensor,
+    rounded: torch.Tensor,
+    factors: _Factors,
+    sites: tuple[AdapterSite, ...],
+    delta_norm: float,
+) -> float:
+    """The share of the delta that survives. Exact where it matters, a bound where nothing can be lost."""
+    if delta_norm == 0:
+        return 1.0
+    if total.dtype == weight.dtype:
+        # Rounding moves each weight by at most eps / 2 of itself: measured only if that could show.
+        bound = torch.finfo(weight.dtype).eps / 2 * float(torch.linalg.vector_norm(rounded)) / delta_norm
+        if bound < 1e-3 or weight.dtype == torch.float64:
+            return max(0.0, 1 - bound)
+        exact = weight.double()
+        for (a, b, s), site in zip(factors, sites, strict=True):
+            delta = s * (b.double() @ a.double())
+            exact = exact + (delta.T if site.fan_in_fan_out else delta)
+        total = exact
+    lost = float(torch.linalg.vector_norm(total - rounded.to(total.dtype)))
+    return max(0.0, 1 - lost / delta_norm)
+
+
+def _why_not_finite(task: _Task, weight: torch.Tensor, total: torch.Tensor, factors: _Factors) -> str:
+    where = f"{task.paths[0]!r} ({task.sites[0].weight})"
+    if not bool(torch.isfinite(weight).all()):
+        return f"the base weight of {where} holds NaN or Inf before folding; mend the model, not the adapter"
+    for (a, b, _), site in zip(factors, task.sites, strict=True):
+        for name, factor in ((site.lora_a, a), (site.lora_b, b)):
+            if not bool(torch.isfinite(factor).all()):
+                return f"folding {where}: {name} holds NaN or Inf, so the adapter is broken; train it again or reload it"
+    limit = torch.finfo(weight.dtype).max
+    return (
+        f"folding {where}: |W + ΔW| reaches {float(total.abs().max()):.4g}, beyond {weight.dtype}'s largest number "
+        f"{limit:.4g}; fold a float32 copy of the model, gm.float()"
+    )
+
+
+def _check_not_tied(gm: LoraGraphModule, tasks: list[_Task]) -> None:
+    for task in tasks:
+        if task.other_readers:
+            raise FoldError(
+                f"fold(inplace=True) cannot write {task.sites[0].weight!r}: its tensor is also read as "
+                f"{', '.join(task.other_readers)}, which is not adapted. fold(gm) unties it in a new graph"
+            )
+        weight = gm.get_parameter(task.attribute)
+        if any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+            raise FoldError(f"fold(inplace=True) cannot write {task.attribute!r}: its elements overlap in memory")
+
+
+def _write(
+    gm: LoraGraphModule, weights: dict[str, torch.Tensor], chosen: list[Adapter]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Write into the base tensors; what they held before, for `unfold`."""
+    values = [(gm.get_parameter(name).detach(), value) for name, value in weights.items()]
+    record = record_of(gm)
+    for adapter in chosen:
+        values += [(record.originals[name], get_attribute(gm, name).detach()) for name in adapter.trained]
+    originals = [(tensor, tensor.clone()) for tensor, _ in values]
+    try:
+        for tensor, value in values:
+            tensor.copy_(value)
+    except BaseException:
+        for tensor, original in originals:
+            tensor.copy_(original)
+        raise
+    return originals
+
+
+def _keep_base_tensors(result: LoraGraphModule, gm: LoraGraphModule, chosen: list[Adapter]) -> None:
+    """After writing in place, what was trained in full stands in the base's own tensors."""
+    originals = record_of(gm).originals
+    for adapter in chosen:
+        for name in adapter.trained:
+            old = get_attribute(result, name)
+            base = originals[name]
+            value = nn.Parameter(base, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else base
+            set_attribute(result, name, value)
+
+
+def _remove_adapters(gm: LoraGraphModule, chosen: list[Adapter]) -> None:
+    record = record_of(gm)
+    erase_low_rank_paths(gm, {adapter.name for adapter in chosen})
+    for adapter in chosen:
+        for site in adapter.sites.values():
+            for attribute in (site.lora_a, site.lora_b):
+                delete_attribute(gm, attribute)
+            if site.dropout is not None:
+                delete_attribute(gm, site.dropout)
+        for name in adapter.trained:
+            record.originals.pop(name, None)
+        del record.adapters[adapter.name]
+    if not record.adapters:
+        flags = record.requires_grad
+        for name, parameter in gm.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+
+
+def _replace_weight(gm: LoraGraphModule, task: _Task, value: torch.Tensor) -> None:
+    """Put the folded weight in place of the base's, for the adapted applications only."""
+    flag = gm.get_parameter(task.attribute).requires_grad
+    parameter = nn.Parameter(value, requires_grad=flag)
+    if not task.other_readers:
+        for name in task.aliases:
+            set_attribute(gm, name, parameter)
+        return
+    own = _untied_name(gm, task)
+    for application in _applications(gm, task.paths):
+        if isinstance(application.use.weight, str):
+            set_attribute(gm, f"{application.use.node.target}.weight", parameter)
+        else:
+            set_attribute(gm, own, parameter)
+            rebind_weight(application, own)
+
+
+def _untied_name(gm: LoraGraphModule, task: _Task) -> str:
+    """The name of an untied weight: its own, once those who read the base under it read another of its names."""
+    own = task.sites[0].weight
+    if own != task.attribute and own not in task.other_readers:
+        return own
+    others = [name for name in task.aliases if name != own]
+    if others:
+        rename_reads(gm, own, others[0])
+        return own
+    name = f"{own}_folded"
+    if get_attribute(gm, name) is not None:
+        raise FoldError(f"untying {own!r} needs the name {name!r}, which is taken; rename it in the model")
+    return name
+
+
+def _applications(gm: LoraGraphModule, paths: Iterable[str]) -> list[Application]:
+    return [a for a in read_applications(gm).applications if a.path in paths]
+
+
+def _exchange(a: LoraGraphModule, b: LoraGraphModule) -> None:
+    """Let two graph modules change places, so that the object the caller holds is the other graph."""
+    a_forward, b_forward = type(a).forward, type(b).forward
+    a.__dict__, b.__dict__ = b.__dict__, a.__dict__
+    type(a).forward, type(b).forward = b_forward, a_forward  # type: ignore[method-assign]
+    for gm in (a, b):
+        for graph in record_of(gm).views.values():
+            graph.owning_module = gm
+
+
+def _warn(report: FoldReport) -> None:
+    lossy = [site for site in report.sites if site.kept < _KEPT_ENOUGH]
+    if lossy:
+        worst = min(lossy, key=lambda site: site.kept)
+        keeps = "torch.float32" if worst.dtype in (torch.bfloat16, torch.float16) else "torch.float64"
+        warnings.warn(
+            f"{worst.dtype} keeps only {worst.kept:.0%} of the delta of {worst.path!r} "
+            f"({len(lossy)} of {len(report.sites)} sites lose more than a tenth to rounding); "
+            f"{keeps} weights would keep it: convert the model before folding",
+            LoraFxWarning,
+            stacklevel=3,
+        )
+    for site in report.sites:
+        if site.untied_from:
+            warnings.warn(
+                f"{site.weight!r} was tied with {', '.join(site.untied_from)}, which is not adapted: folding "
+                f"untied it, which costs one more parameter of that size ({site.path!r})",
+                LoraFxWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,247 @@
+"""The only module that edits graphs.
+
+Everything it inserts carries a `Role` in its node's meta, so that it can be found and erased again. A
+weight's way into the body of a higher-order op (torch.no_grad, autocast, cond, checkpoint) is one more
+operand of the call and one more placeholder of the body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from .applications import Application, Scope, bodies_of, is_undone, undone_steps
+from .graph_module import ROLE, LoraGraphModule, get_attribute, record_of
+from .ops.use import dialect_of
+
+
+@dataclass(frozen=True)
+class Role:
+    """Why an inserted node is there.
+
+    Attributes:
+        adapter: the adapter it belongs to.
+        is_sum: whether it is the node that adds the low-rank path to the base's result.
+    """
+
+    adapter: str
+    is_sum: bool = False
+
+
+@dataclass(frozen=True)
+class LowRankPath:
+    """What to write beside one application: the attributes to read and the factor on B @ A."""
+
+    adapter: str
+    lora_a: str
+    lora_b: str
+    dropout: str | None
+    scaling: float
+    is_flipped: bool
+    needs_cast: bool
+
+
+def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
+    """Write result + scaling · B(A(dropout(x))) behind the node and give it to the node's users.
+
+    Paths of several adapters add up in the order in which they were inserted.
+    """
+    use, scope = application.use, application.scope
+    graph, dialect = scope.graph, dialect_of(use.node)
+    role = Role(path.adapter)
+    a = _read(scope, path.lora_a, use.node, role)
+    b = _read(scope, path.lora_b, use.node, role)
+    base = _last_sum(use.node)
+    behind = base.next
+    with graph.inserting_before(behind):
+        if path.is_flipped:  # the op takes the weight the other way round than its site
+            a, b = graph.call_function(dialect.transpose, (b,)), graph.call_function(dialect.transpose, (a,))
+        x = _last_sum(use.x)  # what feeds this op may have got its own path in this very pass
+        if path.needs_cast:
+            x = graph.call_function(dialect.cast_like, (x, a))
+        if path.dropout is not None:
+            x = _call_dropout(scope, path.dropout, x)
+        delta = use.family.emit(use, x, a, b)
+        delta = graph.call_function(dialect.mul, (delta, path.scaling * use.factor))
+        if path.needs_cast:
+            delta = graph.call_function(dialect.cast_like, (delta, base))
+        total = graph.call_function(dialect.add, (base, delta))
+    node = base.next
+    while node is not behind:
+        node.meta |= {ROLE: role, "nn_module_stack": use.node.meta.get("nn_module_stack", {})}
+        node = node.next
+    total.meta[ROLE] = Role(path.adapter, is_sum=True)
+    base.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+
+
+def erase_low_rank_paths(gm: LoraGraphModule, adapters: Collection[str]) -> None:
+    """Take the paths of `adapters` out of every view; what is left is as if they had never been there."""
+    for graph in record_of(gm).views.values():
+        for scope_graph in _graphs(graph):
+            _erase(scope_graph, adapters)
+        _erase_operands(graph, adapters)
+    finish(gm)
+
+
+def rebind_weight(application: Application, attribute: str) -> None:
+    """Let one application read its weight from `attribute`; other users of the old one keep it."""
+    use, scope = application.use, application.scope
+    if isinstance(use.weight, str):
+        return  # a module reads its own parameter
+    source = _read(scope, attribute, use.node, None)
+    with scope.graph.inserting_before(use.node):
+        for step in undone_steps(use.weight):
+            source = scope.graph.node_copy(step, lambda old: source if old in step.all_input_nodes else old)
+    old = use.weight
+    use.node.replace_input_with(old, source)
+    _drop_unused(old)
+
+
+def rename_reads(gm: LoraGraphModule, attribute: str, new: str) -> None:
+    """Let every view read `new` where it reads `attribute`."""
+    for graph in record_of(gm).views.values():
+        for node in graph.find_nodes(op="get_attr", target=attribute):
+            node.target = new
+
+
+def finish(gm: LoraGraphModule) -> None:
+    """Check every view and compile the shown one; call it when the edits of one pass are done."""
+    for graph in record_of(gm).views.values():
+        graph.owning_module = gm
+        graph.lint()
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule) and module is not gm:
+            module.graph.lint()
+            module.recompile()
+    gm.recompile()
+
+
+def _read(scope: Scope, attribute: str, before: fx.Node, role: Role | None) -> fx.Node:
+    """A node of `scope` that holds an attribute of the root module."""
+    if scope.parent is None or scope.call is None:
+        with scope.graph.inserting_before(before):
+            node = scope.graph.get_attr(attribute)
+        return _marked(node, role)
+    outer = _read(scope.parent, attribute, scope.call, role)
+    return _pass_in(scope.call, outer, scope.graph, role)
+
+
+def _pass_in(call: fx.Node, operand: fx.Node, graph: fx.Graph, role: Role | None) -> fx.Node:
+    """Make `operand` one more operand of a higher-order call; the placeholder for it in `graph`."""
+    bodies, operands, _ = bodies_of(call)
+    if isinstance(call.args[-1], (list, tuple)):  # cond
+        call.args = (*call.args[:-1], (*call.args[-1], operand))
+    else:
+        call.args = (*call.args, operand)
+    result: fx.Node | None = None
+    for body in bodies:
+        owner = call.graph.owning_module
+        module = get_attribute(owner, str(body.target)) if owner is not None else None
+        assert isinstance(module, fx.GraphModule)
+        last = [node for node in module.graph.nodes if node.op == "placeholder"][-1:]
+        with module.graph.inserting_after(last[0]) if last else module.graph.inserting_before():
+            placeholder = _marked(module.graph.placeholder(operand.name), role)
+        if module.graph is graph:
+            result = placeholder
+    assert result is not None
+    return result
+
+
+def _marked(node: fx.Node, role: Role | None) -> fx.Node:
+    if role is not None:
+        node.meta[ROLE] = role
+    return node
+
+
+def _last_sum(node: fx.Node) -> fx.Node:
+    """The sum of the node's result and all paths inserted so far."""
+    for user in node.users:
+        role = user.meta.get(ROLE)
+        if isinstance(role, Role) and role.is_sum and user.args[0] is node:
+            return _last_sum(user)
+    return node
+
+
+def _call_dropout(scope: Scope, dropout: str, x: fx.Node) -> fx.Node:
+    """A call of the dropout module; a body calls its own attribute of it, since modules are no operands."""
+    if scope.parent is None:
+        return scope.graph.call_module(dropout, (x,))
+    module = get_attribute(scope.root.module, dropout)
+    name = dropout.replace(".", "_")
+    scope.module.add_module(name, module)
+    return scope.graph.call_module(name, (x,))
+
+
+def _graphs(graph: fx.Graph) -> Iterator[fx.Graph]:
+    yield graph
+    for node in graph.nodes:
+        for body in bodies_of(node)[0]:
+            module = get_attribute(graph.owning_module, str(body.target)) if graph.owning_module else None
+            if isinstance(module, fx.GraphModule):
+                yield from _graphs(module.graph)
+
+
+def _erase(graph: fx.Graph, adapters: Collection[str]) -> None:
+    for node in reversed(graph.nodes):
+        role = node.meta.get(ROLE)
+        if not isinstance(role, Role) or role.adapter not in adapters:
+            continue
+        if role.is_sum:
+            node.replace_all_uses_with(node.args[0])
+        if node.op == "placeholder" or node.users:
+            continue  # operands go with their calls
+        owner = graph.owning_module
+        graph.erase_node(node)
+        if node.op == "call_module" and "." not in str(node.target) and isinstance(owner, fx.GraphModule):
+            if isinstance(get_attribute(owner, str(node.target)), nn.Dropout) and owner is not None:
+                owner._modules.pop(str(node.target), None)
+
+
+def _erase_operands(graph: fx.Graph, adapters: Collection[str]) -> None:
+    """Innermost first: an operand can go when nothing in the bodies reads its placeholder."""
+    for call in list(graph.nodes):
+        bodies, operands, _ = bodies_of(call)
+        owner = graph.owning_module
+        modules = [get_attribute(owner, str(body.target)) for body in bodies] if owner is not None else []
+        for module in modules:
+            _erase_operands(module.graph, adapters)
+        for index in reversed(range(len(operands))):
+            operand = operands[index]
+            role = operand.meta.get(ROLE)
+            if not isinstance(role, Role) or role.adapter not in adapters:
+                continue
+            for module in modules:
+                placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+                module.graph.erase_node(placeholders[index])
+            _remove_operand(call, operand)
+            if not operand.users and operand.op == "get_attr":
+                graph.erase_node(operand)
+
+
+def _remove_operand(call: fx.Node, operand: fx.Node) -> None:
+    if isinstance(call.args[-1], (list, tuple)):
+        call.args = (*call.args[:-1], tuple(arg for arg in call.args[-1] if arg is not operand))
+    else:
+        call.args = tuple(arg for arg in call.args if arg is not operand)
+
+
+def _drop_unused(node: fx.Node) -> None:
+    """Erase a weight's transposes that lost their last user; the read itself stays, as exported graphs keep it."""
+    while not node.users and is_undone(node):
+        source = node.args[0]
+        node.graph.erase_node(node)
+        assert isinstance(source, fx.Node)
+        node = source
+
+
+__all__ = [
+    "LowRankPath",
+    "Role",
+    "erase_low_rank_paths",
+    "finish",
+    "insert_low_rank_path",
+    "rebind_weight",
+    "rename_reads",
+]

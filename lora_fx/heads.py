@@ -1,0 +1,72 @@
+"""The output head, found from the graph: the linear whose result is what the model gives."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+_aten = torch.ops.aten
+
+# What may stand between the output head and the output: reshaping, casting, scaling, normalising to
+# probabilities, and losses. An activation such as the pooler's tanh is not among them.
+_TRANSPARENT_OPS = {
+    _aten.view.default, _aten.reshape.default, _aten.flatten.using_ints, _aten.squeeze.default, _aten.squeeze.dim,
+    _aten.unsqueeze.default, _aten.slice.Tensor, _aten.select.int, _aten.index.Tensor, _aten.transpose.int,
+    _aten.permute.default, _aten.contiguous.default, _aten.clone.default, _aten.to.dtype, _aten.to.dtype_layout,
+    _aten.alias.default, _aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default, _aten.unbind.int,
+    _aten.softmax.int, _aten.log_softmax.int, _aten.sigmoid.default, _aten.dropout.default,
+    _aten.cross_entropy_loss.default, _aten.nll_loss_nd.default, _aten.mse_loss.default,
+    _aten.binary_cross_entropy_with_logits.default, _aten.type_as.default, _aten.constant_pad_nd.default,
+    operator.getitem, getattr, torch.flatten, torch.squeeze, torch.reshape, torch.softmax, torch.log_softmax,
+    torch.sigmoid, torch.nn.functional.softmax, torch.nn.functional.log_softmax, torch.nn.functional.cross_entropy,
+    torch.nn.functional.mse_loss, torch.nn.functional.dropout,
+    "view", "reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "contiguous", "float", "to",
+    "softmax", "log_softmax", "sigmoid", "split", "chunk", "size",
+}  # fmt: skip
+_SCALINGS = {
+    _aten.mul.Tensor, _aten.div.Tensor, _aten.mul.Scalar, _aten.div.Scalar, operator.mul, operator.truediv,
+    _aten.add.Tensor, operator.add,
+}  # fmt: skip
+_SOFT_CAPS = {_aten.tanh.default, torch.tanh, "tanh"}
+_SIZES = {_aten.sym_size.int, _aten.size.default}
+_TRANSPARENT_MODULES = (
+    torch.nn.Softmax, torch.nn.LogSoftmax, torch.nn.Sigmoid, torch.nn.Flatten, torch.nn.Identity, torch.nn.Dropout,
+    torch.nn.CrossEntropyLoss, torch.nn.MSELoss,
+)  # fmt: skip
+
+
+def is_output_head(node: fx.Node) -> bool:
+    """Whether all that becomes of the node's value is output, at most through transparent ops."""
+    seen: set[fx.Node] = set()
+    queue, reaches_output = [node], False
+    while queue:
+        for user in queue.pop().users:
+            if user.op == "output":
+                reaches_output = True
+            elif user not in seen:
+                seen.add(user)
+                if user.target in _SIZES:
+                    continue
+                if not _is_transparent(user):
+                    return False
+                queue.append(user)
+    return reaches_output
+
+
+def _is_transparent(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        return owner is not None and isinstance(owner.get_submodule(str(node.target)), _TRANSPARENT_MODULES)
+    if node.target in _SCALINGS:
+        return all(not isinstance(arg, fx.Node) or _is_constant(arg) for arg in node.args[1:])
+    if node.target in _SOFT_CAPS:  # tanh(x / cap) * cap
+        source = node.args[0]
+        scaled = isinstance(source, fx.Node) and source.target in _SCALINGS
+        return scaled and bool(node.users) and all(user.target in _SCALINGS for user in node.users)
+    return node.target in _TRANSPARENT_OPS 
+
+
+def _is_constant(node: fx.Node) -> bool:
+    return node.op == "get_attr"

@@ -1,0 +1,25 @@
+"""The first values of A and B (`reset_lora_parameters` in PEFT's `tuners/lora/layer.py`)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+def initialize(lora_a: torch.Tensor, lora_b: torch.Tensor, init_lora_weights: bool | str) -> None:
+    """Fill A (r, in) and B (out, r) in place.
+
+    True: A Kaiming-uniform with a = √5, that is U(±1/√in); B zero. "gaussian": A normal with standard
+    deviation 1/r; B zero. False: both as nn.Linear starts, so that the adapter has an effect at once.
+    """
+    with torch.no_grad():
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(lora_a, std=1 / lora_a.shape[0])
+        else:
+            nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+        if init_lora_weights is False:
+            nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(lora_b)

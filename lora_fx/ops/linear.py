@@ -1,0 +1,34 @@
+"""y = x @ Wᵀ + b: nn.Linear as a module, F.linear, aten.linear. W is (out, in)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from .use import Use, argument, dialect_of
+
+_FUNCTIONS = {F.linear, torch.ops.aten.linear.default, torch.ops.aten.linear}
+
+
+class Linear:
+    """See `Family`."""
+
+    def recognise(self, node: fx.Node, gm: fx.GraphModule) -> Iterator[Use]:
+        if node.op == "call_module" and isinstance(module := gm.get_submodule(str(node.target)), nn.Linear):
+            if type(module).forward is nn.Linear.forward:
+                x = argument(node, 0, "input")
+                yield Use(self, "linear", node, f"{node.target}.weight".lstrip("."), x, False, is_certain=True)
+        elif node.op == "call_function" and node.target in _FUNCTIONS:
+            x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+            yield Use(self, "linear", node, weight, x, False, is_certain=True)
+
+    def emit(self, use: Use, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+        graph, linear = use.node.graph, dialect_of(use.node).linear
+        down = graph.call_function(linear, (x, a))  # (..., in) @ (r, in)ᵀ -> (..., r)
+        return graph.call_function(linear, (down, b))  # (..., r) @ (out, r)ᵀ -> (..., out)
+
+
+FAMILY = Linear()

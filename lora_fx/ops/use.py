@@ -1,0 +1,92 @@
+"""What the op families share: the `Use` value, the `Family` protocol, and the dialects of fx graphs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Use:
+    """One node read as "apply `weight` to `x`".
+
+    Attributes:
+        family: the family that reads it so and can write beside it.
+        kind: the op's name in tables: "linear", "matmul", "addmm", "einsum", ...
+        node: the node itself.
+        weight: the node that the op takes as its weight, or the dotted name of a module's parameter.
+        x: what the weight is applied to.
+        takes_in_out: whether the op wants the weight as (in, out) rather than (out, in).
+        factor: what the op itself multiplies the product with (addmm's alpha).
+        is_certain: whether a node like this always applies a weight. A matmul of two activations
+            does not; a linear does, and one whose weight is no parameter is worth a word to the user.
+    """
+
+    family: Family
+    kind: str
+    node: fx.Node
+    weight: fx.Node | str
+    x: fx.Node
+    takes_in_out: bool
+    factor: float = 1.0
+    is_certain: bool = False
+
+
+class Family(Protocol):
+    """One kind of op. A module of this package holds one instance, named FAMILY."""
+
+    def recognise(self, node: fx.Node, gm: fx.GraphModule) -> Iterator[Use]:
+        """The readings of `node` as a use of a weight; none if the op is not of this family."""
+
+    def emit(self, use: Use, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+        """Write B @ A applied to `x` at the graph's insertion point; a is (r, in), b is (out, r)."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """The spelling of a few ops in one kind of fx graph."""
+
+    linear: Callable[..., Any]
+    matmul: Callable[..., Any]
+    einsum: Callable[[str, fx.Node, fx.Node], tuple[Callable[..., Any], tuple[Any, ...]]]
+    mul: Callable[..., Any]
+    add: Callable[..., Any]
+    cast_like: Callable[..., Any]
+    transpose: Callable[..., Any]
+
+
+_aten = torch.ops.aten
+ATEN = Dialect(
+    linear=_aten.linear.default,
+    matmul=_aten.matmul.default,
+    einsum=lambda equation, x, w: (_aten.einsum.default, (equation, [x, w])),
+    mul=_aten.mul.Tensor,
+    add=_aten.add.Tensor,
+    cast_like=_aten.type_as.default,
+    transpose=_aten.t.default,
+)
+PYTHON = Dialect(
+    linear=F.linear,
+    matmul=torch.matmul,
+    einsum=lambda equation, x, w: (torch.einsum, (equation, x, w)),
+    mul=operator.mul,
+    add=operator.add,
+    cast_like=torch.Tensor.type_as,
+    transpose=torch.t,
+)
+
+
+def dialect_of(node: fx.Node) -> Dialect:
+    """torch.export's graphs speak aten overloads, symbolic_trace's speak Python."""
+    return ATEN if isinstance(node.target, torch._ops.OpOverload) else PYTHON
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

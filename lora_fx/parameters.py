@@ -1,0 +1,66 @@
+"""What is trainable in an injected graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx, nn
+
+from .errors import AdapterError, closest
+from .graph_module import checked_graph_module, get_attribute, record_of
+from .injection import Adapter
+
+
+def lora_parameters(gm: fx.GraphModule, adapter_name: str | None = None) -> list[nn.Parameter]:
+    """The parameters to give to the optimizer: A, B, and what modules_to_save and bias train in full.
+
+    Args:
+        gm: an injected graph.
+        adapter_name: one adapter's only; None for all.
+
+    Raises:
+        AdapterError: if the graph has no adapter, or none of that name.
+    """
+    gm = checked_graph_module(gm)
+    adapters = record_of(gm).adapters
+    if not adapters:
+        raise AdapterError("the graph has no adapter; inject one: gm = lora_fx.inject(gm, config)")
+    chosen = list(adapters.values()) if adapter_name is None else [find_adapter(gm, adapter_name)]
+    unique = {id(p): p for adapter in chosen for p in _parameters_of(gm, adapter)}
+    return list(unique.values())
+
+
+def find_adapter(gm: fx.GraphModule, name: str) -> Adapter:
+    """The injected adapter of that name.
+
+    Raises:
+        AdapterError: naming those that there are.
+    """
+    adapters = record_of(gm).adapters
+    if name in adapters:
+        return adapters[name]
+    have = f"it has {', '.join(map(repr, adapters))}" if adapters else "it has none; inject one first"
+    raise AdapterError(f"the graph has no adapter {name!r}; {have}.{closest(str(name), adapters)}")
+
+
+def trainable_parameters(gm: nn.Module) -> tuple[int, int]:
+    """(trainable, all): how many numbers are trained, and how many there are; tied ones count once."""
+    parameters = list(gm.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def print_trainable_parameters(gm: nn.Module) -> None:
+    """Print one line in PEFT's form: `trainable params: … || all params: … || trainable%: …`."""
+    trainable, total = trainable_parameters(gm)
+    share = 100 * trainable / total if total else 0.0
+    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
+
+
+def _parameters_of(gm: fx.GraphModule, adapter: Adapter) -> Iterator[nn.Parameter]:
+    for site in adapter.sites.values():
+        yield gm.get_parameter(site.lora_a)
+        yield gm.get_parameter(site.lora_b)
+    for name in adapter.trained:
+        value = get_attribute(gm, name)
+        if isinstance(value, nn.Parameter):
+            yield value

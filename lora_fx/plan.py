@@ -1,0 +1,387 @@
+"""The plan: which site gets which adapter, and why each other site gets none. Printing it is the dry run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from .applications import Reading, Refusal, is_same_view, names_by_storage, read_applications, storage_of
+from .config import ALL_LINEAR, LoraConfig, scaling_of
+from .errors import LoraFxWarning, TargetError, closest
+from .graph_module import checked_graph_module
+from .matching import is_under, layer_index, matches_names, matches_suffix, matches_target, matching_key
+from .sites import Site, Sites, sites_of
+from .tables import format_table
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One site that gets an adapter.
+
+    Attributes:
+        site: where.
+        r, lora_alpha, scaling: after rank_pattern and alpha_pattern; scaling multiplies B @ A.
+        shares_with: path of the planned site whose A and B serve this one too, because both apply the
+            same tied weight; None for a site with its own.
+    """
+
+    site: Site
+    r: int
+    lora_alpha: float
+    scaling: float
+    shares_with: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers A (r, in) and B (out, r) add."""
+        return 0 if self.shares_with else self.r * (self.site.in_features + self.site.out_features)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One site that gets none, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `inject` will do.
+
+    Attributes:
+        config: the configuration it was made from.
+        targets: the sites that get an adapter, in the order of the graph.
+        skipped: every other site, and the linears that cannot be adapted, with the reason.
+        trained: full names of the base parameters and buffers that are trained and saved as they are:
+            those of modules_to_save, and biases with bias="all" or "lora_only".
+    """
+
+    config: LoraConfig
+    targets: tuple[PlannedSite, ...]
+    skipped: tuple[Skipped, ...]
+    trained: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the adapters add."""
+        return sum(target.parameters for target in self.targets)
+
+    def __str__(self) -> str:
+        rows = [_target_row(target) for target in self.targets]
+        header = ("site", "op", "in → out", "r", "scaling", "parameters", "remarks")
+        text = f"{len(rows)} sites to adapt, {self.parameters:,} parameters\n\n{format_table(header, rows)}"
+        if self.trained:
+            text += f"\n\n{len(self.trained)} tensors of the base trained in full: {', '.join(self.trained)}"
+        if self.skipped:
+            table = format_table(("not adapted", "why"), [(s.path or "(root)", s.reason) for s in self.skipped])
+            text += f"\n\n{table}"
+        return text
+
+
+def make_plan(gm: fx.GraphModule, config: object) -> Plan:
+    """The dry run of `inject(gm, config)`.
+
+    Args:
+        gm: a graph module, see `find_sites`.
+        config: a `LoraConfig`, a `peft.LoraConfig`, or a mapping of its fields.
+
+    Raises:
+        ConfigError: if the configuration is not one.
+        TargetError: if any pattern of it means nothing in `gm`, or something that cannot be adapted.
+        GraphError: if `gm` is no graph that can be read.
+    """
+    return plan_adapters(checked_graph_module(gm), LoraConfig.from_peft(config))
+
+
+def plan_adapters(
+    gm: fx.GraphModule, config: LoraConfig, *, every_pattern_hits: bool = True, share_tied: bool = True
+) -> Plan:
+    """`make_plan`, with two choices that loading files needs.
+
+    Args:
+        every_pattern_hits: whether a pattern without a site is an error; a file names its sites itself.
+        share_tied: one adapter for sites that apply the same tied weight, or one for each.
+    """
+    reading = read_applications(gm)
+    sites = sites_of(gm, reading)
+    chosen: list[Site] = []
+    skipped: list[Skipped] = []
+    saved = _saved_modules(gm, config, every_pattern_hits)
+    targets = _target_names(config, sites)
+    for site in sites:
+        reason = _reason_to_skip(site, config, targets, saved)
+        if reason is None:
+            chosen.append(site)
+        else:
+            skipped.append(Skipped(site.path, reason))
+    refusals = list(dict.fromkeys(reading.refusals))
+    if every_pattern_hits:
+        _check_refused(config, targets, refusals)
+        _check_patterns(config, targets, sites, chosen, refusals)
+    if not chosen:
+        raise _nothing_chosen(config, sites, skipped, refusals)
+    skipped.extend(Skipped(refusal.path, f"cannot be adapted: {refusal.reason}") for refusal in refusals)
+    planned = [_planned(site, config) for site in chosen]
+    if share_tied:
+        planned = _shared(gm, reading, planned)
+    trained = tuple(dict.fromkeys([*_saved_tensors(gm, saved), *_biases(gm, config, chosen)]))
+    _check_trained(gm, reading, trained)
+    _warn(config, chosen)
+    return Plan(config, tuple(planned), tuple(skipped), trained)
+
+
+def _target_names(config: LoraConfig, sites: Sites) -> tuple[str, ...] | str:
+    if config.target_modules is not None:
+        return config.target_modules if isinstance(config.target_modules, str) else tuple(config.target_modules)
+    raise TargetError(
+        "target_modules is not given; name the modules to adapt, for instance target_modules='all-linear'. "
+        f"The graph has {len(sites)} sites: {_some(site.path for site in sites)}"
+    )
+
+
+def _reason_to_skip(site: Site, config: LoraConfig, targets: tuple[str, ...] | str, saved: list[str]) -> str | None:
+    if config.exclude_modules and _any(site, lambda name: matches_names(name, config.exclude_modules or ())):
+        return "excluded by exclude_modules"
+    if _any(site, lambda name: any(name == m or name.startswith(f"{m}.") for m in saved)):
+        return "trained in full by modules_to_save"
+    if targets == ALL_LINEAR:
+        if site.is_output_head:
+            return "output head, which all-linear leaves out"
+        return None if site.gets_gradient else "runs under torch.no_grad, so no gradient would reach it"
+    if not _any(site, lambda name: matches_target(name, targets)):
+        return "not in target_modules"
+    layers, pattern = config.layers_to_transform, config.layers_pattern
+    if not _any(site, lambda name: matches_target(name, targets, layers, pattern)):
+        index = layer_index(site.path, pattern)
+        return "no layer number in its name" if index is None else f"layer {index} is not in layers_to_transform"
+    return None
+
+
+def _any(site: Site, predicate: Callable[[str], bool]) -> bool:
+    return any(predicate(name) for name in site.names)
+
+
+def _planned(site: Site, config: LoraConfig) -> PlannedSite:
+    rank_key = matching_key(site.path, config.rank_pattern)
+    alpha_key = matching_key(site.path, config.alpha_pattern)
+    r = config.r if rank_key is None else config.rank_pattern[rank_key]
+    alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
+    return PlannedSite(site, r, alpha, scaling_of(alpha, r, use_rslora=config.use_rslora))
+
+
+def _shared(gm: fx.GraphModule, reading: Reading, planned: list[PlannedSite]) -> list[PlannedSite]:
+    """One weight has one adapter: of several sites on it, the first owns A and B."""
+    attribute = {a.path: a.attribute for a in reading.applications}
+    owners: dict[int, list[PlannedSite]] = {}
+    result: list[PlannedSite] = []
+    for target in planned:
+        weight = gm.get_parameter(attribute[target.site.path])
+        on_storage = owners.setdefault(storage_of(weight), [])
+        for owner in on_storage:
+            same = is_same_view(gm.get_parameter(attribute[owner.site.path]), weight)
+            if same and _adapts_alike(owner, target):
+                target = replace(target, shares_with=owner.site.path)
+                break
+        else:
+            on_storage.append(target)
+        result.append(target)
+    return result
+
+
+def _adapts_alike(a: PlannedSite, b: PlannedSite) -> bool:
+    same_values = (a.r, a.lora_alpha) == (b.r, b.lora_alpha)
+    return same_values and a.site.fan_in_fan_out == b.site.fan_in_fan_out
+
+
+# Everything that is trained as it is --------------------------------------------------------------
+
+
+def _saved_modules(gm: fx.GraphModule, config: LoraConfig, every_pattern_hits: bool) -> list[str]:
+    """Paths of the modules that modules_to_save means: exact or dotted suffix."""
+    paths = _module_paths(gm)
+    saved: list[str] = []
+    for entry in config.modules_to_save or ():
+        found = [path for path in paths if matches_suffix(path, entry)]
+        if not found and every_pattern_hits:
+            raise TargetError(
+                f"modules_to_save {entry!r} names no module with parameters.{closest(entry, paths)}"
+            )
+        saved.extend(found)
+    return saved
+
+
+def _module_paths(gm: fx.GraphModule) -> list[str]:
+    paths: dict[str, None] = {}
+    for name in (*dict(gm.named_parameters(remove_duplicate=False)), *dict(gm.named_buffers())):
+        parts = name.split(".")
+        paths |= dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts)))
+    return list(paths)
+
+
+def _saved_tensors(gm: fx.GraphModule, saved: list[str]) -> Iterator[str]:
+    for name in gm.state_dict():
+        if any(name.startswith(f"{module}.") for module in saved):
+            yield name
+
+
+def _biases(gm: fx.GraphModule, config: LoraConfig, chosen: list[Site]) -> Iterator[str]:
+    if config.bias == "all":
+        names = dict(gm.named_parameters())
+        yield from (name for name in names if name == "bias" or name.endswith(".bias"))
+    elif config.bias == "lora_only":
+        yield from (site.bias for site in chosen if site.bias is not None)
+
+
+def _check_trained(gm: fx.GraphModule, reading: Reading, trained: tuple[str, ...]) -> None:
+    parameters = dict(gm.named_parameters(remove_duplicate=False))
+    names = names_by_storage(parameters)
+    for name in trained:
+        if name not in parameters:
+            continue
+        twins = [n for n in names[storage_of(parameters[name])] if n != name]
+        if twins or name not in reading.users:
+            why = f"is tied with {', '.join(twins)}" if twins else "is not read under that name in the graph"
+            raise TargetError(
+                f"{name} is to be trained in full, but {why}. Give the module its own tensor before tracing: "
+                f"model.{name} = torch.nn.Parameter(model.{name}.detach().clone())"
+            )
+
+
+# What was asked for must have happened ------------------------------------------------------------
+
+
+def _check_refused(config: LoraConfig, targets: tuple[str, ...] | str, refusals: list[Refusal]) -> None:
+    if targets == ALL_LINEAR:
+        for refusal in refusals:
+            if not (config.exclude_modules and matches_names(refusal.path, config.exclude_modules)):
+                warnings.warn(
+                    f"all-linear leaves out {refusal.path!r}: {refusal.reason}", LoraFxWarning, stacklevel=5
+                )
+        return
+    for refusal in refusals:
+        excluded = config.exclude_modules and matches_names(refusal.path, config.exclude_modules)
+        if matches_target(refusal.path, targets) and not excluded:
+            raise TargetError(
+                f"target_modules means {refusal.path!r}, which cannot be adapted: {refusal.reason}. "
+                f"Leave it out with exclude_modules=[{refusal.path!r}]"
+            )
+
+
+def _check_patterns(
+    config: LoraConfig,
+    targets: tuple[str, ...] | str,
+    sites: Sites,
+    chosen: list[Site],
+    refusals: list[Refusal],
+) -> None:
+    names = [name for site in sites for name in site.names]
+    if targets != ALL_LINEAR:
+        _check_entries("target_modules", targets, names, len(sites))
+    if config.exclude_modules:
+        known = [*names, *(refusal.path for refusal in refusals)]
+        entries = config.exclude_modules if isinstance(config.exclude_modules, str) else tuple(config.exclude_modules)
+        _check_entries("exclude_modules", entries, known, len(sites))
+    for field, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        used = {matching_key(site.path, pattern) for site in chosen}
+        for key in pattern:
+            if key not in used:
+                raise TargetError(
+                    f"{field} {key!r} matched none of the {len(chosen)} sites to adapt (keys are tried in order, "
+                    f"and the first match counts).{closest(key, [s.path for s in chosen])}"
+                )
+    _check_layers(config, targets, names)
+
+
+def _check_entries(field: str, entries: tuple[str, ...] | str, names: list[str], count: int) -> None:
+    for entry in (entries,) if isinstance(entries, str) else entries:
+        pattern = entry if isinstance(entries, str) else [entry]
+        if any(matches_names(name, pattern) for name in names):
+            continue
+        how = "as a regular expression on whole names " if isinstance(pattern, str) else ""
+        raise TargetError(
+            f"{field} {entry!r} matched none of {count} sites {how}".rstrip()
+            + f".{closest(entry, names)}{_hint(entry, pattern)} find_sites(gm) lists all: {_some(names)}"
+        )
+
+
+def _hint(entry: str, pattern: str | list[str]) -> str:
+    if isinstance(pattern, list) and entry.lower() == ALL_LINEAR:
+        return " 'all-linear' is a string of its own: target_modules='all-linear'."
+    if isinstance(pattern, list) and any(c in entry for c in "*+?[](){}|^$\\"):
+        return " List entries are plain names; give a regular expression as a string, not in a list."
+    if isinstance(pattern, str):
+        return f" To match by suffix, give a list: [{entry!r}]."
+    return ""
+
+
+def _check_layers(config: LoraConfig, targets: tuple[str, ...] | str, names: list[str]) -> None:
+    layers = config.layers_to_transform
+    if layers is None:
+        return
+    wanted = [layers] if isinstance(layers, int) else list(layers)
+    matched = [name for name in names if matches_target(name, targets)]
+    found = {layer_index(name, config.layers_pattern) for name in matched}
+    for index in wanted:
+        if index not in found:
+            have = sorted(i for i in found if i is not None)
+            where = f"numbers found: {have}" if have else "no layer number was found in their names; give layers_pattern"
+            raise TargetError(
+                f"layers_to_transform {index} is the layer of none of the {len(matched)} sites that "
+                f"target_modules means ({where})"
+            )
+
+
+def _nothing_chosen(config: LoraConfig, sites: Sites, skipped: list[Skipped], refusals: list[Refusal]) -> TargetError:
+    if not sites:
+        also = f"; {refusals[0].path!r} cannot be adapted: {refusals[0].reason}" if refusals else ""
+        return TargetError(f"the graph has no linear that can be adapted{also}")
+    reasons = _some(f"{s.path or '(root)'}: {s.reason}" for s in skipped)
+    return TargetError(
+        f"target_modules={config.target_modules!r} leaves no site to adapt out of {len(sites)} ({reasons}). "
+        "find_sites(gm) lists all; name the ones to adapt"
+    )
+
+
+def _warn(config: LoraConfig, chosen: list[Site]) -> None:
+    for site in chosen:
+        if not site.gets_gradient:
+            warnings.warn(
+                f"{site.path!r} runs under torch.no_grad: its adapter counts, but no gradient will reach it",
+                LoraFxWarning,
+                stacklevel=4,
+            )
+    if config.fan_in_fan_out and not any(site.fan_in_fan_out for site in chosen):
+        warnings.warn(
+            "fan_in_fan_out=True, but the graph shows that the targeted weights are stored (out, in); "
+            "the graph counts",
+            LoraFxWarning,
+            stacklevel=4,
+        )
+
+
+def _target_row(target: PlannedSite) -> tuple[str, ...]:
+    site = target.site
+    remarks = []
+    if target.shares_with:
+        remarks.append(f"same adapter as {target.shares_with}")
+    if site.fan_in_fan_out:
+        remarks.append("stored (in, out)")
+    if site.calls > 1:
+        remarks.append(f"called {site.calls} times")
+    if site.tied_with:
+        remarks.append(f"tied with {', '.join(site.tied_with)}")
+    size = f"{site.in_features} → {site.out_features}"
+    return (
+        site.path or "(root)", site.op, size, str(target.r), f"{target.scaling:g}", f"{target.parameters:,}",
+        "; ".join(remarks),
+    )  # fmt: skip
+
+
+def _some(words: Iterable[str], limit: int = 8) -> str:
+    listed = list(words)
+    more = f", … ({len(listed) - limit} more)" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more

@@ -1,0 +1,166 @@
+"""Sites: the places of a graph where a parameter can be adapted, as plain values that print as a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .applications import Application, Reading, read_applications, storage_of
+from .graph_module import checked_graph_module
+from .heads import is_output_head
+from .matching import shortest_suffix
+from .tables import format_table
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight at one place of the model, whatever the spelling and the number of its nodes.
+
+    Attributes:
+        path: the name that target_modules is matched with: the module's, or the parameter's own full
+            name where it is no module's `weight`.
+        op: "linear", "matmul", "addmm", "mm", "mv" or "einsum".
+        weight: full name of the parameter.
+        in_features, out_features: sizes of what the op takes and gives.
+        fan_in_fan_out: the weight is stored (in, out) rather than (out, in).
+        bias: full name of the module's bias, or None.
+        dtype: the weight's.
+        layer_index: the first number in the path, or None.
+        calls: how many nodes apply it.
+        tied_with: other names of the same tensor, and names of tensors that overlap it.
+        aliases: other paths at which the same module stands.
+        is_output_head: its result is an output of the model, at most reshaped, scaled or normalised.
+        gets_gradient: False if it runs under torch.no_grad only.
+    """
+
+    path: str
+    op: str
+    weight: str
+    in_features: int
+    out_features: int
+    fan_in_fan_out: bool
+    bias: str | None
+    dtype: torch.dtype
+    layer_index: int | None
+    calls: int
+    tied_with: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    is_output_head: bool = False
+    gets_gradient: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names by which target_modules may mean this site."""
+        return (self.path, *self.aliases)
+
+
+class Sites(tuple[Site, ...]):
+    """A tuple of sites that prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                site.path or "(root)",
+                site.op,
+                f"{site.in_features} → {site.out_features}",
+                str(site.dtype).removeprefix("torch."),
+                "" if site.layer_index is None else str(site.layer_index),
+                _remarks(site),
+            )
+            for site in self
+        ]
+        return format_table(("site", "op", "in → out", "dtype", "layer", "remarks"), rows)
+
+    __repr__ = __str__
+
+
+def find_sites(gm: fx.GraphModule) -> tuple[Site, ...]:
+    """Every place of `gm` where a parameter can be adapted, in the order of the graph.
+
+    Args:
+        gm: from `lora_fx.trace`, `torch.fx.symbolic_trace`, or `torch.export.export(...).module()`.
+
+    Raises:
+        GraphError: if `gm` is no graph module, or was decomposed.
+    """
+    return sites_of(checked_graph_module(gm), read_applications(checked_graph_module(gm)))
+
+
+def find_all_linear_names(gm: fx.GraphModule) -> list[str]:
+    """The names to put into `target_modules` to adapt every linear except the output head.
+
+    Each is the shortest dotted suffix that does not also mean the head.
+    """
+    sites = find_sites(gm)
+    heads = [name for site in sites if site.is_output_head for name in site.names]
+    return sorted({shortest_suffix(site.path, heads) for site in sites if not site.is_output_head})
+
+
+def sites_of(gm: fx.GraphModule, reading: Reading) -> Sites:
+    """`find_sites` on a graph that was read already."""
+    by_path: dict[str, list[Application]] = {}
+    weights: dict[int, dict[str, None]] = {}  # storage → the weights that are applied from it
+    for application in reading.applications:
+        by_path.setdefault(application.path, []).append(application)
+        storage = storage_of(gm.get_parameter(application.attribute))
+        weights.setdefault(storage, {})[application.weight] = None
+    paths: dict[str, list[str]] = {}
+    for alias, path in reading.aliases.items():
+        paths.setdefault(path, []).append(alias)
+    names = {name for names in reading.names.values() for name in names}
+    sites = []
+    for path, found in by_path.items():
+        storage = storage_of(gm.get_parameter(found[0].attribute))
+        tied = {*reading.names[storage], *weights[storage]} - {found[0].weight}
+        # The other names of one shared module are aliases of the site, not further tensors.
+        aliases = paths.get(path, [])
+        tied -= {f"{alias}.weight" for alias in aliases}
+        bias = f"{path}.bias".lstrip(".")
+        sites.append(_site(gm, found, bias if bias in names else None, tied, aliases))
+    return Sites(sites)
+
+
+def _site(
+    gm: fx.GraphModule, found: list[Application], bias: str | None, tied: Iterable[str], aliases: Iterable[str]
+) -> Site:
+    main = found[0]
+    parameter = gm.get_parameter(main.attribute)
+    rows, columns = parameter.shape
+    out_features, in_features = (columns, rows) if main.stored_in_out else (rows, columns)
+    return Site(
+        path=main.path,
+        op=main.use.kind,
+        weight=main.weight,
+        in_features=in_features,
+        out_features=out_features,
+        fan_in_fan_out=main.stored_in_out,
+        bias=bias,
+        dtype=parameter.dtype,
+        layer_index=next((int(part) for part in main.path.split(".") if part.isdigit()), None),
+        calls=max(Counter(application.mode for application in found).values()),
+        tied_with=tuple(sorted(tied)),
+        aliases=tuple(sorted(aliases)),
+        is_output_head=any(is_output_head(a.use.node) for a in found if a.scope.parent is None),
+        gets_gradient=any(a.scope.grad for a in found),
+    )
+
+
+def _remarks(site: Site) -> str:
+    remarks = []
+    if site.fan_in_fan_out:
+        remarks.append("stored (in, out)")
+    if site.calls > 1:
+        remarks.append(f"called {site.calls} times")
+    if site.tied_with:
+        remarks.append(f"tied with {', '.join(site.tied_with)}")
+    if site.aliases:
+        remarks.append(f"also named {', '.join(site.aliases)}")
+    if site.is_output_head:
+        remarks.append("output head")
+    if not site.gets_gradient:
+        remarks.append("under no_grad")
+    return "; ".join(remarks)
