@@ -1,10 +1,111 @@
-from .graph_module import adapter_names, trace_record, TraceRecord
-from .tracing import trace
-from .errors import *
-from .sites import find_sites, find_all_linear_names, Site
-from .plan import make_plan, Plan
-from .config import LoraConfig
-from .injection import inject
-from .parameters import *
-from .folding import *
-from .folding import fold, unfold, fold_report
+"""LoRA as a compiler pass: trace, inject, train, fold, and export what is, op for op, the base model.
+
+    gm = lora_fx.trace(model, args, kwargs)
+    gm = lora_fx.inject(gm, lora_fx.LoraConfig(r=8, target_modules="all-linear"))
+    ...                                  # train it like any module
+    exporters.export_onnx(lora_fx.fold(gm), "model.onnx")
+
+Torch is imported when a name that needs it is first used, not before: configurations, matching rules and
+adapter files can be read without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters import load_adapter, save_adapter
+    from .config import LoraConfig
+    from .equivalence import GraphDiff, assert_equivalent, compare_graphs
+    from .errors import (
+        AdapterError,
+        ConfigError,
+        ExportError,
+        FoldError,
+        GraphError,
+        LoraFxError,
+        LoraFxWarning,
+        TargetError,
+    )
+    from .folding import FoldReport, fold, fold_report, unfold
+    from .graph_module import LoraGraphModule, TraceRecord, adapter_names, trace_record
+    from .injection import inject
+    from .parameters import lora_parameters, print_trainable_parameters, trainable_parameters
+    from .plan import Plan, make_plan
+    from .sites import Site, find_all_linear_names, find_sites
+    from .tracing import trace
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "adapters": ("load_adapter", "save_adapter"),
+    "config": ("LoraConfig",),
+    "equivalence": ("GraphDiff", "assert_equivalent", "compare_graphs"),
+    "errors": (
+        "AdapterError",
+        "ConfigError",
+        "ExportError",
+        "FoldError",
+        "GraphError",
+        "LoraFxError",
+        "LoraFxWarning",
+        "TargetError",
+    ),
+    "folding": ("FoldReport", "fold", "fold_report", "unfold"),
+    "graph_module": ("LoraGraphModule", "TraceRecord", "adapter_names", "trace_record"),
+    "injection": ("inject",),
+    "parameters": ("lora_parameters", "print_trainable_parameters", "trainable_parameters"),
+    "plan": ("Plan", "make_plan"),
+    "sites": ("Site", "find_all_linear_names", "find_sites"),
+    "tracing": ("trace",),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AdapterError",
+    "ConfigError",
+    "ExportError",
+    "FoldError",
+    "FoldReport",
+    "GraphDiff",
+    "GraphError",
+    "LoraConfig",
+    "LoraFxError",
+    "LoraFxWarning",
+    "LoraGraphModule",
+    "Plan",
+    "Site",
+    "TargetError",
+    "TraceRecord",
+    "__version__",
+    "adapter_names",
+    "assert_equivalent",
+    "compare_graphs",
+    "find_all_linear_names",
+    "find_sites",
+    "fold",
+    "fold_report",
+    "inject",
+    "load_adapter",
+    "lora_parameters",
+    "make_plan",
+    "print_trainable_parameters",
+    "save_adapter",
+    "trace",
+    "trace_record",
+    "trainable_parameters",
+    "unfold",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

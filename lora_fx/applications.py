@@ -254,9 +254,7 @@ def _read_node(
         reading.refusals.append(refusal)
 
 
-def _note_users(
-    node: fx.Node, scope: Scope, parameters: dict[str, nn.Parameter], reading: Reading
-) -> None:
+def _note_users(node: fx.Node, scope: Scope, parameters: dict[str, nn.Parameter], reading: Reading) -> None:
     if node.op == "get_attr" and str(node.target) in parameters and scope.parent is None:
         reading.users.setdefault(str(node.target), []).extend(_final_users(node))
     elif node.op == "call_module":
@@ -377,7 +375,11 @@ def undone_steps(node: fx.Node) -> list[fx.Node]:
 
 
 def _own_name(
-    attribute: str, stack: list[tuple[str, str]], use: Use, parameters: dict[str, nn.Parameter], reading: Reading
+    attribute: str,
+    stack: list[tuple[str, str]],
+    use: Use,
+    parameters: dict[str, nn.Parameter],
+    reading: Reading,
 ) -> str:
     """The parameter's name at the module that applies it: the tracers route tied weights by any of their names."""
     if use.node.op == "call_module" or not stack:

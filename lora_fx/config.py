@@ -198,9 +198,7 @@ def _supported(options: dict[str, Any]) -> dict[str, Any]:
     known = {f.name for f in dataclasses.fields(LoraConfig)}
     for name in [name for name in options if name not in known and name not in WITHOUT_EFFECT]:
         if name not in UNSUPPORTED:
-            raise ConfigError(
-                f"LoraConfig has no option {name!r} (given {options[name]!r}).{closest(name, known)}"
-            )
+            raise ConfigError(f"LoraConfig has no option {name!r} (given {options[name]!r}).{closest(name, known)}")
         if not any(options[name] is value or options[name] == value for value in UNSUPPORTED[name]):
             raise ConfigError(
                 f"{name}={options[name]!r} is not supported by lora_fx yet; "
@@ -235,8 +233,7 @@ def _check_expression(name: str, expression: str) -> None:
         re.compile(expression)
     except re.error as error:
         raise ConfigError(
-            f"{name}={expression!r} is not a regular expression: {error}. "
-            "Give a list of names if these are plain names"
+            f"{name}={expression!r} is not a regular expression: {error}. Give a list of names if these are plain names"
         ) from error
 
 

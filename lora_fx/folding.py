@@ -247,7 +247,10 @@ def _folded(
     delta_squared = torch.zeros((), dtype=torch.float64)
     factors = []
     for site in task.sites:
-        a, b = gm.get_parameter(site.lora_a).detach().to(dtype), gm.get_parameter(site.lora_b).detach().to(dtype)
+        a, b = (
+            gm.get_parameter(site.lora_a).detach().to(dtype),
+            gm.get_parameter(site.lora_b).detach().to(dtype),
+        )
         factors.append((a, b, site.scaling))
         left, right = (a.T, b.T) if site.fan_in_fan_out else (b, a)
         total = torch.addmm(total, left, right, alpha=site.scaling)  # (out, r) @ (r, in) -> (out, in)
@@ -305,7 +308,9 @@ def _why_not_finite(task: _Task, weight: torch.Tensor, total: torch.Tensor, fact
     for (a, b, _), site in zip(factors, task.sites, strict=True):
         for name, factor in ((site.lora_a, a), (site.lora_b, b)):
             if not bool(torch.isfinite(factor).all()):
-                return f"folding {where}: {name} holds NaN or Inf, so the adapter is broken; train it again or reload it"
+                return (
+                    f"folding {where}: {name} holds NaN or Inf, so the adapter is broken; train it again or reload it"
+                )
     limit = torch.finfo(weight.dtype).max
     return (
         f"folding {where}: |W + ΔW| reaches {float(total.abs().max()):.4g}, beyond {weight.dtype}'s largest number "

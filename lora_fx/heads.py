@@ -65,7 +65,7 @@ def _is_transparent(node: fx.Node) -> bool:
         source = node.args[0]
         scaled = isinstance(source, fx.Node) and source.target in _SCALINGS
         return scaled and bool(node.users) and all(user.target in _SCALINGS for user in node.users)
-    return node.target in _TRANSPARENT_OPS 
+    return node.target in _TRANSPARENT_OPS
 
 
 def _is_constant(node: fx.Node) -> bool:

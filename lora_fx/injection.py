@@ -232,9 +232,7 @@ def _check_free(gm: LoraGraphModule, attribute: str, adapter: str) -> None:
     holder = attribute.removesuffix(f".{adapter}.weight")
     existing = get_attribute(gm, holder)
     if get_attribute(gm, attribute) is not None or not (existing is None or type(existing) is nn.Module):
-        raise GraphError(
-            f"the model already has an attribute {holder!r}, where the adapter's parameters go; rename it"
-        )
+        raise GraphError(f"the model already has an attribute {holder!r}, where the adapter's parameters go; rename it")
 
 
 def _low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterSite, name: str) -> LowRankPath:
@@ -255,11 +253,13 @@ def _low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterS
 def _train_in_full(gm: LoraGraphModule, names: tuple[str, ...]) -> tuple[str, ...]:
     """Give the graph its own copies of the tensors that are trained as they are; the base keeps the old ones."""
     record = record_of(gm)
+    copies: dict[int, torch.Tensor] = {}
     for name in names:
         original = get_attribute(gm, name)
         record.originals[name] = original.detach()
-        copied = original.detach().clone()
-        if isinstance(original, nn.Parameter):
-            copied = nn.Parameter(copied, requires_grad=original.is_floating_point())
-        set_attribute(gm, name, copied)
+        if id(original) not in copies:
+            copied = original.detach().clone()
+            trains = isinstance(original, nn.Parameter)
+            copies[id(original)] = nn.Parameter(copied, original.is_floating_point()) if trains else copied
+        set_attribute(gm, name, copies[id(original)])
     return names

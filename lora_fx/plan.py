@@ -129,7 +129,7 @@ def plan_adapters(
     if share_tied:
         planned = _shared(gm, reading, planned)
     trained = tuple(dict.fromkeys([*_saved_tensors(gm, saved), *_biases(gm, config, chosen)]))
-    _check_trained(gm, reading, trained)
+    _check_trained(gm, trained)
     _warn(config, chosen)
     return Plan(config, tuple(planned), tuple(skipped), trained)
 
@@ -207,9 +207,7 @@ def _saved_modules(gm: fx.GraphModule, config: LoraConfig, every_pattern_hits: b
     for entry in config.modules_to_save or ():
         found = [path for path in paths if matches_suffix(path, entry)]
         if not found and every_pattern_hits:
-            raise TargetError(
-                f"modules_to_save {entry!r} names no module with parameters.{closest(entry, paths)}"
-            )
+            raise TargetError(f"modules_to_save {entry!r} names no module with parameters.{closest(entry, paths)}")
         saved.extend(found)
     return saved
 
@@ -223,30 +221,31 @@ def _module_paths(gm: fx.GraphModule) -> list[str]:
 
 
 def _saved_tensors(gm: fx.GraphModule, saved: list[str]) -> Iterator[str]:
-    for name in gm.state_dict():
+    for name in gm.state_dict():  # parameters and buffers, under each of their names
         if any(name.startswith(f"{module}.") for module in saved):
             yield name
 
 
 def _biases(gm: fx.GraphModule, config: LoraConfig, chosen: list[Site]) -> Iterator[str]:
     if config.bias == "all":
-        names = dict(gm.named_parameters())
+        names = dict(gm.named_parameters(remove_duplicate=False))
         yield from (name for name in names if name == "bias" or name.endswith(".bias"))
     elif config.bias == "lora_only":
         yield from (site.bias for site in chosen if site.bias is not None)
 
 
-def _check_trained(gm: fx.GraphModule, reading: Reading, trained: tuple[str, ...]) -> None:
+def _check_trained(gm: fx.GraphModule, trained: tuple[str, ...]) -> None:
+    """Tied tensors are trained together or not at all."""
     parameters = dict(gm.named_parameters(remove_duplicate=False))
     names = names_by_storage(parameters)
     for name in trained:
         if name not in parameters:
             continue
-        twins = [n for n in names[storage_of(parameters[name])] if n != name]
-        if twins or name not in reading.users:
-            why = f"is tied with {', '.join(twins)}" if twins else "is not read under that name in the graph"
+        twins = [n for n in names[storage_of(parameters[name])] if n not in trained]
+        if twins:
             raise TargetError(
-                f"{name} is to be trained in full, but {why}. Give the module its own tensor before tracing: "
+                f"{name} is to be trained in full, but is tied with {', '.join(twins)}, which is not. Train both, "
+                "or give the module its own tensor before tracing: "
                 f"model.{name} = torch.nn.Parameter(model.{name}.detach().clone())"
             )
 
@@ -258,9 +257,7 @@ def _check_refused(config: LoraConfig, targets: tuple[str, ...] | str, refusals:
     if targets == ALL_LINEAR:
         for refusal in refusals:
             if not (config.exclude_modules and matches_names(refusal.path, config.exclude_modules)):
-                warnings.warn(
-                    f"all-linear leaves out {refusal.path!r}: {refusal.reason}", LoraFxWarning, stacklevel=5
-                )
+                warnings.warn(f"all-linear leaves out {refusal.path!r}: {refusal.reason}", LoraFxWarning, stacklevel=5)
         return
     for refusal in refusals:
         excluded = config.exclude_modules and matches_names(refusal.path, config.exclude_modules)
@@ -328,7 +325,9 @@ def _check_layers(config: LoraConfig, targets: tuple[str, ...] | str, names: lis
     for index in wanted:
         if index not in found:
             have = sorted(i for i in found if i is not None)
-            where = f"numbers found: {have}" if have else "no layer number was found in their names; give layers_pattern"
+            where = (
+                f"numbers found: {have}" if have else "no layer number was found in their names; give layers_pattern"
+            )
             raise TargetError(
                 f"layers_to_transform {index} is the layer of none of the {len(matched)} sites that "
                 f"target_modules means ({where})"
@@ -356,8 +355,7 @@ def _warn(config: LoraConfig, chosen: list[Site]) -> None:
             )
     if config.fan_in_fan_out and not any(site.fan_in_fan_out for site in chosen):
         warnings.warn(
-            "fan_in_fan_out=True, but the graph shows that the targeted weights are stored (out, in); "
-            "the graph counts",
+            "fan_in_fan_out=True, but the graph shows that the targeted weights are stored (out, in); the graph counts",
             LoraFxWarning,
             stacklevel=4,
         )

@@ -125,7 +125,11 @@ def sites_of(gm: fx.GraphModule, reading: Reading) -> Sites:
 
 
 def _site(
-    gm: fx.GraphModule, found: list[Application], bias: str | None, tied: Iterable[str], aliases: Iterable[str]
+    gm: fx.GraphModule,
+    found: list[Application],
+    bias: str | None,
+    tied: Iterable[str],
+    aliases: Iterable[str],
 ) -> Site:
     main = found[0]
     parameter = gm.get_parameter(main.attribute)

@@ -83,8 +83,7 @@ def _check_model(model: object) -> None:
         )
     if isinstance(model, fx.GraphModule):
         raise GraphError(
-            "this is a torch.fx.GraphModule and is traced already; pass it straight to find_sites, "
-            "make_plan or inject"
+            "this is a torch.fx.GraphModule and is traced already; pass it straight to find_sites, make_plan or inject"
         )
     if not isinstance(model, nn.Module):
         raise GraphError(f"trace takes a torch.nn.Module, not {type(model).__name__}")
@@ -102,7 +101,12 @@ def _export_shown_mode(
     candidates: list[Any] = [dynamic_shapes]
     if dynamic_shapes == "auto":
         bound = _bound(model, args, kwargs)
-        candidates = [_free(bound, lambda i: True), _free(bound, lambda i: i < 2), _free(bound, lambda i: i == 0), None]
+        candidates = [
+            _free(bound, lambda i: True),
+            _free(bound, lambda i: i < 2),
+            _free(bound, lambda i: i == 0),
+            None,
+        ]
     first: Exception | None = None
     for shapes in candidates:
         try:
@@ -217,7 +221,11 @@ def _copied(value: Any) -> Any:
 
 
 def _dimension_names(
-    program: ExportedProgram, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+    program: ExportedProgram,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
 ) -> tuple[dict[int, str], ...]:
     """A name for each free dimension: the caller's `Dim` name, or batch, sequence, height, width, ..."""
     specs = program.graph_signature.input_specs

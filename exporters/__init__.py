@@ -1,0 +1,60 @@
+"""From a folded graph to a checked ONNX file, and from the file to a session that runs where it says.
+
+    export_onnx     writes the graph as an ONNX file that is op for op the base model's
+    verify_onnx     runs torch and ONNX Runtime on the same inputs and compares
+    compare_onnx    compares two ONNX files op for op, and their weights byte for byte
+    make_session    opens an ONNX file on the provider asked for, or raises
+
+Names load on first use: sessions and file comparison need neither torch nor a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .onnx_compare import OnnxDiff, compare_onnx
+    from .onnx_export import export_onnx
+    from .onnx_report import OnnxReport
+    from .onnx_weights import StoredWeight, read_manifest
+    from .sessions import make_session
+    from .verification import OutputError, ShapeCheck, VerifyReport, verify_onnx
+
+_HOME = {
+    "OnnxDiff": "onnx_compare",
+    "OnnxReport": "onnx_report",
+    "OutputError": "verification",
+    "ShapeCheck": "verification",
+    "StoredWeight": "onnx_weights",
+    "VerifyReport": "verification",
+    "compare_onnx": "onnx_compare",
+    "export_onnx": "onnx_export",
+    "make_session": "sessions",
+    "read_manifest": "onnx_weights",
+    "verify_onnx": "verification",
+}
+
+__all__ = [
+    "OnnxDiff",
+    "OnnxReport",
+    "OutputError",
+    "ShapeCheck",
+    "StoredWeight",
+    "VerifyReport",
+    "compare_onnx",
+    "export_onnx",
+    "make_session",
+    "read_manifest",
+    "verify_onnx",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'exporters' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

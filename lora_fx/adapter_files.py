@@ -1,0 +1,132 @@
+"""PEFT's two files, without torch: where they are, what the config says, what a tensor's key means.
+
+`adapter_config.json` holds the configuration, `adapter_model.safetensors` the tensors, under keys such as
+`base_model.model.encoder.layer.0.attention.self.query.lora_A.weight`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import LoraConfig
+from .errors import AdapterError, ConfigError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_HALF = re.compile(r"^(?P<path>.*?)\.?lora_(?P<half>[AB])(\.(?P<adapter>[^.]+))?\.weight$")
+_OTHER_LORA = re.compile(r"\blora_(embedding_[AB]|magnitude_vector|diag|[AB]\.bias)|token_adapter")
+
+
+@dataclass(frozen=True)
+class TensorKey:
+    """What a key in adapter_model.safetensors means.
+
+    Attributes:
+        key: as it stands in the file.
+        path: the module's name for A and B; the tensor's full name for tensors trained in full.
+        half: "A", "B", or None for tensors trained in full.
+    """
+
+    key: str
+    path: str
+    half: str | None
+
+
+def find_adapter_directory(directory: str | Path, adapter_name: str) -> Path:
+    """`directory`, or the sub-directory of that name, where PEFT puts adapters that are not "default".
+
+    Raises:
+        AdapterError: if neither holds an adapter.
+    """
+    root = Path(directory)
+    for candidate in (root, root / adapter_name):
+        if (candidate / CONFIG_FILE).is_file():
+            return candidate
+    if not root.exists():
+        raise AdapterError(f"there is no directory {str(root)!r}; give the one that holds {CONFIG_FILE}")
+    raise AdapterError(
+        f"{str(root)!r} holds no {CONFIG_FILE}, so it is no adapter directory; "
+        "lora_fx.save_adapter and PEFT's save_pretrained write one"
+    )
+
+
+def weights_path(directory: Path) -> Path:
+    """The safetensors file of an adapter directory.
+
+    Raises:
+        AdapterError: if there is none; a pickled `.bin` is not read.
+    """
+    path = directory / WEIGHTS_FILE
+    if path.is_file():
+        return path
+    if (directory / "adapter_model.bin").exists():
+        raise AdapterError(
+            f"{str(directory)!r} holds adapter_model.bin, a pickle, which can run code and is not read; "
+            "load it with PEFT and save it again: model.save_pretrained(directory)"
+        )
+    raise AdapterError(f"{str(directory)!r} has no {WEIGHTS_FILE}; the adapter is incomplete")
+
+
+def read_config(directory: Path) -> LoraConfig:
+    """The configuration in a directory's adapter_config.json.
+
+    Raises:
+        AdapterError: if the file is not a JSON object, or says a key twice.
+        ConfigError: if it is no LoRA configuration, or uses what is not supported.
+    """
+    path = directory / CONFIG_FILE
+    try:
+        fields = json.loads(path.read_text("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{str(path)!r} is not a JSON configuration: {error}") from error
+    if not isinstance(fields, dict):
+        raise AdapterError(f"{str(path)!r} holds a JSON {type(fields).__name__}, not an object of fields")
+    for required in ("peft_type", "r"):
+        if required not in fields:
+            raise AdapterError(f"{str(path)!r} has no {required!r}; is it an adapter's configuration?")
+    try:
+        return LoraConfig.from_peft(fields)
+    except ConfigError as error:
+        raise ConfigError(f"{str(path)!r}: {error}") from error
+
+
+def config_text(config: LoraConfig, **changes: Any) -> str:
+    """adapter_config.json's text. The order in rank_pattern and alpha_pattern decides, so it is kept."""
+    return json.dumps(dict(sorted((config.to_peft() | changes).items())), indent=2) + "\n"
+
+
+def parse_key(key: str, file: str) -> TensorKey:
+    """What a tensor's key means.
+
+    Raises:
+        AdapterError: for a kind of adapter tensor that is not supported.
+    """
+    name = key.removeprefix(PREFIX)
+    if _OTHER_LORA.search(name):
+        raise AdapterError(
+            f"{file!r} holds {key!r}: a kind of adapter (embedding, DoRA, bias of B, trained tokens) that "
+            "lora_fx does not support yet"
+        )
+    match = _HALF.match(name)
+    if match:
+        return TensorKey(key, match["path"], match["half"])
+    return TensorKey(key, name.replace(".base_layer.", ".").removeprefix("base_layer."), None)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise ValueError(f"the key {key!r} stands twice")
+        fields[key] = value
+    return fields
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON number")

@@ -1,0 +1,237 @@
+"""Save adapters to PEFT's files and load them, both ways and strictly."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import fx
+
+from .adapter_files import (
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    TensorKey,
+    config_text,
+    find_adapter_directory,
+    parse_key,
+    read_config,
+    weights_path,
+)
+from .config import LoraConfig
+from .errors import AdapterError, LoraFxWarning, closest
+from .graph_module import LoraGraphModule, checked_graph_module, get_attribute, record_of
+from .injection import Adapter, inject
+from .matching import matches_names
+from .parameters import find_adapter
+from .plan import Plan, plan_adapters
+from .sites import find_sites
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapter_name: str = "default") -> None:
+    """Write one adapter as PEFT's adapter_config.json and adapter_model.safetensors.
+
+    `peft.PeftModel.from_pretrained(model, directory)` loads it, and computes what the graph computes.
+
+    Args:
+        gm: an injected graph.
+        directory: made if it is not there; both files are replaced, each in one step.
+
+    Raises:
+        AdapterError: if there is no such adapter, a value is NaN or Inf, or the directory cannot be written.
+    """
+    gm = checked_graph_module(gm)
+    adapter = find_adapter(gm, adapter_name)
+    tensors = _tensors(gm, adapter)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{key!r} of adapter {adapter_name!r} holds NaN or Inf and is not saved")
+    path = Path(directory)
+    config = config_text(adapter.config, **_exact_targets(gm, adapter))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _replace(path / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+        _replace(path / CONFIG_FILE, config.encode("utf-8"))
+    except OSError as error:
+        raise AdapterError(f"the adapter cannot be written to {str(path)!r}: {error}") from error
+
+
+def load_adapter(
+    gm: fx.GraphModule,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    adapter_dtype: torch.dtype | None = None,
+) -> LoraGraphModule:
+    """A new graph module with the adapter of `directory` injected; `gm` is untouched.
+
+    Args:
+        gm: a graph module of the base model, with or without other adapters.
+        directory: what PEFT's `save_pretrained` or `save_adapter` wrote; a PEFT directory of several
+            adapters is searched for the sub-directory `adapter_name`.
+        adapter_name: the name it gets here.
+        adapter_dtype: of A and B; None keeps the file's on a 16-bit base and takes at least the base's else.
+
+    Raises:
+        AdapterError: if files are missing or broken, or any tensor is missing, unexpected, of another
+            shape, or not finite.
+        ConfigError, TargetError: if the configuration cannot be followed in this graph.
+    """
+    gm = checked_graph_module(gm)
+    folder = find_adapter_directory(directory, adapter_name)
+    config = read_config(folder)
+    tensors = _read_tensors(weights_path(folder))
+    plan = _plan_for(gm, config, tensors)
+    dtype = adapter_dtype or _dtype_for(plan, tensors)
+    result = inject(gm, plan, adapter_name=adapter_name, adapter_dtype=dtype)
+    adapter = record_of(result).adapters[adapter_name]
+    with torch.no_grad():
+        for key, target in _targets(result, adapter).items():
+            target.copy_(tensors[key])
+    return result
+
+
+def _tensors(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """{PEFT's key: tensor}, contiguous, on the CPU, none sharing storage with another."""
+    return {
+        f"{PREFIX}{name}": target.detach().cpu().contiguous().clone() for name, target in _named_tensors(gm, adapter)
+    }
+
+
+def _named_tensors(gm: fx.GraphModule, adapter: Adapter) -> Iterable[tuple[str, torch.Tensor]]:
+    for site in adapter.sites.values():
+        prefix = f"{site.path}." if site.path else ""
+        yield f"{prefix}lora_A.weight", gm.get_parameter(site.lora_a)
+        yield f"{prefix}lora_B.weight", gm.get_parameter(site.lora_b)
+    for name in adapter.trained:
+        path, _, last = name.rpartition(".")
+        # PEFT keeps an adapted module's own parameters in its base_layer.
+        yield f"{path}.base_layer.{last}" if path in adapter.sites else name, get_attribute(gm, name)
+
+
+def _exact_targets(gm: fx.GraphModule, adapter: Adapter) -> dict[str, object]:
+    """target_modules that mean the same sites to PEFT, which reads "all-linear" and `None` its own way."""
+    config = adapter.config
+    if isinstance(config.target_modules, tuple) and not any(s.aliases for s in (t.site for t in adapter.plan.targets)):
+        return {}
+    paths = [target.site.path for target in adapter.plan.targets]
+    others = {site.path for site in find_sites(gm)} - set(paths)
+    if any(matches_names(other, paths) for other in others):
+        return {"target_modules": "|".join(re.escape(path) for path in paths)}
+    return {"target_modules": sorted(paths), "exclude_modules": None}
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file in one step, with the permissions that any new file gets."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{str(path)!r} is no readable safetensors file: {error}") from error
+    if not tensors:
+        raise AdapterError(f"{str(path)!r} holds no tensor")
+    for key, tensor in tensors.items():
+        if ".lora_" in key and tensor.dtype not in _DTYPES:
+            raise AdapterError(f"{str(path)!r}: {key!r} is {tensor.dtype}; adapters are float32, float16 or bfloat16")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{str(path)!r}: {key!r} holds NaN or Inf")
+    return {_normalised(parse_key(key, str(path))): tensor for key, tensor in tensors.items()}
+
+
+def _normalised(key: TensorKey) -> str:
+    """One spelling for keys with and without PEFT's prefix, adapter name and base_layer."""
+    if key.half is None:
+        return key.path
+    return f"{key.path}.lora_{key.half}.weight".lstrip(".")
+
+
+def _plan_for(gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> Plan:
+    """The plan that takes exactly the file's tensors."""
+    plan = plan_adapters(gm, config, every_pattern_hits=False)
+    expected = _expected(gm, plan)
+    missing = [key for key in expected if key not in tensors]
+    unexpected = [key for key in tensors if key not in expected]
+    if missing:
+        raise AdapterError(
+            f"the file lacks {len(missing)} of {len(expected)} tensors that its configuration asks for: "
+            f"{_some(missing)}.{closest(missing[0], unexpected)} Is this adapter of this model?"
+        )
+    if unexpected:
+        raise AdapterError(
+            f"the file holds {len(unexpected)} tensors for which this graph has no place: {_some(unexpected)}."
+            f"{closest(unexpected[0], expected)} make_plan(gm, config) shows what is adapted, and why the rest is not"
+        )
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != shape:
+            raise AdapterError(
+                f"{key!r} has the shape {tuple(tensors[key].shape)}, but this graph takes {shape}: "
+                "another rank (see r and rank_pattern in adapter_config.json) or another model"
+            )
+    if any(t.shares_with and not _is_shared(t.site.path, t.shares_with, tensors) for t in plan.targets):
+        warnings.warn(
+            "the file holds different adapters for sites that share one tied weight; each keeps its own, and "
+            "folding will untie them",
+            LoraFxWarning,
+            stacklevel=3,
+        )
+        return plan_adapters(gm, config, every_pattern_hits=False, share_tied=False)
+    return plan
+
+
+def _expected(gm: fx.GraphModule, plan: Plan) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target in plan.targets:
+        prefix = f"{target.site.path}." if target.site.path else ""
+        shapes[f"{prefix}lora_A.weight"] = (target.r, target.site.in_features)
+        shapes[f"{prefix}lora_B.weight"] = (target.site.out_features, target.r)
+    for name in plan.trained:
+        shapes[name] = tuple(get_attribute(gm, name).shape)
+    return shapes
+
+
+def _is_shared(path: str, owner: str, tensors: dict[str, torch.Tensor]) -> bool:
+    return all(
+        torch.equal(tensors[f"{path}.lora_{half}.weight"], tensors[f"{owner}.lora_{half}.weight"]) for half in "AB"
+    )
+
+
+def _dtype_for(plan: Plan, tensors: dict[str, torch.Tensor]) -> torch.dtype:
+    saved = next(tensor.dtype for key, tensor in tensors.items() if key.endswith("lora_A.weight"))
+    base = plan.targets[0].site.dtype
+    return saved if base in _HALVES else torch.promote_types(saved, base)
+
+
+def _targets(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """{normalised key: the tensor of the graph that it goes to}."""
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in _named_tensors(gm, adapter)}
+
+
+def _some(keys: list[str], limit: int = 4) -> str:
+    more = f", … ({len(keys) - limit} more)" if len(keys) > limit else ""
+    return ", ".join(map(repr, keys[:limit])) + more
