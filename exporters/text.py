@@ -7,11 +7,16 @@ from collections.abc import Iterable, Sequence
 
 
 def reason(error: BaseException, limit: int = 400) -> str:
-    """The first telling line of another library's error: no colours, no local source paths."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    first = lines[0] if lines else ""
-    return f"{type(error).__name__}: {first[:limit]}"
+    """The first line of the error that another library's error comes from, without colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(str(error))[:limit]}"
+
+
+def first_line(text: str) -> str:
+    """The first line of `text` that is not blank, without terminal colours."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    return next((line.strip() for line in plain.splitlines() if line.strip()), "")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class TensorKey:
     half: str | None
 
 
-def find_adapter_directory(directory: str | Path, adapter_name: str) -> Path:
+def find_adapter_directory(directory: str | os.PathLike[str], adapter_name: str) -> Path:
     """`directory`, or the sub-directory of that name, where PEFT puts adapters that are not "default".
 
     Raises:

@@ -198,8 +198,8 @@ def bodies_of(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node], str | None]:
     """(body get_attr nodes, operands, why operands cannot be added) of a higher-order node; empty for others."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return [], [], None
-    name = str(node.target.name())
-    bodies = [arg for arg in node.args if _is_body(arg)]
+    name = _name_of(node.target)
+    bodies = [arg for arg in node.args if isinstance(arg, fx.Node) and _is_body(arg)]
     if name == "cond":
         return bodies, list(argument(node, 3, "operands") or ()), None
     if name in _REGIONS:
@@ -208,8 +208,21 @@ def bodies_of(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node], str | None]:
     return bodies, [], f"it runs inside the higher-order op {name!r}, to which no operand can be added"
 
 
-def _is_body(arg: Any) -> bool:
-    if not isinstance(arg, fx.Node) or arg.op != "get_attr":
+def body_module(body: fx.Node) -> fx.GraphModule:
+    """The sub-graph that a body's get_attr node reads."""
+    owner = body.graph.owning_module
+    module = None if owner is None else get_attribute(owner, str(body.target))
+    if not isinstance(module, fx.GraphModule):
+        raise GraphError(f"the sub-graph {body.target!r} of a higher-order op is not in the graph module")
+    return module
+
+
+def _name_of(op: torch._ops.HigherOrderOperator) -> str:
+    return str(op.name())  # type: ignore[no-untyped-call]
+
+
+def _is_body(arg: fx.Node) -> bool:
+    if arg.op != "get_attr":
         return False
     owner = arg.graph.owning_module
     return owner is not None and isinstance(get_attribute(owner, str(arg.target)), fx.GraphModule)
@@ -221,7 +234,7 @@ def _nodes(scope: Scope) -> Iterator[tuple[fx.Node, Scope]]:
         yield node, scope
         bodies, operands, reason = bodies_of(node)
         for body in bodies:
-            module = get_attribute(scope.module, str(body.target))
+            module = body_module(body)
             in_no_grad = node.target is torch.ops.higher_order.wrap_with_set_grad_enabled and node.args[0] is False
             shared = "its sub-graph is called from two places" if len(body.users) > 1 else None
             yield from _nodes(
@@ -268,8 +281,7 @@ def _final_users(node: fx.Node) -> Iterator[fx.Node]:
         bodies, operands, _ = bodies_of(user)
         if bodies:
             for body in bodies:
-                module = get_attribute(user.graph.owning_module, str(body.target))
-                placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+                placeholders = [n for n in body_module(body).graph.nodes if n.op == "placeholder"]
                 for index, operand in enumerate(operands):
                     if operand is node:
                         yield from _final_users(placeholders[index])
@@ -349,15 +361,21 @@ def _undone(node: fx.Node) -> tuple[fx.Node, bool] | None:
         return source, True
     if node.target is getattr and rest and rest[0] in ("T", "mT"):
         return source, True
-    if node.target in _SWAPS and len(rest) == 2 and sorted(int(d) % 2 for d in rest) == [0, 1]:
+    if node.target in _SWAPS and sorted(_dimensions(rest)) == [0, 1]:
         return source, True
     if node.target in _PERMUTES:
-        dims = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+        dims = _dimensions(rest)
         if len(dims) == 2:
-            return source, [int(d) % 2 for d in dims] == [1, 0]
+            return source, dims == [1, 0]
     if node.target in _COPIES:
         return source, False
     return None
+
+
+def _dimensions(args: tuple[Any, ...]) -> list[int]:
+    """Dimensions of a matrix, given one by one or as a list, counted from the front."""
+    dims = args[0] if len(args) == 1 and isinstance(args[0], (list, tuple)) else args
+    return [dim % 2 for dim in dims if isinstance(dim, int)]
 
 
 def is_undone(node: fx.Node) -> bool:

@@ -418,7 +418,7 @@ def _exchange(a: LoraGraphModule, b: LoraGraphModule) -> None:
     """Let two graph modules change places, so that the object the caller holds is the other graph."""
     a_forward, b_forward = type(a).forward, type(b).forward
     a.__dict__, b.__dict__ = b.__dict__, a.__dict__
-    type(a).forward, type(b).forward = b_forward, a_forward  # type: ignore[method-assign]
+    type(a).forward, type(b).forward = b_forward, a_forward
     for gm in (a, b):
         for graph in record_of(gm).views.values():
             graph.owning_module = gm

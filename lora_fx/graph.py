@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import fx
 
-from .applications import Application, Scope, bodies_of, is_undone, undone_steps
+from .applications import Application, Scope, bodies_of, body_module, is_undone, undone_steps
 from .graph_module import ROLE, LoraGraphModule, get_attribute, record_of
 from .ops.use import dialect_of
 
@@ -68,12 +68,14 @@ def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
         if path.needs_cast:
             delta = graph.call_function(dialect.cast_like, (delta, base))
         total = graph.call_function(dialect.add, (base, delta))
+    inserted = set()
     node = base.next
     while node is not behind:
         node.meta |= {ROLE: role, "nn_module_stack": use.node.meta.get("nn_module_stack", {})}
+        inserted.add(node)
         node = node.next
     total.meta[ROLE] = Role(path.adapter, is_sum=True)
-    base.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    base.replace_all_uses_with(total, delete_user_cb=lambda user: user not in inserted)
 
 
 def erase_low_rank_paths(gm: LoraGraphModule, adapters: Collection[str]) -> None:
@@ -92,8 +94,10 @@ def rebind_weight(application: Application, attribute: str) -> None:
         return  # a module reads its own parameter
     source = _read(scope, attribute, use.node, None)
     with scope.graph.inserting_before(use.node):
-        for step in undone_steps(use.weight):
-            source = scope.graph.node_copy(step, lambda old: source if old in step.all_input_nodes else old)
+        for step in undone_steps(use.weight):  # each takes the one before it as its first argument
+            copied = scope.graph.node_copy(step)
+            copied.args = (source, *step.args[1:])
+            source = copied
     old = use.weight
     use.node.replace_input_with(old, source)
     _drop_unused(old)
@@ -130,16 +134,14 @@ def _read(scope: Scope, attribute: str, before: fx.Node, role: Role | None) -> f
 
 def _pass_in(call: fx.Node, operand: fx.Node, graph: fx.Graph, role: Role | None) -> fx.Node:
     """Make `operand` one more operand of a higher-order call; the placeholder for it in `graph`."""
-    bodies, operands, _ = bodies_of(call)
+    bodies, _, _ = bodies_of(call)
     if isinstance(call.args[-1], (list, tuple)):  # cond
         call.args = (*call.args[:-1], (*call.args[-1], operand))
     else:
         call.args = (*call.args, operand)
     result: fx.Node | None = None
     for body in bodies:
-        owner = call.graph.owning_module
-        module = get_attribute(owner, str(body.target)) if owner is not None else None
-        assert isinstance(module, fx.GraphModule)
+        module = body_module(body)
         last = [node for node in module.graph.nodes if node.op == "placeholder"][-1:]
         with module.graph.inserting_after(last[0]) if last else module.graph.inserting_before():
             placeholder = _marked(module.graph.placeholder(operand.name), role)
@@ -178,46 +180,43 @@ def _graphs(graph: fx.Graph) -> Iterator[fx.Graph]:
     yield graph
     for node in graph.nodes:
         for body in bodies_of(node)[0]:
-            module = get_attribute(graph.owning_module, str(body.target)) if graph.owning_module else None
-            if isinstance(module, fx.GraphModule):
-                yield from _graphs(module.graph)
+            yield from _graphs(body_module(body).graph)
 
 
 def _erase(graph: fx.Graph, adapters: Collection[str]) -> None:
     for node in reversed(graph.nodes):
-        role = node.meta.get(ROLE)
-        if not isinstance(role, Role) or role.adapter not in adapters:
+        if not _belongs(node, adapters):
             continue
-        if role.is_sum:
+        if node.meta[ROLE].is_sum:
             node.replace_all_uses_with(node.args[0])
         if node.op == "placeholder" or node.users:
             continue  # operands go with their calls
-        owner = graph.owning_module
+        if node.op == "call_module" and "." not in str(node.target) and graph.owning_module is not None:
+            graph.owning_module.delete_submodule(str(node.target))  # a body's own reference to the dropout
         graph.erase_node(node)
-        if node.op == "call_module" and "." not in str(node.target) and isinstance(owner, fx.GraphModule):
-            if isinstance(get_attribute(owner, str(node.target)), nn.Dropout) and owner is not None:
-                owner._modules.pop(str(node.target), None)
 
 
 def _erase_operands(graph: fx.Graph, adapters: Collection[str]) -> None:
     """Innermost first: an operand can go when nothing in the bodies reads its placeholder."""
     for call in list(graph.nodes):
         bodies, operands, _ = bodies_of(call)
-        owner = graph.owning_module
-        modules = [get_attribute(owner, str(body.target)) for body in bodies] if owner is not None else []
+        modules = [body_module(body) for body in bodies]
         for module in modules:
             _erase_operands(module.graph, adapters)
         for index in reversed(range(len(operands))):
-            operand = operands[index]
-            role = operand.meta.get(ROLE)
-            if not isinstance(role, Role) or role.adapter not in adapters:
+            if not _belongs(operands[index], adapters):
                 continue
             for module in modules:
                 placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
                 module.graph.erase_node(placeholders[index])
-            _remove_operand(call, operand)
-            if not operand.users and operand.op == "get_attr":
-                graph.erase_node(operand)
+            _remove_operand(call, operands[index])
+            if not operands[index].users and operands[index].op == "get_attr":
+                graph.erase_node(operands[index])
+
+
+def _belongs(node: fx.Node, adapters: Collection[str]) -> bool:
+    role = node.meta.get(ROLE)
+    return isinstance(role, Role) and role.adapter in adapters
 
 
 def _remove_operand(call: fx.Node, operand: fx.Node) -> None:

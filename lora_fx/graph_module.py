@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .errors import GraphError
+from .errors import GraphError, LoraFxWarning
 
 if TYPE_CHECKING:
     from .injection import Adapter
@@ -95,7 +95,8 @@ class LoraGraphModule(fx.GraphModule):
         """Set the mode of all submodules and show the graph that was traced in it.
 
         Raises:
-            GraphError: if the model could not be traced in that mode.
+            GraphError: if the model could not be traced in that mode, or the user exported it in train
+                mode, with its dropout on for good.
         """
         record = record_of(self)
         if mode in record.untraceable:
@@ -104,6 +105,8 @@ class LoraGraphModule(fx.GraphModule):
                 f"this graph has no {word}() form: the model could not be traced in it "
                 f"({record.untraceable[mode]}). Trace it in the mode you need, or mend the model"
             )
+        if record.trace is None:
+            _check_literal_mode(self.graph, mode)
         super().train(mode)
         if mode in record.views and self._graph is not record.views[mode]:
             self._show(mode)
@@ -246,6 +249,39 @@ def _deepcopy(value: Any, memo: dict[int, Any]) -> Any:
     with warnings.catch_warnings():  # copying a pytree spec calls what torch itself deprecated
         warnings.simplefilter("ignore", FutureWarning)
         return copy.deepcopy(value, memo)
+
+
+_aten = torch.ops.aten
+
+# Ops that torch.export writes the mode into: the positions of the probability, if any, and of the flag.
+_MODE_FLAGS: dict[Any, tuple[int | None, int]] = {
+    _aten.dropout.default: (1, 2),
+    _aten.feature_dropout.default: (1, 2),
+    _aten.alpha_dropout.default: (1, 2),
+    _aten.batch_norm.default: (None, 5),
+}
+
+
+def _check_literal_mode(graph: fx.Graph, mode: bool) -> None:
+    """A graph that the user exported has one mode for good; LoRA's own dropout still follows `train`."""
+    for node in graph.nodes:
+        probability, flag = _MODE_FLAGS.get(node.target, (None, 0))
+        if not flag or len(node.args) <= flag or (probability is not None and not node.args[probability]):
+            continue
+        if node.args[flag] == mode:
+            continue
+        if not mode:
+            raise GraphError(
+                f"this graph was exported in train mode, and {node.name} stays in it for good; export the model "
+                "in eval mode, or use lora_fx.trace(model, args), which keeps both"
+            )
+        warnings.warn(
+            f"this graph was exported in eval mode: {node.name} and whatever else depends on the mode stay as "
+            "they are in training. lora_fx.trace(model, args) keeps both modes",
+            LoraFxWarning,
+            stacklevel=4,
+        )
+        return
 
 
 def get_attribute(root: nn.Module, target: str) -> Any:

@@ -22,13 +22,6 @@ def matches_names(name: str, patterns: str | Iterable[str]) -> bool:
     return any(matches_suffix(name, entry) for entry in patterns)
 
 
-def is_under(name: str, modules: Iterable[str]) -> bool:
-    """Whether `name` is one of `modules` (exact or dotted suffix) or lies inside one of them."""
-    parts = name.split(".")
-    prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return any(matches_suffix(prefix, module) for prefix in prefixes for module in modules)
-
-
 def layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
     """The layer number in a dotted name, or None.
 

@@ -12,7 +12,7 @@ from .applications import Reading, Refusal, is_same_view, names_by_storage, read
 from .config import ALL_LINEAR, LoraConfig, scaling_of
 from .errors import LoraFxWarning, TargetError, closest
 from .graph_module import checked_graph_module
-from .matching import is_under, layer_index, matches_names, matches_suffix, matches_target, matching_key
+from .matching import layer_index, matches_names, matches_suffix, matches_target, matching_key
 from .sites import Site, Sites, sites_of
 from .tables import format_table
 

@@ -88,7 +88,7 @@ def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise GraphError(f"trace takes a torch.nn.Module, not {type(model).__name__}")
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise GraphError(
                 f"parameter {name!r} is not initialised (a lazy module); run the model once before tracing"
             )

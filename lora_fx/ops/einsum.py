@@ -35,7 +35,7 @@ class Einsum:
         parsed = _parse(use.node)
         assert parsed is not None
         equation, operands = parsed
-        position = operands.index(use.weight)
+        position = next(i for i, operand in enumerate(operands) if operand is use.weight)
         indices = _weight_indices(equation, position)
         assert indices is not None
         contracted, new = indices
@@ -76,7 +76,7 @@ def _weight_indices(equation: str, position: int) -> tuple[str, str] | None:
     weight, x, result = terms[position], terms[1 - position], terms[2]
     if len(weight) != 2 or weight[0] == weight[1] or not weight.isalpha() or len(set(x)) != len(x.replace("...", ".")):
         return None
-    for contracted, new in (weight, weight[::-1]):
+    for contracted, new in ((weight[0], weight[1]), (weight[1], weight[0])):
         if x.count(contracted) == 1 and contracted not in result and new in result and new not in x:
             kept = set(x) - {contracted, "."}
             return (contracted, new) if kept <= set(result) else None

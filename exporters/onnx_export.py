@@ -1,0 +1,269 @@
+"""The folded graph as an ONNX file that is op for op the base model's."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lora_fx
+import onnx
+import onnx_ir as ir
+import torch
+from lora_fx import ExportError, LoraFxWarning
+from onnxscript import optimizer
+from torch import fx
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import OutputKind
+
+from .eval_mode import evaluating
+from .example_inputs import Example, make_example, second_example, torch_export_shapes, without_ones
+from .onnx_files import check_file, checked_target, is_external, written
+from .onnx_names import copy_module_paths, name_dimensions, name_outputs, output_names, strip_metadata
+from .onnx_report import Dims, OnnxReport
+from .onnx_weights import StoredWeight, hide_weights, restore_weights, write_manifest
+from .quiet import quiet
+from .text import reason, some
+from .verification import ShapeCheck, check_shape, open_for_check
+
+
+def export_onnx(
+    gm: fx.GraphModule,
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    quantize: Any = None,
+    opset: int | None = None,
+    external_data: bool | None = None,
+    args: tuple[Any, ...] | torch.Tensor | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    check: bool = True,
+) -> OnnxReport:
+    """Write a folded (or untouched) graph as an ONNX file, and check that it computes what torch computes.
+
+    The file depends on the graph alone, not on the values of its weights, so a folded graph gives the
+    base's file node for node, with other bytes in the adapted weights. Weights have their own dotted
+    names (`<fqn>.T` for a second, transposed copy), and `read_manifest` tells which of them lie
+    transposed. The evaluation graph is exported; `gm` is as before afterwards. Weights are written as they
+    are at the time of the call. Files at `path` are replaced at the end, when all is checked, or not at all.
+
+    Args:
+        gm: a graph module from `lora_fx.trace`, `lora_fx.fold`, `torch.fx.symbolic_trace`, or
+            `torch.export.export(...).module()`.
+        path: the file to write. Its directory must exist.
+        opset: version of the operator set; None is the exporter's choice.
+        external_data: weights in `<path>.data` (True), in the file (False), or beside it if they take
+            more than 1.5 GiB (None).
+        args, kwargs: example inputs; None for those that `lora_fx.trace` remembered.
+        dynamic_shapes: None for the remembered free dimensions, "auto" for all that the graph leaves
+            free, or torch.export's form, in which a string names a free dimension.
+        check: run ONNX Runtime (CPU) and torch on the example inputs, and on a second shape if
+            dimensions are free, and refuse a file that disagrees.
+        dtype, quantize: not available yet; refused if not None.
+
+    Raises:
+        ExportError: if the graph holds unfolded adapters, trains, cannot be written in ONNX, has weights that
+            are not finite, or the file does not agree with torch; nothing is written then.
+    """
+    started = time.perf_counter()
+    _refuse_what_is_not_there(dtype, quantize, opset, external_data)
+    _check_graph(gm)
+    target = checked_target(path)
+    _check_weights(gm)
+    example = make_example(gm, args, kwargs, dynamic_shapes)
+    notes = [] if any(example.dimensions) else ["all dimensions are fixed; pass dynamic_shapes to leave some free"]
+    with evaluating(gm):
+        model, weights, found = _convert(gm, without_ones(example), opset)
+        notes += found
+        external = is_external(model, external_data)
+        with written(model, target, external=external) as files:
+            check_file(files.model)
+            checks, lines = _check_against_torch(gm, files.model, example) if check else ((), [])
+            notes += lines
+            size = sum(file.stat().st_size for file in (files.model, files.data) if file is not None and file.exists())
+            has_data = files.data is not None and files.data.exists()
+    for note in found:
+        warnings.warn(note, LoraFxWarning, stacklevel=2)
+    graph = model.graph
+    return OnnxReport(
+        path=os.fspath(path),
+        data_path=f"{os.fspath(path)}.data" if has_data else None,
+        size=size,
+        opset=model.opset_imports[""],
+        nodes=_count(model).total(),
+        ops=dict(_count(model).most_common()),
+        weights=weights,
+        inputs={str(value.name): _dims(value) for value in graph.inputs},
+        outputs={str(value.name): _dims(value) for value in graph.outputs},
+        shapes_checked=tuple(each.shapes for each in checks),
+        max_error=max((each.relative_error for each in checks), default=None),
+        seconds=time.perf_counter() - started,
+        warnings=tuple(notes),
+    )
+
+
+def _refuse_what_is_not_there(dtype: Any, quantize: Any, opset: Any, external_data: Any) -> None:
+    if dtype is not None:
+        raise ExportError(
+            f"dtype={dtype!r} is not available yet; convert the model before tracing it: "
+            "gm = lora_fx.trace(model.half(), args)"
+        )
+    if quantize is not None:
+        raise ExportError(
+            f"quantize={quantize!r} is not available yet; quantize the written file with "
+            "onnxruntime.quantization, and verify_onnx the result"
+        )
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int) or not 1 <= opset <= newest):
+        raise ExportError(f"opset={opset!r} is not an operator set that onnx {onnx.__version__} knows (1 to {newest})")
+    if external_data not in (None, True, False):
+        raise ExportError(f"external_data={external_data!r} must be True, False or None")
+
+
+def _check_graph(gm: Any) -> None:
+    try:
+        adapters = lora_fx.adapter_names(gm)
+    except lora_fx.LoraFxError as error:
+        raise ExportError(f"export_onnx takes a graph module: {error}") from error
+    if adapters:
+        raise ExportError(
+            f"the graph holds {some(adapters)} unfolded, which would slow the file down and break its fusions. "
+            "Fold first: export_onnx(lora_fx.fold(gm), path). A file whose adapters stay switchable at run "
+            "time is what export_onnx_adapters(gm, path) is for, which this version does not have yet"
+        )
+
+
+def _check_weights(gm: fx.GraphModule) -> None:
+    tensors = [*gm.named_parameters(), *gm.named_buffers()]
+    meta = [name for name, tensor in tensors if tensor.is_meta]
+    if meta:
+        raise ExportError(
+            f"{some(meta)} have no values (device 'meta'); load the weights before tracing, or move the model "
+            'with model.to_empty(device="cpu") and load_state_dict'
+        )
+    bad = [name for name, parameter in gm.named_parameters() if not _is_finite(parameter)]
+    bad += [name for name, buffer in gm.named_buffers() if buffer.is_floating_point() and bool(buffer.isnan().any())]
+    if bad:
+        raise ExportError(
+            f"{some(bad)} hold NaN or infinite values; a file with such weights computes nothing. "
+            "Look for a training run that diverged, or a weight outside its dtype's range"
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return bool(tensor.detach().isfinite().all())
+
+
+def _convert(gm: fx.GraphModule, example: Example, opset: int | None) -> tuple[ir.Model, tuple[StoredWeight, ...], list[str]]:
+    program = _export_program(gm, example)
+    outputs = output_names(program)
+    notes = _mutations(program)
+    copy_module_paths(gm, program)
+    try:
+        # Without its optimizer, which would look at the values of the weights: see onnx_weights.
+        with quiet():
+            onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False, opset_version=opset)
+    except Exception as error:
+        raise ExportError(
+            f"torch cannot write this graph in ONNX: {reason(error)}. Replace the operation it names in the model"
+        ) from error
+    assert onnx_program is not None
+    model = onnx_program.model
+    _check_opset(model, opset)
+    if len(model.graph.inputs) != len(example.tensors()):
+        raise ExportError(
+            f"the graph takes {len(example.tensors())} tensors, but its ONNX form takes {len(model.graph.inputs)}; "
+            "pass only tensors (and None, numbers and flags, which are written into the file as they are)"
+        )
+    notes += name_dimensions(model, example, onnx_program.rename_axes)
+    weights = _optimize(model, program, _aliases(gm))
+    name_outputs(model, outputs)
+    strip_metadata(model)
+    write_manifest(model, weights)
+    return model, weights, notes
+
+
+def _export_program(gm: fx.GraphModule, example: Example) -> ExportedProgram:
+    shapes = torch_export_shapes(gm, example)
+    if shapes is not None:
+        # A plain name asks for a free dimension: an error if the model fixes it.
+        shapes = torch.utils._pytree.tree_map(lambda spec: Dim.DYNAMIC if isinstance(spec, str) else spec, shapes)
+    try:
+        # Kernels, and with them decompositions, may depend on requires_grad: base and folded must not differ.
+        with quiet(), torch.no_grad():
+            return torch.export.export(gm, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise ExportError(
+            f"torch.export refuses this graph with these inputs: {reason(error)}. "
+            f"Asked for the free dimensions {[names for _, names in example.tensors()]}; "
+            "pass other args=, kwargs= or dynamic_shapes="
+        ) from error
+
+
+def _mutations(program: ExportedProgram) -> list[str]:
+    kinds = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION, OutputKind.PARAMETER_MUTATION)
+    targets = [str(spec.target) for spec in program.graph_signature.output_specs if spec.kind in kinds]
+    if not targets:
+        return []
+    return [f"the model writes into {some(targets)} when it runs; an ONNX file forgets that between two runs"]
+
+
+def _optimize(model: ir.Model, program: ExportedProgram, aliases: Mapping[str, tuple[str, ...]]) -> tuple[StoredWeight, ...]:
+    weights = {name for name, tensor in program.state_dict.items() if tensor.is_floating_point() or tensor.is_complex()}
+    with quiet():
+        held = hide_weights(model, weights)
+        optimizer.optimize_ir(model)
+        return restore_weights(model, held, aliases)
+
+
+def _aliases(gm: fx.GraphModule) -> dict[str, tuple[str, ...]]:
+    """{fqn: the other names of the same tensor}, for tied weights."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
+        if tensor.numel():
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            groups.setdefault(key, []).append(name)
+    return {name: tuple(n for n in names if n != name) for names in groups.values() if len(names) > 1 for name in names}
+
+
+def _check_opset(model: ir.Model, opset: int | None) -> None:
+    got = model.opset_imports.get("")
+    if opset is not None and got != opset:
+        raise ExportError(
+            f"asked for opset {opset}, but torch {torch.__version__} can write this graph only in opset {got}; "
+            f"pass opset={got}, or leave opset=None"
+        )
+
+
+def _check_against_torch(gm: fx.GraphModule, path: Path, example: Example) -> tuple[tuple[ShapeCheck, ...], list[str]]:
+    session = open_for_check(path)
+    notes: list[str] = []
+    examples = [example]
+    if any(example.dimensions):
+        second, line = second_example(gm, example)
+        examples += [second] if second is not None else []
+        notes += [line] if second is None else []
+    checks = tuple(check_shape(session, gm, each) for each in examples)
+    for each in checks:
+        if not each.ok:
+            raise ExportError(
+                f"the exported file does not compute what torch computes, so nothing was written: {each}. "
+                "export_onnx(..., check=False) writes it all the same, to look into it"
+            )
+    return checks, notes
+
+
+def _count(model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for graph in model.graphs() for node in graph)
+
+
+def _dims(value: ir.Value) -> Dims:
+    shape = value.shape if value.shape is not None else ()
+    return tuple(size if isinstance(size, int) else str(size.value) for size in shape)

@@ -1,0 +1,168 @@
+"""Writing an ONNX file so that there is always a whole one: the old, or the new and checked one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from lora_fx import ExportError
+
+from .text import reason
+
+DATA_HASH_KEY = "lora_fx.data_sha256"
+AUTOMATIC_EXTERNAL_BYTES = 3 * 2**29  # 1.5 GiB
+PROTOBUF_BYTES = 2**31 - 2**26  # 2 GiB less room for the graph itself
+
+
+@dataclass(frozen=True)
+class Written:
+    """Files in a temporary directory, checked by nobody yet."""
+
+    model: Path
+    data: Path | None
+
+
+def checked_target(path: str | os.PathLike[str]) -> Path:
+    """Where to write, with links resolved.
+
+    Raises:
+        ExportError: if nothing can be written there. Better now than after a long export.
+    """
+    try:
+        target = Path(os.path.realpath(os.fspath(path)))
+    except TypeError as error:
+        raise ExportError(f"path must be a string or a path, not {type(path).__name__}") from error
+    if target.is_dir():
+        raise ExportError(f"{path} is a directory; name a file in it, such as {target / 'model.onnx'}")
+    if not target.parent.is_dir():
+        raise ExportError(
+            f"cannot write {path}: the directory {target.parent} does not exist; make it first "
+            f"(mkdir -p {target.parent})"
+        )
+    with _temporary_directory(target):
+        pass
+    return target
+
+
+@contextlib.contextmanager
+def _temporary_directory(target: Path) -> Iterator[Path]:
+    """A directory beside the target, on the same file system; gone afterwards whatever happens."""
+    try:
+        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise ExportError(
+            f"cannot write into {target.parent} ({error.strerror}); choose another directory or mend its permissions"
+        ) from error
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def is_external(model: ir.Model, wanted: bool | None) -> bool:
+    """Whether weights go into a file of their own.
+
+    Raises:
+        ExportError: if the caller wants one file and protobuf cannot hold that much.
+    """
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    if wanted is False and size > PROTOBUF_BYTES:
+        raise ExportError(
+            f"external_data=False, but the weights take {size / 2**30:.2f} GiB and one protobuf file holds at most "
+            f"{PROTOBUF_BYTES / 2**30:.2f} GiB; leave external_data=None"
+        )
+    return size > AUTOMATIC_EXTERNAL_BYTES if wanted is None else wanted
+
+
+@contextlib.contextmanager
+def written(model: ir.Model, target: Path, *, external: bool) -> Iterator[Written]:
+    """The model in files beside `target`, for checking; they move to `target` if the block succeeds.
+
+    Raises:
+        ExportError: if the file system refuses. Files that were at `target` are then as they were.
+    """
+    with _temporary_directory(target) as directory:
+        files = Written(directory / target.name, directory / f"{target.name}.data" if external else None)
+        try:
+            _save(model, files)
+        except OSError as error:
+            raise ExportError(f"cannot write {target} ({error.strerror or reason(error)}); {_room(target)}") from error
+        yield files
+        stale = None if external else _own_data_of(target)
+        try:
+            _commit(files, target)
+        except OSError as error:
+            raise ExportError(f"cannot replace {target} ({error.strerror}); the old file is as it was") from error
+        if stale is not None:
+            stale.unlink(missing_ok=True)
+
+
+def _save(model: ir.Model, files: Written) -> None:
+    if files.data is None:
+        ir.save(model, files.model)
+    else:
+        # The graph names its weights' hash, so the weights are written first, and the graph once more.
+        ir.save(model, files.model, external_data=files.data.name)
+        proto = onnx.load(files.model, load_external_data=False)
+        if files.data.exists():
+            entry = proto.metadata_props.add()
+            entry.key, entry.value = DATA_HASH_KEY, sha256(files.data)
+        files.model.write_bytes(proto.SerializeToString())
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (files.model, files.data):
+        if path is not None and path.exists():
+            os.chmod(path, 0o666 & ~umask)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def _commit(files: Written, target: Path) -> None:
+    """Data first: a kill in between leaves an old graph whose hash its new data does not have."""
+    if files.data is not None and files.data.exists():
+        os.replace(files.data, target.with_name(files.data.name))
+    os.replace(files.model, target)
+
+
+def _own_data_of(target: Path) -> Path | None:
+    """The data file of the file that is about to be replaced, if we wrote it: nothing will name it any more."""
+    data = target.with_name(f"{target.name}.data")
+    if not (target.is_file() and data.is_file()):
+        return None
+    with contextlib.suppress(Exception):
+        old = onnx.load(target, load_external_data=False)
+        if any(prop.key == DATA_HASH_KEY for prop in old.metadata_props):
+            return data
+    return None
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _room(target: Path) -> str:
+    with contextlib.suppress(OSError):
+        return f"{shutil.disk_usage(target.parent).free / 2**30:.1f} GiB are free there, and the old file is as it was"
+    return "the old file is as it was"
+
+
+def check_file(path: Path) -> None:
+    """onnx's own checker, with shape inference.
+
+    Raises:
+        ExportError: with the checker's first line.
+    """
+    try:
+        onnx.checker.check_model(os.fspath(path), full_check=True)
+    except Exception as error:
+        raise ExportError(f"the exported file does not pass onnx's checker, nothing was kept: {reason(error)}") from error

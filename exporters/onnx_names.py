@@ -1,0 +1,120 @@
+"""Names of an ONNX file's inputs, outputs and dimensions; and what its metadata must not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from lora_fx import ExportError
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, OutputKind
+from torch.utils import _pytree as pytree
+
+from .example_inputs import Example
+
+# Of what torch writes beside each node, only this is worth its bytes: which module the node comes from.
+# `stack_trace` holds source paths of the machine that exported.
+_KEPT = ("pkg.torch.onnx.name_scopes",)
+
+
+def output_names(program: ExportedProgram) -> list[str]:
+    """One name per tensor the program returns: the keys of its output, `output` or `output_0`, ...
+
+    Raises:
+        ExportError: if it returns numbers or strings, for which ONNX has no place.
+    """
+    spec = program.call_spec.out_spec
+    specs = [s for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
+    if spec is None:
+        return [f"output_{i}" for i in range(len(specs))]
+    marked = pytree.tree_unflatten(list(range(len(specs))), spec)
+    names: list[str] = []
+    for (path, _), output in zip(pytree.tree_flatten_with_path(marked)[0], specs, strict=True):
+        name = "_".join(_key(key) for key in path)
+        if not isinstance(output.arg, ConstantArgument):
+            names.append(name if name and not name[0].isdigit() else f"output_{name}".rstrip("_"))
+        elif output.arg.value is not None:
+            raise ExportError(
+                f"the model returns {output.arg.value!r} ({type(output.arg.value).__name__}) as "
+                f"{name or 'its output'!r}, and an ONNX file returns only tensors; return a tensor, or nothing"
+            )
+    return names
+
+
+def _key(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def name_outputs(model: ir.Model, names: Sequence[str]) -> None:
+    """Name the graph's outputs; a value inside that has one of these names gets another."""
+    graph = model.graph
+    inputs = {value.name for value in graph.inputs}
+    wanted = [f"{name}_out" if name in inputs else name for name in names]
+    outputs = list(graph.outputs)
+    for name, output in zip(wanted, outputs, strict=True):
+        for value in _values(model):
+            if value.name == name and value is not output:
+                value.name = f"{name}_inner"
+        output.name = name
+
+
+def name_dimensions(model: ir.Model, example: Example, rename: Any) -> list[str]:
+    """Call the free dimensions what the example calls them; returns what turned out not to be free.
+
+    Args:
+        rename: `ONNXProgram.rename_axes`, which also renames inside expressions such as `2*s1`.
+    """
+    symbols: dict[str, str] = {}
+    fixed: list[str] = []
+    for value, (tensor, names) in zip(model.graph.inputs, example.tensors(), strict=True):
+        shape = value.shape if value.shape is not None else ir.Shape([])
+        for i, name in names.items():
+            dimension = shape[i]
+            if isinstance(dimension, ir.SymbolicDim) and dimension.value is not None:
+                symbols.setdefault(str(dimension.value), name)
+            else:
+                fixed.append(f"dimension {i} ({name!r}) of input {value.name!r} is fixed at {tensor.shape[i]}")
+    if symbols:
+        rename(symbols)
+    return fixed
+
+
+def strip_metadata(model: ir.Model) -> None:
+    """Drop what tells about the exporting machine or about torch's internals."""
+    for value in _values(model):
+        value.metadata_props.clear()
+        value.doc_string = None
+    for graph in model.graphs():
+        graph.metadata_props.clear()
+        graph.doc_string = None
+        for node in graph:
+            kept = {key: node.metadata_props[key] for key in _KEPT if key in node.metadata_props}
+            node.metadata_props.clear()
+            node.metadata_props.update(kept)
+            node.doc_string = None
+    model.metadata_props.clear()
+    model.doc_string = None
+
+
+def copy_module_paths(gm: torch.fx.GraphModule, program: ExportedProgram) -> None:
+    """Give the re-exported nodes the module paths that the traced nodes have, if the two run in step."""
+    traced = [node for node in gm.graph.nodes if node.op == "call_function"]
+    exported = [node for node in program.graph.nodes if node.op == "call_function"]
+    if [node.target for node in traced] != [node.target for node in exported]:
+        return
+    for source, node in zip(traced, exported, strict=True):
+        if source.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = source.meta["nn_module_stack"]
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        yield from graph.inputs
+        yield from list(graph.initializers.values())
+        for node in graph:
+            yield from node.outputs

@@ -1,0 +1,192 @@
+"""ONNX Runtime sessions that run where they say they run.
+
+`get_available_providers()` lists what was compiled in, not what works, and a CUDA session on a machine
+without CUDA is a CPU session with a line in the log. So: make the session, look at what it got, and
+read the log for the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+from lora_fx import ExportError
+from lora_fx.errors import closest
+
+from .quiet import stderr_caught
+from .text import reason, some
+
+logger = logging.getLogger("exporters")
+
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_NAMES = ("auto", *_PROVIDERS)
+# A model whose products run on the CPU does not "run on CUDA", whatever its shape arithmetic does.
+_HEAVY = {"Attention", "Conv", "ConvTranspose", "Einsum", "FusedMatMul", "GRU", "Gemm", "LSTM", "MatMul", "MultiHeadAttention"}
+
+
+def make_session(path: str | os.PathLike[str], *, provider: str = "auto") -> ort.InferenceSession:
+    """Open an ONNX file on the provider asked for, or raise.
+
+    Args:
+        provider: "cuda" or "tensorrt" runs there or raises with the reason; "cpu"; "auto" takes CUDA if it
+            works and the CPU otherwise, and says to the logger "exporters" which it took and why.
+
+    Raises:
+        ExportError: for an unknown provider, a missing or damaged file, external weights that are not those
+            the file was written with, or a provider that does not work here.
+    """
+    check_provider(provider)
+    return open_session(checked_file(path), provider)
+
+
+def check_provider(provider: str) -> None:
+    """Raises ExportError unless `provider` is one of "auto", "cpu", "cuda" and "tensorrt"."""
+    if provider in _NAMES:
+        return
+    meant = {name.lower(): short for short, name in _PROVIDERS.items()}.get(str(provider).lower())
+    hint = f" Did you mean {meant!r}?" if meant else closest(str(provider).lower(), _NAMES)
+    raise ExportError(f"provider={provider!r} is unknown; choose one of {', '.join(map(repr, _NAMES))}.{hint}")
+
+
+def checked_file(path: str | os.PathLike[str]) -> Path:
+    """`path` as a Path. Raises ExportError if there is no file."""
+    try:
+        file = Path(os.fspath(path))
+    except TypeError as error:
+        raise ExportError(f"path must be a string or a path, not {type(path).__name__}") from error
+    if not file.is_file():
+        what = "is a directory" if file.is_dir() else "does not exist"
+        raise ExportError(f"the ONNX file {file} {what}; export_onnx(gm, {str(file)!r}) writes one")
+    return file
+
+
+def open_session(file: Path, provider: str, options: Mapping[str, str] | None = None) -> ort.InferenceSession:
+    """`make_session` on checked arguments; `options` go to the GPU provider."""
+    if provider == "cpu":
+        session = _open(file, ["CPUExecutionProvider"])
+    elif provider == "auto":
+        session = _automatic(file, options or {})
+    else:
+        session = _on_gpu(file, _PROVIDERS[provider], options or {})
+    _check_external_data(file, session)
+    return session
+
+
+def _automatic(file: Path, options: Mapping[str, str]) -> ort.InferenceSession:
+    cuda = _PROVIDERS["cuda"]
+    if cuda not in ort.get_available_providers():
+        logger.info("auto took the CPU: this build of onnxruntime has no CUDA provider")
+        return _open(file, ["CPUExecutionProvider"])
+    try:
+        session = _on_gpu(file, cuda, options)
+    except ProviderError as error:
+        logger.warning("auto took the CPU for %s: %s", file.name, error)
+        return _open(file, ["CPUExecutionProvider"])
+    logger.info("auto took CUDA for %s", file.name)
+    return session
+
+
+class ProviderError(ExportError):
+    """The provider does not work here; the file may be all right."""
+
+
+def _on_gpu(file: Path, provider: str, options: Mapping[str, str]) -> ort.InferenceSession:
+    if provider not in ort.get_available_providers():
+        raise ProviderError(
+            f"{provider} is not in this build of onnxruntime {ort.__version__} (it has "
+            f"{some(ort.get_available_providers())}); pip install onnxruntime-gpu, and not onnxruntime beside it"
+        )
+    _open(file, ["CPUExecutionProvider"])  # a file that cannot be read at all is not the provider's fault
+    wanted: list[Any] = [(provider, dict(options))]
+    with stderr_caught() as caught:
+        try:
+            # Nothing at all on the CPU: as strict as it gets. Not every good model passes, because ONNX Runtime
+            # keeps the arithmetic of free dimensions on the CPU on purpose.
+            return _create(file, wanted, {"session.disable_cpu_ep_fallback": "1"})
+        except Exception as error:
+            first = error
+        try:
+            session = _create(file, wanted, {"session.record_ep_graph_assignment_info": "1"})
+        except Exception as error:
+            first, session = error, None
+    log = _log_lines(caught.text)
+    if session is None or provider not in session.get_providers():
+        raise ProviderError(f"{provider} does not work here: {_why(log) or reason(first)}. {_fix(log, provider)}") from first
+    _refuse_heavy_on_cpu(session, provider)
+    return session
+
+
+def _refuse_heavy_on_cpu(session: ort.InferenceSession, provider: str) -> None:
+    assigned = session.get_provider_graph_assignment_info()
+    on_cpu = [node.op_type for part in assigned if part.ep_name == "CPUExecutionProvider" for node in part.get_nodes()]
+    heavy = sorted(_HEAVY & set(on_cpu))
+    if heavy:
+        raise ProviderError(
+            f"{provider} leaves {some(heavy)} of this model to the CPU; it cannot run them in this dtype or form. "
+            'Run with provider="cpu", or export the model in float32 or float16'
+        )
+    if on_cpu:
+        logger.info("%s runs the model; %d nodes of shape arithmetic stay on the CPU", provider, len(on_cpu))
+
+
+def _open(file: Path, providers: Sequence[Any]) -> ort.InferenceSession:
+    with stderr_caught():
+        try:
+            return _create(file, providers, {})
+        except Exception as error:
+            raise ExportError(
+                f"ONNX Runtime {ort.__version__} cannot open {file}: {reason(error)}. The file may be damaged, cut "
+                "off, apart from its .data file, or newer than this onnxruntime; export it again"
+            ) from error
+
+
+def _create(file: Path, providers: Sequence[Any], config: Mapping[str, str]) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
+    # enable_fallback is Python's own retry on other providers, which prints to stdout and goes on.
+    return ort.InferenceSession(os.fspath(file), options, providers=list(providers), enable_fallback=0)
+
+
+def _check_external_data(file: Path, session: ort.InferenceSession) -> None:
+    """The graph names the hash of its weights: another file of the same size would load without a word."""
+    from .onnx_files import DATA_HASH_KEY, sha256
+
+    expected = session.get_modelmeta().custom_metadata_map.get(DATA_HASH_KEY)
+    data = file.with_name(f"{file.name}.data")
+    if expected is not None and data.is_file() and sha256(data) != expected:
+        raise ExportError(
+            f"{data.name} does not hold the weights that {file.name} was written with (sha256 differs): one of the "
+            "two was replaced or damaged; export both again"
+        )
+
+
+def _log_lines(text: str) -> list[str]:
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    return [line.strip() for line in plain.splitlines() if line.strip()]
+
+
+def _why(log: Sequence[str]) -> str:
+    for line in log:
+        missing = re.search(r"Failed to load library \S*?([^/\s]+\.so\S*) with error: (.*)", line)
+        if missing:
+            return f"{missing[1]} needs {missing[2]}"
+    failed = [line for line in log if "Failed to create" in line or "CUDA failure" in line or "CUDA error" in line]
+    return re.sub(r"^.*?\] ", "", failed[0])[:300] if failed else ""
+
+
+def _fix(log: Sequence[str], provider: str) -> str:
+    required = next((found[1] for line in log if (found := re.search(r"(Require [^.]*\*[^.]*\*)", line))), "")
+    needs = f"{required}. " if required else ""
+    libraries = "TensorRT 10" if "Tensorrt" in provider else "the CUDA libraries (pip install onnxruntime-gpu[cuda,cudnn])"
+    return f'{needs}Install a driver and {libraries} and look at nvidia-smi, or pass provider="cpu" or "auto"'

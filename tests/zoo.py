@@ -1,0 +1,535 @@
+"""The models of the test matrix: small, with prime dimensions, one for each way of applying a parameter.
+
+A `Case` says how to make a model and its inputs, which tracers take it, and what the sites are. `traced`
+makes its graph with one of the four tracers, once per process.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+import lora_fx
+
+TRACERS = ("trace", "symbolic", "export", "strict")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model of the zoo.
+
+    Attributes:
+        make: a fresh model, in eval mode.
+        shape: of its float input; `inputs` overrides it.
+        sites: the paths of all sites, in the order of the graph.
+        tracers: those that take it.
+        inputs: example inputs as (args, kwargs) for a dtype.
+        targets: what to adapt in the laws; all sites if None.
+        unties: folding has to untie a weight, so the graph gains a parameter and warns.
+        untrained: sites whose adapters get no gradient.
+        linears: how many adapted products an output passes through, for tolerances.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    sites: tuple[str, ...]
+    shape: tuple[int, ...] = (3, 7)
+    tracers: tuple[str, ...] = TRACERS
+    inputs: Callable[[torch.dtype], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    targets: tuple[str, ...] | None = None
+    unties: bool = False
+    untrained: frozenset[str] = frozenset()
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    linears: int = 2
+    marks: tuple[Any, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def targeted(self) -> list[str]:
+        return list(self.sites if self.targets is None else self.targets)
+
+    def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        torch.manual_seed(1)
+        return self.make().to(dtype).eval()
+
+    def arguments(self, dtype: torch.dtype = torch.float32, seed: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        torch.manual_seed(seed)
+        if self.inputs is not None:
+            return self.inputs(dtype)
+        return (torch.randn(self.shape).to(dtype),), {}
+
+
+# One model for each way of applying a parameter ---------------------------------------------------
+
+
+class Mlp(nn.Module):
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(7, 11, bias=bias)
+        self.act = nn.GELU()
+        self.drop = nn.Dropout(0.3)
+        self.fc2 = nn.Linear(11, 5, bias=bias)
+
+    def forward(self, x):
+        return self.fc2(self.drop(self.act(self.fc1(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 7, inner: int = 13) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.q_proj = nn.Linear(width, width)
+        self.up = nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.down(F.silu(self.up(h + self.q_proj(h))))
+
+
+class Stack(nn.Module):
+    """Layers behind a number, as every transformer has them, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Module()
+        self.body.layers = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(7, 5)
+
+    def forward(self, x):
+        for layer in self.body.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+class Functional(nn.Module):
+    """Parameters of the module itself, applied by functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(11, 7) / 3)
+        self.b = nn.Parameter(torch.randn(11))
+        self.inner = nn.Module()
+        self.inner.weight = nn.Parameter(torch.randn(5, 11) / 3)
+
+    def forward(self, x):
+        return F.linear(torch.tanh(F.linear(x, self.w, self.b)), self.inner.weight)
+
+
+class ModuleWeight(nn.Module):
+    """Reads `self.fc.weight` without calling fc: PEFT's adapter has no effect there (5.0 #9)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(7, 11)
+
+    def forward(self, x):
+        return F.linear(x, self.fc.weight, self.fc.bias)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's: addmm with the weight stored (in, out)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / 3)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class Addmm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_attn = Conv1D(7, 11)
+        self.c_proj = Conv1D(11, 5)
+
+    def forward(self, x):
+        return self.c_proj(torch.tanh(self.c_attn(x)))
+
+
+class AddmmFactors(nn.Module):
+    """addmm's own beta and alpha multiply the product, so the delta too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(7, 11) / 3)
+        self.bias = nn.Parameter(torch.randn(11))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight, beta=0.5, alpha=3)
+
+
+class Products(nn.Module):
+    """@, torch.matmul, the method, mm; the weight on either side, as it is and transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = nn.Parameter(torch.randn(7, 11) / 3)
+        self.matmul = nn.Parameter(torch.randn(13, 11) / 3)
+        self.method = nn.Parameter(torch.randn(13, 5) / 3)
+        self.mm = nn.Parameter(torch.randn(5, 17) / 3)
+        self.left = nn.Parameter(torch.randn(2, 3) / 2)
+        self.left_t = nn.Parameter(torch.randn(2, 11) / 2)
+
+    def forward(self, x):
+        y = torch.tanh(x @ self.at)
+        y = torch.tanh(torch.matmul(y, self.matmul.T))
+        y = torch.tanh(y.matmul(self.method))
+        y = torch.mm(y, self.mm)  # (3, 17)
+        y = torch.tanh(self.left @ y)  # (2, 17)
+        return self.left_t.transpose(0, 1) @ y  # (11, 17)
+
+
+class Transposed(nn.Module):
+    """Every way of turning a weight round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(11, 7) / 3)
+        self.b = nn.Parameter(torch.randn(13, 11) / 3)
+        self.c = nn.Parameter(torch.randn(13, 5) / 3)
+        self.d = nn.Parameter(torch.randn(5, 17) / 3)
+        self.e = nn.Parameter(torch.randn(17, 3) / 3)
+
+    def forward(self, x):
+        x = torch.tanh(x @ self.a.t())
+        x = torch.tanh(x @ self.b.permute(1, 0))
+        x = torch.tanh(F.linear(x, self.c.T))
+        x = torch.tanh(F.linear(x, self.d.transpose(-1, -2).contiguous()))
+        return F.linear(x, self.e.mT.t().mT)
+
+
+class Vector(nn.Module):
+    """A matrix applied to a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mv = nn.Parameter(torch.randn(11, 7) / 3)
+        self.matmul = nn.Parameter(torch.randn(5, 11) / 3)
+
+    def forward(self, x):
+        return self.matmul @ torch.tanh(torch.mv(self.mv, x))
+
+
+class Einsum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(11, 7) / 3)
+        self.b = nn.Parameter(torch.randn(11, 13) / 3)
+        self.c = nn.Parameter(torch.randn(5, 13) / 3)
+        self.d = nn.Parameter(torch.randn(3, 2) / 2)
+
+    def forward(self, x):  # (2, 3, 7)
+        x = torch.tanh(torch.einsum("bsi,oi->bso", x, self.a))
+        x = torch.tanh(torch.einsum("...i,io->...o", x, self.b))
+        x = torch.tanh(torch.einsum("oi,bsi->bos", self.c, x))  # (2, 5, 3): the result transposed too
+        return torch.einsum("bos,st->bto", x, self.d)
+
+
+class CalledTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(7, 7)
+        self.out = nn.Linear(7, 5)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.fc(torch.tanh(self.fc(x)))))
+
+
+class SharedModule(nn.Module):
+    """One module under two names (5.0 #12)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(7, 7)
+        self.b = self.a
+        self.out = nn.Linear(7, 5)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+class SharedParameter(nn.Module):
+    """Two modules with one weight (5.0 #13)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(7, 7)
+        self.b = nn.Linear(7, 7)
+        self.b.weight = self.a.weight
+        self.out = nn.Linear(7, 5)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+class TiedHead(nn.Module):
+    """Embedding and head of one tensor (5.0 #14)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(17, 7)
+        self.fc = nn.Linear(7, 7)
+        self.lm_head = nn.Linear(7, 17, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.lm_head(torch.tanh(self.fc(self.embed(ids))))
+
+
+class NoGrad(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(7, 7)
+        self.fc = nn.Linear(7, 5)
+
+    def forward(self, x):
+        with torch.no_grad():
+            h = torch.tanh(self.frozen(x))
+        return self.fc(h + x)
+
+
+class Cond(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(7, 5)
+        self.b = nn.Linear(7, 5)
+        self.c = nn.Linear(7, 7)
+
+    def forward(self, x):
+        x = torch.tanh(self.c(x))
+        return torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.b(x).neg(), (x,))
+
+
+class Autocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(7, 11)
+        self.b = nn.Linear(11, 5)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = torch.tanh(self.a(x))
+        return self.b(h.to(self.b.weight.dtype))
+
+
+class Modes(nn.Module):
+    """Dropout, batch norm and a branch on the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(7, 11)
+        self.norm = nn.BatchNorm1d(11)
+        self.drop = nn.Dropout(0.4)
+        self.noise = nn.Linear(11, 11)
+        self.fc2 = nn.Linear(11, 5)
+
+    def forward(self, x):
+        x = self.drop(self.norm(self.fc1(x)))
+        if self.training:
+            x = x + F.dropout(self.noise(x), 0.2, self.training)
+        return self.fc2(x)
+
+
+class Attention(nn.Module):
+    """A packed in-projection, three views of it, and dropout inside the attention op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(14, 42)
+        self.out = nn.Linear(14, 14)
+
+    def forward(self, x):
+        b, s, d = x.shape
+        q, k, v = self.qkv(x).view(b, s, 3, 2, 7).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.2 if self.training else 0.0)
+        return self.out(y.transpose(1, 2).reshape(b, s, d))
+
+
+class MultiHead(nn.Module):
+    """nn.MultiheadAttention: in_proj_weight is a parameter of its own, out_proj is never called (5.0 #1, #3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(14, 2, dropout=0.1, batch_first=True)
+        self.fc = nn.Linear(14, 5)
+
+    def forward(self, x):
+        return self.fc(self.attn(x, x, x, need_weights=False)[0])
+
+
+class EncoderLayer(nn.Module):
+    """The layer whose eager eval path never calls linear1 (5.0 #2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(14, 2, dim_feedforward=11, dropout=0.1, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class ScaledLinear(nn.Linear):
+    """A subclass with its own forward (5.0 #10)."""
+
+    def forward(self, x):
+        return 0.5 * super().forward(x).tanh()
+
+
+class PlainSubclass(nn.Linear):
+    """A subclass whose forward is the linear's."""
+
+
+class Subclasses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = PlainSubclass(7, 11)
+        self.scaled = ScaledLinear(11, 5)
+
+    def forward(self, x):
+        return self.scaled(self.plain(x))
+
+
+class Strided(nn.Module):
+    """A weight that is not contiguous in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(7, 11)
+        self.fc.weight = nn.Parameter(torch.randn(7, 11).t())
+        self.out = nn.Linear(11, 5)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.fc(x)))
+
+
+class Structured(nn.Module):
+    """Inputs and outputs that are no single tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(7, 11)
+        self.out = nn.Linear(11, 5)
+
+    def forward(self, x, *, extra=None):
+        h = torch.tanh(self.fc(x["a"] + x["b"]))
+        h = h if extra is None else h + extra
+        return {"hidden": h, "pair": (self.out(h), h.sum())}
+
+
+class Lora(nn.Module):
+    """Names that look like ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_A = nn.Linear(7, 11)
+        self.flora_head = nn.Linear(11, 5)
+
+    def forward(self, x):
+        return self.flora_head(torch.tanh(self.lora_A(x)))
+
+
+class Mixed(nn.Module):
+    """Sites among operators that are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 5, 3, padding=1)
+        self.norm = nn.GroupNorm(1, 5)
+        self.fc = nn.Linear(7, 11)
+        self.register_buffer("shift", torch.randn(11))
+        self.register_buffer("scratch", torch.randn(11), persistent=False)
+        self.out = nn.Linear(11, 5)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.fc(self.norm(self.conv(x))) + self.shift * self.scratch))
+
+
+def _ids(dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (torch.randint(0, 17, (3, 5)),), {}
+
+
+def _structured(dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    pair = {"a": torch.randn(3, 7).to(dtype), "b": torch.randn(3, 7).to(dtype)}
+    return (pair,), {"extra": torch.randn(3, 11).to(dtype)}
+
+
+EXPORTED = ("trace", "export", "strict")
+
+SMALL = (
+    Case("mlp", Mlp, ("fc1", "fc2")),
+    Case("mlp_no_bias", lambda: Mlp(bias=False), ("fc1", "fc2"), shape=(2, 3, 7)),
+    Case("root", lambda: nn.Linear(7, 5), ("",), tracers=("trace", "export", "strict"), targets=("",), linears=1),
+    Case(
+        "stack",
+        Stack,
+        tuple(f"body.layers.{i}.{name}" for i in range(2) for name in ("q_proj", "up", "down")) + ("head",),
+        shape=(2, 3, 7),
+        linears=7,
+    ),
+    Case("functional", Functional, ("w", "inner")),
+    Case("module_weight", ModuleWeight, ("fc",), linears=1),
+    Case("addmm", Addmm, ("c_attn", "c_proj")),
+    Case("addmm_factors", AddmmFactors, ("",), targets=("",), linears=1),
+    Case("products", Products, ("at", "matmul", "method", "mm", "left", "left_t"), linears=6),
+    Case("transposed", Transposed, ("a", "b", "c", "d", "e"), linears=5),
+    Case("vector", Vector, ("mv", "matmul"), shape=(7,)),
+    Case("einsum", Einsum, ("a", "b", "c", "d"), shape=(2, 3, 7), linears=4),
+    Case("called_twice", CalledTwice, ("fc", "out"), linears=3),
+    Case("shared_module", SharedModule, ("a", "out"), linears=3),
+    Case("shared_parameter", SharedParameter, ("a", "b", "out"), linears=3),
+    Case("tied_head", TiedHead, ("fc", "lm_head"), inputs=_ids, unties=True),
+    Case("no_grad", NoGrad, ("frozen", "fc"), untrained=frozenset({"frozen"}), tracers=EXPORTED),
+    Case("cond", Cond, ("c", "a", "b"), tracers=EXPORTED),
+    Case("autocast", Autocast, ("a", "b"), tracers=EXPORTED, dtypes=(torch.float32,)),
+    Case("modes", Modes, ("fc1", "fc2"), tracers=("export", "strict"), shape=(5, 7)),
+    Case("attention", Attention, ("qkv", "out"), shape=(2, 3, 14), tracers=EXPORTED),
+    Case("multi_head", MultiHead, ("attn.in_proj_weight", "attn.out_proj", "fc"), (2, 3, 14), tracers=EXPORTED, linears=3),
+    Case(
+        "encoder_layer",
+        EncoderLayer,
+        ("layer.self_attn.in_proj_weight", "layer.self_attn.out_proj", "layer.linear1", "layer.linear2"),
+        (2, 3, 14),
+        tracers=EXPORTED,
+        linears=4,
+    ),
+    Case("subclasses", Subclasses, ("plain", "scaled"), tracers=EXPORTED),
+    Case("strided", Strided, ("fc", "out")),
+    Case("structured", Structured, ("fc", "out"), inputs=_structured),
+    Case("lora_names", Lora, ("lora_A", "flora_head")),
+    Case("mixed", Mixed, ("fc", "out"), shape=(2, 3, 7)),
+)
+BY_NAME = {case.name: case for case in SMALL}
+
+
+def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, strict: bool) -> fx.GraphModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export's notes to itself
+        return torch.export.export(model, args, kwargs, strict=strict).module()
+
+
+def trace_with(tracer: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    if tracer == "trace":
+        return lora_fx.trace(model, args, kwargs)
+    if tracer == "symbolic":
+        return fx.symbolic_trace(model)
+    return exported(model, args, kwargs, strict=tracer == "strict")
+
+
+@functools.cache
+def traced(case: Case, tracer: str = "trace", dtype: torch.dtype = torch.float32) -> fx.GraphModule:
+    """The case's graph. It is shared by all tests of a process: none may change it."""
+    args, kwargs = case.arguments(dtype)
+    return trace_with(tracer, case.model(dtype), args, kwargs)
