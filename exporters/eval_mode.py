@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lora_fx import ExportError, LoraFxError
 from torch import fx, nn
+
+from lora_fx import ExportError, LoraFxError
 
 # op name -> position of its `training` flag
 _FLAGGED = {

@@ -12,12 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import lora_fx
 import torch
-from lora_fx import ExportError
 from torch import fx
 from torch.export import Dim
 from torch.utils import _pytree as pytree
+
+import lora_fx
+from lora_fx import ExportError
 
 from .text import reason
 
@@ -64,7 +65,7 @@ class Example:
 
     def on(self, device: torch.device) -> Example:
         """The same inputs on another device."""
-        move = lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf  # noqa: E731
+        move = lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
         args, kwargs = pytree.tree_map(move, (self.args, self.kwargs))
         return Example(args, kwargs, self.dimensions, self.specs)
 
@@ -105,7 +106,7 @@ def make_example(
         dimensions = _dimension_names(gm, args, kwargs, specs)
     elif record is not None and len(record.dimension_names) == len(leaves):
         dimensions = _record_names(gm, record, args, kwargs)
-        specs = tuple({i: Dim.AUTO for i in names} for names in dimensions)
+        specs = tuple(dict.fromkeys(names, Dim.AUTO) for names in dimensions)
     else:
         dimensions = specs = tuple({} for _ in leaves)
     return Example(args, kwargs, dimensions, specs)
@@ -176,7 +177,10 @@ def torch_export_shapes(gm: fx.GraphModule, example: Example) -> dict[str, Any] 
     if not any(example.specs):
         return None
     _, spec = pytree.tree_flatten((example.args, example.kwargs))
-    per_leaf = [specs if isinstance(leaf, torch.Tensor) else None for leaf, specs in zip(example.leaves, example.specs, strict=True)]
+    per_leaf = [
+        specs if isinstance(leaf, torch.Tensor) else None
+        for leaf, specs in zip(example.leaves, example.specs, strict=True)
+    ]
     args, kwargs = pytree.tree_unflatten(per_leaf, spec)
     return dict(inspect.signature(gm.forward).bind(*args, **kwargs).arguments)
 
@@ -220,7 +224,9 @@ def _caller_specs(
     bound = _bound(gm, args, kwargs)
     if dynamic_shapes == "auto":
         leaves = pytree.tree_leaves(tuple(bound.values()))
-        return tuple({i: Dim.AUTO for i in range(leaf.ndim)} if isinstance(leaf, torch.Tensor) else {} for leaf in leaves)
+        return tuple(
+            dict.fromkeys(range(leaf.ndim), Dim.AUTO) if isinstance(leaf, torch.Tensor) else {} for leaf in leaves
+        )
     if not isinstance(dynamic_shapes, Mapping):
         if not isinstance(dynamic_shapes, tuple | list) or len(dynamic_shapes) != len(bound):
             raise ExportError(

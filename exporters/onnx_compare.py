@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from google.protobuf.message import Message
-from lora_fx import ExportError
 from onnx import numpy_helper
+
+from lora_fx import ExportError
 
 from .sessions import checked_file
 from .text import reason, some, table
@@ -74,7 +74,10 @@ class OnnxDiff:
             ("initializers added", some(self.initializers_added)),
             ("initializers removed", some(self.initializers_removed)),
             ("initializers reshaped", some(self.initializers_reshaped)),
-            ("initializers of other values", f"{len(self.values_changed)} of {len(self.values_changed) + self.values_equal}"),
+            (
+                "initializers of other values",
+                f"{len(self.values_changed)} of {len(self.values_changed) + self.values_equal}",
+            ),
         ]
         return table(("compared", ""), [row for row in rows if row[1]])
 
@@ -137,7 +140,11 @@ def _changed_interface(a: onnx.ModelProto, b: onnx.ModelProto) -> tuple[str, ...
     changed = []
     for kind, left, right in (("input", a.graph.input, b.graph.input), ("output", a.graph.output, b.graph.output)):
         ports_a, ports_b = {v.name: _plain(v) for v in left}, {v.name: _plain(v) for v in right}
-        changed += [f"{kind} {name}" for name in [*ports_a, *(n for n in ports_b if n not in ports_a)] if ports_a.get(name) != ports_b.get(name)]
+        changed += [
+            f"{kind} {name}"
+            for name in [*ports_a, *(n for n in ports_b if n not in ports_a)]
+            if ports_a.get(name) != ports_b.get(name)
+        ]
         if list(ports_a) != list(ports_b) and set(ports_a) == set(ports_b):
             changed.append(f"order of {kind}s")
     if _opsets(a) != _opsets(b):
@@ -159,7 +166,7 @@ def _plain(message: Any) -> bytes:
     return bytes(copy.SerializeToString(deterministic=True))
 
 
-def _strip(message: Message) -> None:
+def _strip(message: Any) -> None:
     for name in ("doc_string", "metadata_props"):
         if name in message.DESCRIPTOR.fields_by_name:
             message.ClearField(name)

@@ -10,15 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lora_fx
 import onnx
 import onnx_ir as ir
 import torch
-from lora_fx import ExportError, LoraFxWarning
 from onnxscript import optimizer
 from torch import fx
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
+
+import lora_fx
+from lora_fx import ExportError, LoraFxWarning
 
 from .eval_mode import evaluating
 from .example_inputs import Example, make_example, second_example, torch_export_shapes, without_ones
@@ -161,7 +162,9 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.detach().isfinite().all())
 
 
-def _convert(gm: fx.GraphModule, example: Example, opset: int | None) -> tuple[ir.Model, tuple[StoredWeight, ...], list[str]]:
+def _convert(
+    gm: fx.GraphModule, example: Example, opset: int | None
+) -> tuple[ir.Model, tuple[StoredWeight, ...], list[str]]:
     program = _export_program(gm, example)
     outputs = output_names(program)
     notes = _mutations(program)
@@ -215,7 +218,9 @@ def _mutations(program: ExportedProgram) -> list[str]:
     return [f"the model writes into {some(targets)} when it runs; an ONNX file forgets that between two runs"]
 
 
-def _optimize(model: ir.Model, program: ExportedProgram, aliases: Mapping[str, tuple[str, ...]]) -> tuple[StoredWeight, ...]:
+def _optimize(
+    model: ir.Model, program: ExportedProgram, aliases: Mapping[str, tuple[str, ...]]
+) -> tuple[StoredWeight, ...]:
     weights = {name for name, tensor in program.state_dict.items() if tensor.is_floating_point() or tensor.is_complex()}
     with quiet():
         held = hide_weights(model, weights)

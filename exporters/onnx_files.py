@@ -13,6 +13,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+
 from lora_fx import ExportError
 
 from .text import reason
@@ -165,4 +166,6 @@ def check_file(path: Path) -> None:
     try:
         onnx.checker.check_model(os.fspath(path), full_check=True)
     except Exception as error:
-        raise ExportError(f"the exported file does not pass onnx's checker, nothing was kept: {reason(error)}") from error
+        raise ExportError(
+            f"the exported file does not pass onnx's checker, nothing was kept: {reason(error)}"
+        ) from error

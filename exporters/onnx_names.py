@@ -7,10 +7,11 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from lora_fx import ExportError
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
+
+from lora_fx import ExportError
 
 from .example_inputs import Example
 

@@ -53,7 +53,9 @@ class OnnxReport:
         checked = "not checked" if self.max_error is None else f"error {self.max_error:.1e} of max |y|"
         layouts = [weight.layout for weight in self.weights]
         counts = ", ".join(f"{layouts.count(layout)} {layout}" for layout in dict.fromkeys(layouts))
-        ports = [("input", *port) for port in self.inputs.items()] + [("output", *port) for port in self.outputs.items()]
+        ports = [("input", *port) for port in self.inputs.items()] + [
+            ("output", *port) for port in self.outputs.items()
+        ]
         lines = [
             f"{self.path}: {self.size / 2**20:.1f} MiB, opset {self.opset}, {self.nodes} nodes, {self.seconds:.1f} s",
             f"weights: {counts or 'none'}" + (f"; in {self.data_path}" if self.data_path else ""),

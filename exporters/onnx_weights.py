@@ -134,7 +134,9 @@ def _derived(node: ir.Node, used: list[_Origin]) -> _Origin:
     return _Origin(tuple(dict.fromkeys(fqn for origin in used for fqn in origin.fqns)), "computed")
 
 
-def _named(graph: ir.Graph, origins: Mapping[str, _Origin], aliases: Mapping[str, tuple[str, ...]]) -> Iterator[StoredWeight]:
+def _named(
+    graph: ir.Graph, origins: Mapping[str, _Origin], aliases: Mapping[str, tuple[str, ...]]
+) -> Iterator[StoredWeight]:
     """Give every transposed weight its fqn, or `<fqn>.T` where the fqn is taken, and tell what is where."""
     taken = {str(value.name) for value in _graph_values(graph)}
     for name in list(graph.initializers):
@@ -152,7 +154,7 @@ def _named(graph: ir.Graph, origins: Mapping[str, _Origin], aliases: Mapping[str
             fqn=", ".join(origin.fqns),
             layout=origin.layout,
             perm=origin.perm,
-            shape=tuple(int(size) for size in tensor.shape),
+            shape=tuple(tensor.shape.numpy()),
             dtype=tensor.dtype.name,
             aliases=aliases.get(origin.fqns[0], ()),
         )

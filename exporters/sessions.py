@@ -7,6 +7,7 @@ read the log for the reason.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import re
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
+
 from lora_fx import ExportError
-from lora_fx.errors import closest
 
 from .quiet import stderr_caught
 from .text import reason, some
@@ -30,7 +31,18 @@ _PROVIDERS = {
 }
 _NAMES = ("auto", *_PROVIDERS)
 # A model whose products run on the CPU does not "run on CUDA", whatever its shape arithmetic does.
-_HEAVY = {"Attention", "Conv", "ConvTranspose", "Einsum", "FusedMatMul", "GRU", "Gemm", "LSTM", "MatMul", "MultiHeadAttention"}
+_HEAVY = {
+    "Attention",
+    "Conv",
+    "ConvTranspose",
+    "Einsum",
+    "FusedMatMul",
+    "GRU",
+    "Gemm",
+    "LSTM",
+    "MatMul",
+    "MultiHeadAttention",
+}
 
 
 def make_session(path: str | os.PathLike[str], *, provider: str = "auto") -> ort.InferenceSession:
@@ -53,7 +65,8 @@ def check_provider(provider: str) -> None:
     if provider in _NAMES:
         return
     meant = {name.lower(): short for short, name in _PROVIDERS.items()}.get(str(provider).lower())
-    hint = f" Did you mean {meant!r}?" if meant else closest(str(provider).lower(), _NAMES)
+    near = [meant] if meant else difflib.get_close_matches(str(provider).lower(), _NAMES, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ExportError(f"provider={provider!r} is unknown; choose one of {', '.join(map(repr, _NAMES))}.{hint}")
 
 
@@ -120,7 +133,9 @@ def _on_gpu(file: Path, provider: str, options: Mapping[str, str]) -> ort.Infere
             first, session = error, None
     log = _log_lines(caught.text)
     if session is None or provider not in session.get_providers():
-        raise ProviderError(f"{provider} does not work here: {_why(log) or reason(first)}. {_fix(log, provider)}") from first
+        raise ProviderError(
+            f"{provider} does not work here: {_why(log) or reason(first)}. {_fix(log, provider)}"
+        ) from first
     _refuse_heavy_on_cpu(session, provider)
     return session
 
@@ -188,5 +203,7 @@ def _why(log: Sequence[str]) -> str:
 def _fix(log: Sequence[str], provider: str) -> str:
     required = next((found[1] for line in log if (found := re.search(r"(Require [^.]*\*[^.]*\*)", line))), "")
     needs = f"{required}. " if required else ""
-    libraries = "TensorRT 10" if "Tensorrt" in provider else "the CUDA libraries (pip install onnxruntime-gpu[cuda,cudnn])"
+    libraries = (
+        "TensorRT 10" if "Tensorrt" in provider else "the CUDA libraries (pip install onnxruntime-gpu[cuda,cudnn])"
+    )
     return f'{needs}Install a driver and {libraries} and look at nvidia-smi, or pass provider="cpu" or "auto"'

@@ -7,16 +7,18 @@ from collections.abc import Iterable, Sequence
 
 
 def reason(error: BaseException, limit: int = 400) -> str:
-    """The first line of the error that another library's error comes from, without colours."""
+    """The gist of the error that another library's error comes from, without colours."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {first_line(str(error))[:limit]}"
+    lines = plain_lines(str(error)) or [""]
+    details = [line.lstrip("- ") for line in lines[1:] if line.startswith("- ")]  # torch.export lists causes so
+    return f"{type(error).__name__}: {' '.join([lines[0].rstrip('.'), *details])[:limit]}"
 
 
-def first_line(text: str) -> str:
-    """The first line of `text` that is not blank, without terminal colours."""
+def plain_lines(text: str) -> list[str]:
+    """The lines of `text` that are not blank, without terminal colours."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    return next((line.strip() for line in plain.splitlines() if line.strip()), "")
+    return [line.strip() for line in plain.splitlines() if line.strip()]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -7,15 +7,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import lora_fx
 import numpy as np
 import onnxruntime as ort
 import torch
-from lora_fx import ExportError
 from torch import fx
 from torch.utils import _pytree as pytree
+
+from lora_fx import ExportError
 
 from .eval_mode import evaluating
 from .example_inputs import Example, make_example, second_example, with_dimensions
@@ -129,7 +129,14 @@ class VerifyReport:
 
     def __str__(self) -> str:
         rows = [
-            (check.shapes, o.name, f"{o.max_abs:.2e}", f"{o.max_rel:.2e}", f"{o.tolerance:.2e}", o.problem or ("ok" if o.ok else "FAILED"))
+            (
+                check.shapes,
+                o.name,
+                f"{o.max_abs:.2e}",
+                f"{o.max_rel:.2e}",
+                f"{o.tolerance:.2e}",
+                o.problem or ("ok" if o.ok else "FAILED"),
+            )
             for check in self.checks
             for o in check.outputs
         ]
@@ -227,7 +234,9 @@ def check_shape(session: ort.InferenceSession, gm: fx.GraphModule, example: Exam
         with torch.no_grad():
             result = gm(*there.args, **there.kwargs)
     except Exception as error:
-        raise ExportError(f"torch cannot run the graph at {shapes}: {reason(error)}; pass inputs that it takes") from error
+        raise ExportError(
+            f"torch cannot run the graph at {shapes}: {reason(error)}; pass inputs that it takes"
+        ) from error
     try:
         got = session.run(None, feed)
     except Exception as error:
@@ -237,7 +246,9 @@ def check_shape(session: ort.InferenceSession, gm: fx.GraphModule, example: Exam
     wanted = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
     names = [port.name for port in session.get_outputs()]
     if len(wanted) != len(got):
-        raise ExportError(f"torch returns {len(wanted)} tensors, the file {len(got)} ({', '.join(names)}): it is not this graph's")
+        raise ExportError(
+            f"torch returns {len(wanted)} tensors, the file {len(got)} ({', '.join(names)}): it is not this graph's"
+        )
     dtype = _coarsest(gm)
     return ShapeCheck(shapes, tuple(_compare(*each, dtype) for each in zip(names, wanted, got, strict=True)))
 
@@ -246,9 +257,13 @@ def _feed(session: ort.InferenceSession, example: Example) -> dict[str, Any]:
     ports = session.get_inputs()
     tensors = [tensor for tensor, _ in example.tensors()]
     if len(ports) != len(tensors):
-        raise ExportError(f"the inputs hold {len(tensors)} tensors, the file takes {len(ports)} ({', '.join(p.name for p in ports)})")
+        raise ExportError(
+            f"the inputs hold {len(tensors)} tensors, the file takes {len(ports)} ({', '.join(p.name for p in ports)})"
+        )
     if any(tensor.dtype == torch.bfloat16 for tensor in tensors):
-        raise ExportError("ONNX Runtime's Python interface takes no bfloat16 inputs; cast them inside the model, or use float16")
+        raise ExportError(
+            "ONNX Runtime's Python interface takes no bfloat16 inputs; cast them inside the model, or use float16"
+        )
     return {port.name: tensor.detach().cpu().numpy() for port, tensor in zip(ports, tensors, strict=True)}
 
 
@@ -273,7 +288,9 @@ def _compare(name: str, wanted: torch.Tensor, got: Any, weights: torch.dtype) ->
         return OutputError(name, 0.0, 0.0, 0.0, f"dtype {got.dtype} instead of {wanted.dtype}")
     if not wanted.is_floating_point():
         unequal = int((got != wanted).sum())
-        return OutputError(name, float(unequal > 0), float(unequal > 0), 0.0, f"{unequal} values differ" if unequal else "")
+        return OutputError(
+            name, float(unequal > 0), float(unequal > 0), 0.0, f"{unequal} values differ" if unequal else ""
+        )
     dtype = max((weights, wanted.dtype), key=lambda d: torch.finfo(d).eps)
     tolerance = TOLERANCE_IN_EPS.get(dtype, 32.0) * torch.finfo(dtype).eps
     # Values near the end of the range are masks: equal, or not, but no measure for the others.
@@ -281,15 +298,12 @@ def _compare(name: str, wanted: torch.Tensor, got: Any, weights: torch.dtype) ->
     a, b = wanted.double(), got.double()
     usual = a.isfinite() & (a.abs() < huge)
     if not torch.equal(usual, b.isfinite() & (b.abs() < huge)) or not torch.equal(a.isnan(), b.isnan()):
-        return OutputError(name, float("inf"), float("inf"), tolerance, "NaN, infinite or masked values at other places")
+        return OutputError(
+            name, float("inf"), float("inf"), tolerance, "NaN, infinite or masked values at other places"
+        )
     if not torch.equal(a[~usual].nan_to_num().sign(), b[~usual].nan_to_num().sign()):
         return OutputError(name, float("inf"), float("inf"), tolerance, "infinite or masked values of another sign")
     if not bool(usual.any()):
         return OutputError(name, 0.0, 0.0, tolerance)
     error, scale = float((a - b)[usual].abs().max()), float(a[usual].abs().max())
     return OutputError(name, error, error / scale if scale else error, tolerance)
-
-
-def default_inputs_exist(gm: fx.GraphModule) -> bool:
-    """Whether `verify_onnx` can do without `inputs`."""
-    return lora_fx.trace_record(gm) is not None

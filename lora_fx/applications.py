@@ -191,7 +191,15 @@ def is_same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
 def module_stack(node: fx.Node) -> list[tuple[str, str]]:
     """[(module path, class name)] of the calls that the node was traced in, outermost first."""
     stack = (node.meta.get("nn_module_stack") or {}).values()
-    return [(path, cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}") for path, cls in stack]
+    return [
+        # strict export calls the model itself `_export_root` inside the bodies of higher-order ops
+        (f"{path}.".removeprefix("_export_root.").removesuffix("."), cls if isinstance(cls, str) else _class_name(cls))
+        for path, cls in stack
+    ]
+
+
+def _class_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def bodies_of(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node], str | None]:

@@ -143,6 +143,7 @@ def fold(
     if inplace:
         originals = _write(gm, weights, chosen)
         _keep_base_tensors(result, gm, chosen)
+        finish(result)
         record_of(result).folded = InPlaceFold(result, originals)
         _exchange(gm, result)
         result = gm

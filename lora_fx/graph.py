@@ -79,12 +79,14 @@ def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
 
 
 def erase_low_rank_paths(gm: LoraGraphModule, adapters: Collection[str]) -> None:
-    """Take the paths of `adapters` out of every view; what is left is as if they had never been there."""
+    """Take the paths of `adapters` out of every view; what is left is as if they had never been there.
+
+    Call `finish` behind it.
+    """
     for graph in record_of(gm).views.values():
         for scope_graph in _graphs(graph):
             _erase(scope_graph, adapters)
         _erase_operands(graph, adapters)
-    finish(gm)
 
 
 def rebind_weight(application: Application, attribute: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from .errors import GraphError, LoraFxWarning
+from .literals import check_dtype_literals, move_literals
 
 if TYPE_CHECKING:
     from .injection import Adapter
@@ -39,6 +41,10 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+
+
+# Set while a pass copies a module that it will edit and compile anyway: compiling is most of a copy's cost.
+_UNCOMPILED: ContextVar[bool] = ContextVar("_UNCOMPILED", default=False)
 
 
 @dataclass(frozen=True)
@@ -129,8 +135,29 @@ class LoraGraphModule(fx.GraphModule):
         type(self).forward = compiled.pop("forward")
         self.__dict__.update(compiled)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> LoraGraphModule:
+        """What `.to()`, `.half()`, `.cuda()` and the like go through: the graph's literals must follow."""
+        old = next((p for p in self.parameters() if p.is_floating_point()), None)
+        if old is None:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
+        new = fn(torch.empty(0, dtype=old.dtype, device=old.device))
+        if new.dtype != old.dtype:
+            check_dtype_literals(self._all_graphs(), old.dtype, new.dtype)
+        device = old.device
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if new.device != device:
+            move_literals(self._all_graphs(), device, new.device)
+            self.recompile()
+        return self
+
+    def _all_graphs(self) -> Iterator[fx.Graph]:
+        yield from record_of(self).views.values()
+        yield from (m.graph for m in self.modules() if isinstance(m, fx.GraphModule) and m is not self)
+
     def recompile(self) -> Any:
         """Compile the shown graph anew; needed after editing it by hand, as for any GraphModule."""
+        if _UNCOMPILED.get():
+            return None
         self.__dict__.pop("_compiled_views", None)
         record = self.__dict__.get("meta", {}).get(_META_KEY)
         if record is not None:
@@ -205,7 +232,7 @@ def make_graph_module(
 
 
 def copy_sharing_tensors(gm: fx.GraphModule) -> LoraGraphModule:
-    """A copy of the structure over the same storages.
+    """A copy of the structure over the same storages, not compiled yet: `graph.finish` does that after the edits.
 
     Parameters are new `nn.Parameter` objects on the old storage, so that freezing the copy leaves the
     original's `requires_grad` alone; ties stay ties. Buffers and constants are the same tensors.
@@ -213,15 +240,46 @@ def copy_sharing_tensors(gm: fx.GraphModule) -> LoraGraphModule:
     memo = _memo_of_tensors(gm)
     for parameter in gm.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-    clone = _deepcopy(gm, memo)
-    if not isinstance(clone, LoraGraphModule):
-        _restore_what_fx_drops(gm, clone)
-        flags = {name: module.training for name, module in gm.named_modules()}
-        clone = make_graph_module({None: clone}, training=gm.training, trace=None)
-        for name, module in clone.named_modules():  # the modes may be mixed on purpose
-            module.training = flags.get(name, gm.training)
+    for child in gm.children():
+        _copy_container(child, memo)
+    token = _UNCOMPILED.set(True)
+    try:
+        clone = _deepcopy(gm, memo)
+        if not isinstance(clone, LoraGraphModule):
+            clone = _from_foreign(gm, clone)
+    finally:
+        _UNCOMPILED.reset(token)
     _copy_hooks(gm, clone)
     return clone
+
+
+def _from_foreign(original: fx.GraphModule, clone: fx.GraphModule) -> LoraGraphModule:
+    """A LoraGraphModule of one view, in the modes that the user's graph module and its parts are in."""
+    _restore_what_fx_drops(original, clone)
+    flags = {name: module.training for name, module in original.named_modules()}
+    gm = make_graph_module({None: clone}, training=original.training, trace=None)
+    for name, module in gm.named_modules():
+        module.training = flags.get(name, original.training)
+    return gm
+
+
+def _copy_container(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Put a copy of a plain container, as exported graphs hold them by the thousand, into a deepcopy memo."""
+    if type(module) is not nn.Module or id(module) in memo:
+        return
+    twin = nn.Module().train(module.training)
+    twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+    memo[id(module)] = twin
+    for name, child in module._modules.items():
+        if child is not None:
+            _copy_container(child, memo)
+        twin._modules[name] = _deepcopy(child, memo)
+    for kind in ("_parameters", "_buffers"):
+        for name, tensor in getattr(module, kind).items():
+            getattr(twin, kind)[name] = None if tensor is None else memo[id(tensor)]
+    for name, value in module.__dict__.items():
+        if name not in twin.__dict__:
+            twin.__dict__[name] = _deepcopy(value, memo)
 
 
 def _copy_hooks(source: fx.GraphModule, target: fx.GraphModule) -> None:

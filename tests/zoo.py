@@ -6,17 +6,25 @@ makes its graph with one of the four tracers, once per process.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
+import re
 import warnings
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 import lora_fx
+from lora_fx.equivalence import default_tolerance
+from lora_fx.graph_module import record_of
 
 TRACERS = ("trace", "symbolic", "export", "strict")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -49,7 +57,6 @@ class Case:
     untrained: frozenset[str] = frozenset()
     dtypes: tuple[torch.dtype, ...] = DTYPES
     linears: int = 2
-    marks: tuple[Any, ...] = field(default=())
 
     def __str__(self) -> str:
         return self.name
@@ -495,6 +502,7 @@ SMALL = (
     Case("cond", Cond, ("c", "a", "b"), tracers=EXPORTED),
     Case("autocast", Autocast, ("a", "b"), tracers=EXPORTED, dtypes=(torch.float32,)),
     Case("modes", Modes, ("fc1", "fc2"), tracers=("export", "strict"), shape=(5, 7)),
+    Case("modes_both", Modes, ("fc1", "fc2", "noise"), tracers=("trace",), shape=(5, 7), linears=3),
     Case("attention", Attention, ("qkv", "out"), shape=(2, 3, 14), tracers=EXPORTED),
     Case("multi_head", MultiHead, ("attn.in_proj_weight", "attn.out_proj", "fc"), (2, 3, 14), tracers=EXPORTED, linears=3),
     Case(
@@ -523,6 +531,8 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *,
 def trace_with(tracer: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     if tracer == "trace":
         return lora_fx.trace(model, args, kwargs)
+    if tracer == "trace_static":
+        return lora_fx.trace(model, args, kwargs, dynamic_shapes=None)
     if tracer == "symbolic":
         return fx.symbolic_trace(model)
     return exported(model, args, kwargs, strict=tracer == "strict")
@@ -532,4 +542,109 @@ def trace_with(tracer: str, model: nn.Module, args: tuple[Any, ...], kwargs: dic
 def traced(case: Case, tracer: str = "trace", dtype: torch.dtype = torch.float32) -> fx.GraphModule:
     """The case's graph. It is shared by all tests of a process: none may change it."""
     args, kwargs = case.arguments(dtype)
+    if tracer == "trace" and dtype is not torch.float32:
+        tracer = "trace_static"  # half the time, and a third form of graph
     return trace_with(tracer, case.model(dtype), args, kwargs)
+
+
+# The verbs that the tests are written in ----------------------------------------------------------
+
+
+def run(gm: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], seed: int = 3) -> list[torch.Tensor]:
+    """The output's tensors, computed without gradient from a fixed seed."""
+    args, kwargs = arguments
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return [leaf for leaf in pytree.tree_leaves(gm(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+
+
+def loss_of(gm: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], seed: int = 3) -> torch.Tensor:
+    """A loss to which every element of the output contributes."""
+    args, kwargs = arguments
+    torch.manual_seed(seed)
+    leaves = [t for t in pytree.tree_leaves(gm(*args, **kwargs)) if isinstance(t, torch.Tensor) and t.requires_grad]
+    return sum((leaf.float() ** 2).mean() for leaf in leaves)
+
+
+def frozen(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph whose parameters are frozen as those of an injected graph: kernels depend on the flag."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, on copying a pytree spec
+        return copy.deepcopy(gm).requires_grad_(False)
+
+
+def injected(case: Case, gm: fx.GraphModule, name: str = "default", targets: Any = None, **options: Any):
+    """`lora_fx.inject` on the case's targets, with the warning that the case calls for and no other."""
+    targets = case.targeted if targets is None else targets
+    config = lora_fx.LoraConfig(target_modules=targets, **{"r": 3, "lora_alpha": 5, **options})
+    with expected_warning("no gradient" if case.untrained & set(targets) else None):
+        return lora_fx.inject(gm, config, adapter_name=name)
+
+
+def folded(case: Case, gm: fx.GraphModule, **options: Any):
+    """`lora_fx.fold`, with the warning that the case calls for and no other."""
+    with expected_warning("untied" if case.unties else None):
+        return lora_fx.fold(gm, **options)
+
+
+def expected_warning(pattern: str | None) -> Any:
+    if pattern is None:
+        return contextlib.nullcontext()
+    return pytest.warns(lora_fx.LoraFxWarning, match=pattern)
+
+
+def lora_tensors(gm: fx.GraphModule, half: str = "AB", adapter: str = "default") -> dict[str, nn.Parameter]:
+    """{name: A or B} of one adapter, tied ones under each of their names."""
+    pattern = re.compile(rf"lora_[{half}]\.{adapter}\.weight$")
+    return {n: p for n, p in gm.named_parameters(remove_duplicate=False) if pattern.search(n)}
+
+
+def randomise(gm: fx.GraphModule, adapter: str = "default", size: float = 1.0) -> fx.GraphModule:
+    """Give B values that depend on its name only, so large that the delta is about `size` times the weight."""
+    scalings = {site.lora_b: site.scaling for site in record_of(gm).adapters[adapter].sites.values()}
+    with torch.no_grad():
+        for name, b in sorted(lora_tensors(gm, "B", adapter).items(), reverse=True):
+            generator = torch.Generator().manual_seed(zlib.crc32(name.replace(f".{adapter}.", ".").encode()))
+            values = torch.randn(b.shape, generator=generator, dtype=torch.float64)
+            b.copy_(values * size / (scalings[name] * b.shape[1] ** 0.5))
+    return gm
+
+
+def codes(gm: fx.GraphModule) -> dict[Any, Any]:
+    """The source of every view and of every sub-graph."""
+    views = {mode: graph.python_code("self").src for mode, graph in record_of(gm).views.items()}
+    inner = {n: m.code for n, m in gm.named_modules() if isinstance(m, fx.GraphModule) and m is not gm}
+    return views | inner
+
+
+def fingerprint(gm: nn.Module) -> dict[str, Any]:
+    """Everything that a call must not change on what it was given; equal before and after if it did not."""
+    tensors = gm.state_dict(keep_vars=True)
+    mark = {
+        "tensors": {n: (id(t), t.data_ptr(), t.requires_grad, t.grad is None, bits(t)) for n, t in tensors.items()},
+        "modules": {n: (id(m), m.training) for n, m in gm.named_modules()},
+    }
+    if isinstance(gm, fx.GraphModule):
+        nodes = [(n.name, n.op, str(n.target), sorted(map(str, n.meta))) for n in gm.graph.nodes]
+        mark |= {"code": gm.code, "codes": codes(gm), "nodes": nodes, "adapters": list(record_of(gm).adapters)}
+    return mark
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same_bits(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
+    assert [(t.dtype, t.shape) for t in first] == [(t.dtype, t.shape) for t in second]
+    assert [bits(t) for t in first] == [bits(t) for t in second]
+
+
+def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
+    """The largest difference, relative to the first's largest value."""
+    pairs = [(a.double(), b.double()) for a, b in zip(first, second, strict=True)]
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+
+
+def tolerance(case: Case, dtype: torch.dtype) -> float:
+    """32 eps (float32, float64) or 4 eps (16-bit) for each linear that the output passes through."""
+    return case.linears * default_tolerance(dtype)
