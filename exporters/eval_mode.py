@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from lora_fx import ExportError, LoraFxError
 
@@ -47,6 +48,22 @@ def evaluating(gm: fx.GraphModule) -> Iterator[None]:
             gm.train(flags[gm])
         for module, flag in flags.items():
             module.training = flag
+
+
+def run_torch(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `gm` returns, without gradients. Inputs and buffers are as before, even if `gm` writes into them."""
+    own = lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+    args, kwargs = pytree.tree_map(own, (args, kwargs))
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in gm.buffers()]
+    try:
+        with torch.no_grad():
+            # An output may be the very buffer that is put back below.
+            return pytree.tree_map(own, gm(*args, **kwargs))
+    finally:
+        for buffer, version, value in before:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
 
 
 def _switch(gm: fx.GraphModule, flags: dict[nn.Module, bool]) -> bool:

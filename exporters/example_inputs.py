@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 import lora_fx
 from lora_fx import ExportError
 
+from .eval_mode import run_torch
 from .text import reason
 
 
@@ -71,8 +72,16 @@ class Example:
 
 
 def _resized(tensor: torch.Tensor, dimension: int, size: int) -> torch.Tensor:
-    indices = torch.arange(size, device=tensor.device) % tensor.shape[dimension]
-    return tensor.index_select(dimension, indices)
+    """Cut, or repeat. Repeats of measured values shrink a little, since equal ones would make ties; masks do not."""
+    old = tensor.shape[dimension]
+    if size <= old:
+        return tensor.narrow(dimension, 0, size).clone()
+    if old == 0:
+        shape = [size if i == dimension else n for i, n in enumerate(tensor.shape)]
+        return tensor.new_ones(shape)
+    varies = tensor.is_floating_point() and len(set(tensor.flatten()[:64].tolist())) > 8
+    copies = [tensor * (1 - k / 64) if varies else tensor for k in range(-(-size // old))]
+    return torch.cat(copies, dimension).narrow(dimension, 0, size)
 
 
 def make_example(
@@ -147,8 +156,7 @@ def second_example(gm: fx.GraphModule, example: Example) -> tuple[Example | None
     for wanted in _other_sizes(example, sizes):
         other = example.resized(wanted)
         try:
-            with torch.no_grad():
-                gm(*other.args, **other.kwargs)
+            run_torch(gm, other.args, other.kwargs)
         except Exception as error:  # a size that this model does not take; the next one may do
             first = first or error
             continue
@@ -245,6 +253,10 @@ def _caller_specs(
 def _leaf_specs(value: Any, spec: Any, where: str) -> list[dict[int, Any]]:
     """The part of a dynamic_shapes tree that belongs to each leaf of `value`."""
     if isinstance(value, torch.Tensor):
+        if not isinstance(spec, Mapping | tuple | list | None):
+            raise ExportError(
+                f'dynamic_shapes of {where!r} is {spec!r}; write {{0: "batch"}}, or None for a fixed shape'
+            )
         entries = dict(spec) if isinstance(spec, Mapping) else dict(enumerate(spec or ()))
         wrong = [i for i in entries if not isinstance(i, int) or not -value.ndim <= i < value.ndim]
         if wrong:
@@ -256,9 +268,11 @@ def _leaf_specs(value: Any, spec: Any, where: str) -> list[dict[int, Any]]:
         return [{}]
     if spec is None:
         return [{} for _ in pytree.tree_leaves(value)]
-    parts = list(spec.values()) if isinstance(spec, Mapping) else list(spec)
+    parts = list(spec.values()) if isinstance(spec, Mapping) else list(spec) if isinstance(spec, tuple | list) else []
     if len(parts) != len(children):
-        raise ExportError(f"dynamic_shapes of {where!r} has {len(parts)} entries for {len(children)} inputs")
+        raise ExportError(
+            f"dynamic_shapes of {where!r} needs one entry for each of its {len(children)} inputs, not {spec!r}"
+        )
     return [leaf for child, part in zip(children, parts, strict=True) for leaf in _leaf_specs(child, part, where)]
 
 

@@ -16,7 +16,6 @@ import torch
 from onnxscript import optimizer
 from torch import fx
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import OutputKind
 
 import lora_fx
 from lora_fx import ExportError, LoraFxWarning
@@ -24,7 +23,7 @@ from lora_fx import ExportError, LoraFxWarning
 from .eval_mode import evaluating
 from .example_inputs import Example, make_example, second_example, torch_export_shapes, without_ones
 from .onnx_files import check_file, checked_target, is_external, written
-from .onnx_names import copy_module_paths, name_dimensions, name_outputs, output_names, strip_metadata
+from .onnx_names import copy_module_paths, name_dimensions, name_ports, output_names, strip_metadata
 from .onnx_report import Dims, OnnxReport
 from .onnx_weights import StoredWeight, hide_weights, restore_weights, write_manifest
 from .quiet import quiet
@@ -186,8 +185,9 @@ def _convert(
             "pass only tensors (and None, numbers and flags, which are written into the file as they are)"
         )
     notes += name_dimensions(model, example, onnx_program.rename_axes)
+    inputs = [str(value.name) for value in model.graph.inputs]
     weights = _optimize(model, program, _aliases(gm))
-    name_outputs(model, outputs)
+    name_ports(model, inputs, outputs)
     strip_metadata(model)
     write_manifest(model, weights)
     return model, weights, notes
@@ -211,11 +211,25 @@ def _export_program(gm: fx.GraphModule, example: Example) -> ExportedProgram:
 
 
 def _mutations(program: ExportedProgram) -> list[str]:
-    kinds = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION, OutputKind.PARAMETER_MUTATION)
-    targets = [str(spec.target) for spec in program.graph_signature.output_specs if spec.kind in kinds]
+    """What the graph writes into, apart from its own intermediate values."""
+    signature = program.graph_signature
+    names = signature.inputs_to_buffers | signature.inputs_to_parameters
+    written_into = dict.fromkeys(_first_source(node) for node in program.graph.nodes if _is_in_place(node))
+    targets = [names.get(node.name, node.name) for node in written_into if node.op == "placeholder"]
     if not targets:
         return []
     return [f"the model writes into {some(targets)} when it runs; an ONNX file forgets that between two runs"]
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _first_source(node: fx.Node) -> fx.Node:
+    """Through views, the tensor that a node writes into."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def _optimize(
@@ -258,8 +272,10 @@ def _check_against_torch(gm: fx.GraphModule, path: Path, example: Example) -> tu
     checks = tuple(check_shape(session, gm, each) for each in examples)
     for each in checks:
         if not each.ok:
+            again = check_shape(session, gm, examples[checks.index(each)])
+            why = "" if again == each else "; it differs on every run: the model draws random numbers"
             raise ExportError(
-                f"the exported file does not compute what torch computes, so nothing was written: {each}. "
+                f"the exported file does not compute what torch computes, so nothing was written: {each}{why}. "
                 "export_onnx(..., check=False) writes it all the same, to look into it"
             )
     return checks, notes

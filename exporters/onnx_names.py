@@ -51,17 +51,33 @@ def _key(key: Any) -> str:
     return str(key)
 
 
-def name_outputs(model: ir.Model, names: Sequence[str]) -> None:
-    """Name the graph's outputs; a value inside that has one of these names gets another."""
+def name_ports(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Name the graph's inputs and outputs; a value inside that has one of these names gets another.
+
+    An output that has an input's name is called `<name>_out`.
+    """
     graph = model.graph
-    inputs = {value.name for value in graph.inputs}
-    wanted = [f"{name}_out" if name in inputs else name for name in names]
-    outputs = list(graph.outputs)
-    for name, output in zip(wanted, outputs, strict=True):
-        for value in _values(model):
-            if value.name == name and value is not output:
-                value.name = f"{name}_inner"
-        output.name = name
+    wanted = list(inputs)
+    for name in outputs:
+        while name in wanted:
+            name = f"{name}_out"
+        wanted.append(name)
+    ports = [*graph.inputs, *graph.outputs]
+    taken = {str(value.name) for value in _values(model)} | set(wanted)
+    for value in list(_values(model)):
+        if value.name in wanted and not any(value is port for port in ports):
+            value.name = _unlike(value.name, taken)
+    for port in ports:  # two steps, since names may change places
+        port.name = _unlike(str(port.name), taken)
+    for name, port in zip(wanted, ports, strict=True):
+        port.name = name
+
+
+def _unlike(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name = f"{name}_inner"
+    taken.add(name)
+    return name
 
 
 def name_dimensions(model: ir.Model, example: Example, rename: Any) -> list[str]:
@@ -76,9 +92,11 @@ def name_dimensions(model: ir.Model, example: Example, rename: Any) -> list[str]
         shape = value.shape if value.shape is not None else ir.Shape([])
         for i, name in names.items():
             dimension = shape[i]
-            if isinstance(dimension, ir.SymbolicDim) and dimension.value is not None:
-                symbols.setdefault(str(dimension.value), name)
-            else:
+            text = str(dimension.value) if isinstance(dimension, ir.SymbolicDim) else str(dimension)
+            if not text.isdigit():
+                symbols.setdefault(text, name)
+            else:  # torch writes a dimension that its guards fixed as a symbol called "3"
+                shape[i] = int(text)
                 fixed.append(f"dimension {i} ({name!r}) of input {value.name!r} is fixed at {tensor.shape[i]}")
     if symbols:
         rename(symbols)

@@ -148,9 +148,9 @@ def _named(
             fqn = origin.fqns[0]
             value.name = _free_name(fqn if fqn not in taken else f"{fqn}.T", taken)
         tensor = value.const_value
-        assert tensor is not None and value.name is not None
+        assert tensor is not None
         yield StoredWeight(
-            name=value.name,
+            name=str(value.name),
             fqn=", ".join(origin.fqns),
             layout=origin.layout,
             perm=origin.perm,

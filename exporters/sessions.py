@@ -20,7 +20,7 @@ import onnxruntime as ort
 from lora_fx import ExportError
 
 from .quiet import stderr_caught
-from .text import reason, some
+from .text import plain_lines, reason, some
 
 logger = logging.getLogger("exporters")
 
@@ -31,18 +31,7 @@ _PROVIDERS = {
 }
 _NAMES = ("auto", *_PROVIDERS)
 # A model whose products run on the CPU does not "run on CUDA", whatever its shape arithmetic does.
-_HEAVY = {
-    "Attention",
-    "Conv",
-    "ConvTranspose",
-    "Einsum",
-    "FusedMatMul",
-    "GRU",
-    "Gemm",
-    "LSTM",
-    "MatMul",
-    "MultiHeadAttention",
-}
+_HEAVY = {"Attention", "Conv", "ConvTranspose", "Einsum", "FusedMatMul", "GRU", "Gemm", "LSTM", "MatMul"}
 
 
 def make_session(path: str | os.PathLike[str], *, provider: str = "auto") -> ort.InferenceSession:
@@ -131,7 +120,7 @@ def _on_gpu(file: Path, provider: str, options: Mapping[str, str]) -> ort.Infere
             session = _create(file, wanted, {"session.record_ep_graph_assignment_info": "1"})
         except Exception as error:
             first, session = error, None
-    log = _log_lines(caught.text)
+    log = plain_lines(caught.text)
     if session is None or provider not in session.get_providers():
         raise ProviderError(
             f"{provider} does not work here: {_why(log) or reason(first)}. {_fix(log, provider)}"
@@ -186,11 +175,6 @@ def _check_external_data(file: Path, session: ort.InferenceSession) -> None:
         )
 
 
-def _log_lines(text: str) -> list[str]:
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    return [line.strip() for line in plain.splitlines() if line.strip()]
-
-
 def _why(log: Sequence[str]) -> str:
     for line in log:
         missing = re.search(r"Failed to load library \S*?([^/\s]+\.so\S*) with error: (.*)", line)
@@ -203,7 +187,6 @@ def _why(log: Sequence[str]) -> str:
 def _fix(log: Sequence[str], provider: str) -> str:
     required = next((found[1] for line in log if (found := re.search(r"(Require [^.]*\*[^.]*\*)", line))), "")
     needs = f"{required}. " if required else ""
-    libraries = (
-        "TensorRT 10" if "Tensorrt" in provider else "the CUDA libraries (pip install onnxruntime-gpu[cuda,cudnn])"
-    )
+    cuda = "the CUDA libraries (pip install onnxruntime-gpu[cuda,cudnn])"
+    libraries = f"{cuda} and TensorRT 10" if "Tensorrt" in provider else cuda
     return f'{needs}Install a driver and {libraries} and look at nvidia-smi, or pass provider="cpu" or "auto"'

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx import ExportError
 
-from .eval_mode import evaluating
+from .eval_mode import evaluating, run_torch
 from .example_inputs import Example, make_example, second_example, with_dimensions
 from .onnx_compare import OnnxDiff, compare_onnx
 from .sessions import check_provider, checked_file, open_session
@@ -50,6 +50,11 @@ class OutputError:
     def ok(self) -> bool:
         """Whether the outputs agree within the tolerance."""
         return not self.problem and self.max_rel <= self.tolerance
+
+    @property
+    def verdict(self) -> str:
+        """One word, or the problem."""
+        return self.problem or ("ok" if self.ok else "FAILED")
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class VerifyReport:
                 f"{o.max_abs:.2e}",
                 f"{o.max_rel:.2e}",
                 f"{o.tolerance:.2e}",
-                o.problem or ("ok" if o.ok else "FAILED"),
+                o.verdict,
             )
             for check in self.checks
             for o in check.outputs
@@ -231,8 +236,7 @@ def check_shape(session: ort.InferenceSession, gm: fx.GraphModule, example: Exam
     there = example.on(device)
     shapes = _shapes(session, example)
     try:
-        with torch.no_grad():
-            result = gm(*there.args, **there.kwargs)
+        result = run_torch(gm, there.args, there.kwargs)
     except Exception as error:
         raise ExportError(
             f"torch cannot run the graph at {shapes}: {reason(error)}; pass inputs that it takes"
@@ -247,7 +251,8 @@ def check_shape(session: ort.InferenceSession, gm: fx.GraphModule, example: Exam
     names = [port.name for port in session.get_outputs()]
     if len(wanted) != len(got):
         raise ExportError(
-            f"torch returns {len(wanted)} tensors, the file {len(got)} ({', '.join(names)}): it is not this graph's"
+            f"torch returns {len(wanted)} tensors, the file {len(got)} ({', '.join(names)}): "
+            "the file is not this graph's; export the graph again"
         )
     dtype = _coarsest(gm)
     return ShapeCheck(shapes, tuple(_compare(*each, dtype) for each in zip(names, wanted, got, strict=True)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from .errors import GraphError, LoraFxWarning
-from .literals import check_dtype_literals, move_literals
+from .literals import find_dtype_literal, move_literals
 
 if TYPE_CHECKING:
     from .injection import Adapter
@@ -55,6 +55,7 @@ class TraceRecord:
         args, kwargs: the example inputs, detached copies.
         dimension_names: one mapping per flattened leaf of (args, kwargs): {free dimension: name}.
         model_class: class name of the traced model.
+        retrace: the views that the model has in another dtype; None if the model is gone.
         module_aliases: {path: first path} of modules that stand in the model under several names.
     """
 
@@ -62,6 +63,7 @@ class TraceRecord:
     kwargs: dict[str, Any]
     dimension_names: tuple[dict[int, str], ...]
     model_class: str
+    retrace: Callable[[torch.dtype], dict[bool | None, fx.GraphModule] | None] = lambda dtype: None
     module_aliases: dict[str, str] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TraceRecord:
@@ -79,6 +81,7 @@ class GraphRecord:
         adapters: what was injected, by adapter name, in the order of injection.
         requires_grad: the flags the base parameters had before the first injection froze them.
         originals: base tensors that an adapter trains in full, as they were: {fqn: tensor}.
+        reinsert: writes the adapters' nodes into views that have none; set by `inject`.
         folded: what an in-place fold needs to take itself back (see folding.py).
     """
 
@@ -88,6 +91,7 @@ class GraphRecord:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    reinsert: Callable[[LoraGraphModule], None] | None = None
     folded: Any = None
     report: Any = None
 
@@ -141,14 +145,34 @@ class LoraGraphModule(fx.GraphModule):
         if old is None:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
         new = fn(torch.empty(0, dtype=old.dtype, device=old.device))
-        if new.dtype != old.dtype:
-            check_dtype_literals(self._all_graphs(), old.dtype, new.dtype)
         device = old.device
+        if new.dtype != old.dtype:
+            self._follow_dtype(old.dtype, new.dtype)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if new.device != device:
             move_literals(self._all_graphs(), device, new.device)
             self.recompile()
         return self
+
+    def _follow_dtype(self, old: torch.dtype, new: torch.dtype) -> None:
+        """Let the graph's own dtypes be those of the model in the new dtype, which only the model can tell."""
+        node = find_dtype_literal(self._all_graphs())
+        if node is None:
+            return
+        record = record_of(self)
+        views = record.trace.retrace(new) if record.trace is not None else None
+        if views is None or set(views) != set(record.views):
+            raise GraphError(
+                f"the graph holds dtypes as literals ({node.format_node()}), and the model that could tell which of "
+                f"them follow the parameters from {old} to {new} is gone. Convert the model and trace it again: "
+                f"lora_fx.trace(model.to({new}), args); adapters take their own with inject(..., adapter_dtype=...)"
+            )
+        for mode, view in views.items():
+            record.views[mode] = _over_own_tensors(self, view, suffix=f"{new}_{mode}")
+        self._graph = record.views[self.training if self.training in views else None]
+        if record.reinsert is not None:
+            record.reinsert(self)
+        self.recompile()
 
     def _all_graphs(self) -> Iterator[fx.Graph]:
         yield from record_of(self).views.values()
@@ -409,6 +433,23 @@ def _adopt(gm: LoraGraphModule, other: fx.GraphModule, *, suffix: str) -> fx.Gra
         if target not in renamed:
             renamed[target] = _adopt_attribute(gm, other, target, suffix)
         node.target = renamed[target]
+    graph.owning_module = gm
+    return graph
+
+
+def _over_own_tensors(gm: LoraGraphModule, other: fx.GraphModule, *, suffix: str) -> fx.Graph:
+    """The graph of `other`, a trace of the same model in another dtype, over the tensors of `gm`.
+
+    What is no tensor of the model (constants, sub-graphs, guards) comes along under a name of its own.
+    """
+    graph: fx.Graph = _deepcopy(other.graph, {})
+    tensors = {*dict(gm.named_parameters(remove_duplicate=False)), *dict(gm.named_buffers(remove_duplicate=False))}
+    for node in graph.nodes:
+        target = str(node.target)
+        if node.op not in ("get_attr", "call_module") or target in tensors:
+            continue
+        node.target = f"{target}_{suffix.removeprefix('torch.')}"
+        set_attribute(gm, node.target, get_attribute(other, target), persistent=False)
     graph.owning_module = gm
     return graph
 

@@ -166,21 +166,37 @@ def _freeze(gm: LoraGraphModule) -> None:
 
 
 def _add_adapter(gm: LoraGraphModule, plan: Plan, name: str, dtype: torch.dtype | None) -> None:
-    reading = read_applications(gm)
-    by_path: dict[str, list[Application]] = {}
-    for application in reading.applications:
-        by_path.setdefault(application.path, []).append(application)
+    by_path = _applications_by_path(gm)
     sites: dict[str, AdapterSite] = {}
     for target in plan.targets:
-        applications = by_path[target.site.path]
         owner = sites.get(target.shares_with or "")
-        site = _add_parameters(gm, applications[0], target, plan.config, name, dtype, owner)
-        sites[target.site.path] = site
-        for application in applications:
-            insert_low_rank_path(application, _low_rank_path(gm, application, site, name))
-    trained = _train_in_full(gm, plan.trained)
-    record_of(gm).adapters[name] = Adapter(name, plan, sites, trained)
+        first = by_path[target.site.path][0]
+        sites[target.site.path] = _add_parameters(gm, first, target, plan.config, name, dtype, owner)
+    adapter = Adapter(name, plan, sites, _train_in_full(gm, plan.trained))
+    record = record_of(gm)
+    record.adapters[name] = adapter
+    record.reinsert = _insert_all
+    _insert(gm, adapter, by_path)
     finish(gm)
+
+
+def _insert(gm: LoraGraphModule, adapter: Adapter, by_path: dict[str, list[Application]]) -> None:
+    for path, site in adapter.sites.items():
+        for application in by_path[path]:
+            insert_low_rank_path(application, _low_rank_path(gm, application, site, adapter.name))
+
+
+def _insert_all(gm: LoraGraphModule) -> None:
+    """Write every adapter's nodes into views that have none yet."""
+    for adapter in record_of(gm).adapters.values():
+        _insert(gm, adapter, _applications_by_path(gm))
+
+
+def _applications_by_path(gm: LoraGraphModule) -> dict[str, list[Application]]:
+    by_path: dict[str, list[Application]] = {}
+    for application in read_applications(gm).applications:
+        by_path.setdefault(application.path, []).append(application)
+    return by_path
 
 
 def _add_parameters(

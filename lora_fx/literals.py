@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
-from .errors import GraphError
 
-
-def move_literals(graphs: Iterator[fx.Graph], old: torch.device, new: torch.device) -> None:
+def move_literals(graphs: Iterable[fx.Graph], old: torch.device, new: torch.device) -> None:
     """Let every node that was traced with `old` as a device argument use `new`."""
 
     def moved(value: Any) -> Any:
@@ -24,22 +22,17 @@ def move_literals(graphs: Iterator[fx.Graph], old: torch.device, new: torch.devi
             node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
 
 
-def check_dtype_literals(graphs: Iterator[fx.Graph], old: torch.dtype, new: torch.dtype) -> None:
-    """Refuse a change of dtype that the graph's code would not follow.
+def find_dtype_literal(graphs: Iterable[fx.Graph]) -> fx.Node | None:
+    """The first node whose code says a floating point dtype, or None.
 
-    A traced `x.to(y.dtype)` and a traced `x.to(torch.float32)` look alike, so nobody can tell which casts
-    should follow the parameters.
-
-    Raises:
-        GraphError: naming the first such node.
+    A traced `x.to(y.dtype)` and a traced `x.to(torch.float32)` look alike, so the graph alone does not tell
+    which of them should follow the parameters into another dtype.
     """
     for graph in graphs:
         for node in graph.nodes:
-            if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
-                continue
-            if any(isinstance(v, torch.dtype) and v.is_floating_point for v in (*node.args, *node.kwargs.values())):
-                raise GraphError(
-                    f"the graph holds dtypes as literals ({node.format_node()}), so its parameters cannot go from "
-                    f"{old} to {new}. Convert the model and trace it again: lora_fx.trace(model.to({new}), args); "
-                    "adapters take their own dtype with inject(..., adapter_dtype=...)"
-                )
+            values: tuple[Any, ...] = (*node.args, *node.kwargs.values())
+            says_dtype = any(isinstance(value, torch.dtype) and value.is_floating_point for value in values)
+            if says_dtype and not isinstance(node.target, torch._ops.HigherOrderOperator):
+                found: fx.Node = node
+                return found
+    return None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -18,7 +20,14 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from .errors import GraphError, LoraFxWarning
-from .graph_module import LoraGraphModule, TraceRecord, copy_modules, get_attribute, make_graph_module
+from .graph_module import (
+    LoraGraphModule,
+    TraceRecord,
+    copy_modules,
+    get_attribute,
+    make_graph_module,
+    record_of,
+)
 
 logger = logging.getLogger("lora_fx")
 
@@ -57,22 +66,57 @@ def trace(
     if tracer != "export":
         raise GraphError(f"tracer={tracer!r} is unknown; use 'export' or 'symbolic'")
     # A batch of one would be taken for a constant, so the tracer sees it doubled.
-    example_args, example_kwargs = _doubled_batch(args, kwargs) if dynamic_shapes == "auto" else (args, kwargs)
-    program, shapes = _export_shown_mode(model, example_args, example_kwargs, dynamic_shapes)
-    views: dict[bool | None, fx.GraphModule] = {model.training: _module_of(program)}
-    untraceable: dict[bool, str] = {}
-    try:
-        views[not model.training] = _module_of(_export_other_mode(model, example_args, example_kwargs, shapes))
-    except Exception as error:
-        untraceable[not model.training] = _reason(error)
-        logger.info("no graph for training=%s: %s", not model.training, _reason(error))
-    if len(views) == 2 and _is_same_graph(views[True], views[False]):
-        views = {None: views[model.training]}
-    named = _dimension_names(program, model, args, kwargs, dynamic_shapes)
-    record = TraceRecord(_copied(args), _copied(kwargs), named, type(model).__name__, _module_aliases(model))
+    examples = _doubled_batch(args, kwargs) if dynamic_shapes == "auto" else (args, kwargs)
+    program, shapes = _export_shown_mode(model, *examples, dynamic_shapes)
+    views, untraceable = _both_modes(model, program, *examples, shapes)
+    record = TraceRecord(
+        args=_copied(args),
+        kwargs=_copied(kwargs),
+        dimension_names=_dimension_names(program, model, args, kwargs, dynamic_shapes),
+        model_class=type(model).__name__,
+        retrace=_retracer(model, _copied(examples), shapes),
+        module_aliases=_module_aliases(model),
+    )
     gm = make_graph_module(views, training=model.training, trace=record)
-    gm.meta["lora_fx"].untraceable = untraceable
+    record_of(gm).untraceable = untraceable
     return gm
+
+
+def _both_modes(
+    model: nn.Module, program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> tuple[dict[bool | None, fx.GraphModule], dict[bool, str]]:
+    """The graph of each mode, or one under None where they are the same; and why a mode has none."""
+    views: dict[bool | None, fx.GraphModule] = {model.training: _module_of(program)}
+    try:
+        views[not model.training] = _module_of(_export_other_mode(model, args, kwargs, shapes))
+    except Exception as error:
+        logger.info("no graph for training=%s: %s", not model.training, _reason(error))
+        return views, {not model.training: _reason(error)}
+    if _is_same_graph(views[True], views[False]):
+        views = {None: views[model.training]}
+    return views, {}
+
+
+def _retracer(
+    model: nn.Module, examples: tuple[tuple[Any, ...], dict[str, Any]], shapes: Any
+) -> Callable[[torch.dtype], dict[bool | None, fx.GraphModule] | None]:
+    """What traces the model again in another dtype, as long as the caller keeps the model."""
+    reference = weakref.ref(model)
+
+    def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+
+    def retrace(dtype: torch.dtype) -> dict[bool | None, fx.GraphModule] | None:
+        original = reference()
+        if original is None:
+            return None
+        memo: dict[int, Any] = {id(b): converted(b, dtype) for b in original.buffers()}
+        memo |= {id(p): nn.Parameter(converted(p, dtype), requires_grad=False) for p in original.parameters()}
+        twin = copy.deepcopy(original, memo)
+        args, kwargs = pytree.tree_map(lambda x: converted(x, dtype) if isinstance(x, torch.Tensor) else x, examples)
+        return _both_modes(twin, _export(twin, args, kwargs, shapes), args, kwargs, shapes)[0]
+
+    return retrace
 
 
 def _check_model(model: object) -> None:
@@ -310,7 +354,9 @@ def _trace_symbolically(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         views = {None: views[model.training]}
     leaves = pytree.tree_leaves((args, kwargs))
     names = tuple({0: "batch"} if isinstance(leaf, torch.Tensor) and leaf.ndim else {} for leaf in leaves)
-    record = TraceRecord(_copied(args), _copied(kwargs), names, type(model).__name__, _module_aliases(model))
+    record = TraceRecord(
+        _copied(args), _copied(kwargs), names, type(model).__name__, module_aliases=_module_aliases(model)
+    )
     # The graph calls the model's own modules: copies keep `.train()` on the graph away from the model.
     return make_graph_module(copy_modules(views), training=model.training, trace=record)
 

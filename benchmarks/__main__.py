@@ -1,0 +1,90 @@
+"""`python -m benchmarks [subject ...] [--quick] [--json FILE] [--rounds N]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+SUBJECTS = ("injection", "folding", "training", "export", "latency")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the subjects and print their tables. 0 ok, 2 usage, 4 a check failed."""
+    options = _parser().parse_args(arguments)
+    _settle()
+    from .checks import CheckFailed
+    from .report import Table, as_json, machine
+
+    where = machine()
+    print(f"{where}\n", flush=True)
+    results: dict[str, tuple[Table, ...]] = {}
+    status = 0
+    for name in options.subjects or SUBJECTS:
+        started = time.perf_counter()
+        try:
+            results[name] = importlib.import_module(f".{name}", __package__).measure(
+                quick=options.quick, rounds=options.rounds
+            )
+        except CheckFailed as error:
+            print(f"{name}: check failed, nothing was timed: {error}", file=sys.stderr, flush=True)
+            status = 4
+            continue
+        print(f"## {name}\n")
+        print("\n\n".join(str(table) for table in results[name]))
+        print(f"\n({name} took {time.perf_counter() - started:.0f} s)\n", flush=True)
+    if options.json:
+        options.json.write_text(as_json(where, results), "utf-8")
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="lora_fx against PEFT and the floor.")
+    parser.add_argument("subjects", nargs="*", metavar="subject", help=f"of {', '.join(SUBJECTS)}; all if none is named")
+    parser.add_argument("--quick", action="store_true", help="small models, few rounds: two to three minutes for all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every table to FILE as well")
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds of each timing; default by subject")
+    parser.parse_args = _checked(parser)  # type: ignore[method-assign]
+    return parser
+
+
+def _checked(parser: argparse.ArgumentParser):  # type: ignore[no-untyped-def]
+    parse = parser.parse_args
+
+    def checked(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        options = parse(arguments)
+        for name in options.subjects:
+            if name not in SUBJECTS:
+                parser.error(f"unknown subject {name!r}; choose from {', '.join(SUBJECTS)}")
+        return options
+
+    return checked
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _settle() -> None:
+    """One thread, one seed, no network, no other library's chatter."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    warnings.simplefilter("ignore")
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""Inject: time and exact work over the number of sites, against PEFT and against making A and B alone."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+import lora_fx
+
+from . import workloads
+from .checks import assert_effect, assert_same, copy_adapter, first_tensor, require
+from .counters import node_visits, python_calls
+from .report import Table
+from .timing import Times, Variant, exponent, interleave
+from .workloads import Workload
+
+SITES = (50, 100, 200, 500, 1000, 2000)
+QUICK_SITES = (50, 100, 200, 400)
+
+
+def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, ...]:
+    """The tables of this subject."""
+    sizes = QUICK_SITES if quick else SITES
+    rounds = rounds or (3 if quick else 5)
+    return (_over_sites(sizes, rounds), _nth_adapter(100 if quick else 500, rounds))
+
+
+def check(workload: Workload, gm: Any) -> str:
+    """Identity with B = 0, PEFT's output with its A and B; raises CheckFailed, or says what held."""
+    args, kwargs = workload.inputs
+    frozen = workload.make().requires_grad_(False)
+    injected = workloads.with_lora_fx(workload, gm)
+    plan = lora_fx.make_plan(gm, lora_fx.LoraConfig(**workload.fields()))
+    require(len(plan.targets) == workload.sites, f"{len(plan.targets)} sites adapted, {workload.sites} expected")
+    peft_model = workloads.with_peft(workload)
+    with torch.no_grad():
+        base = first_tensor(frozen(*args, **kwargs))
+        fresh = first_tensor(injected(*args, **kwargs))
+        require(torch.equal(base, fresh), "with B = 0 the injected graph differs from the base")
+        workloads.randomise(peft_model, relative=0.1)
+        copy_adapter(peft_model, injected)
+        theirs, ours = first_tensor(peft_model(*args, **kwargs)), first_tensor(injected(*args, **kwargs))
+    assert_effect("PEFT's adapter", theirs, base)
+    error = assert_same("injected graph against PEFT", ours, theirs)
+    return f"B = 0 gives the base bit for bit; with equal A and B the output is PEFT's within {error:.1e}"
+
+
+def inject_times(workload: Workload, gm: Any, rounds: int) -> Times:
+    """lora_fx.inject, PEFT's get_peft_model, and the floor, interleaved."""
+    import peft
+
+    config = lora_fx.LoraConfig(**workload.fields())
+    peft_config = peft.LoraConfig(**workload.fields())
+    return interleave(
+        {
+            "lora_fx": Variant(lambda _: lora_fx.inject(gm, config)),
+            "PEFT": Variant(lambda model: peft.get_peft_model(model, peft_config), prepare=workload.make),
+            "floor": Variant(lambda model: _only_a_and_b(model, workload), prepare=workload.make),
+        },
+        rounds,
+    )
+
+
+def inject_visits(workload: Workload, gm: Any) -> tuple[int, int]:
+    """(graph nodes visited, Python and C functions called) by one inject. Exact."""
+    config = lora_fx.LoraConfig(**workload.fields())
+    lora_fx.inject(gm, config)  # what is cached on first use is no site's cost
+    with node_visits() as count:
+        lora_fx.inject(gm, config)
+    return count.visits, python_calls(lambda: lora_fx.inject(gm, config))
+
+
+def _only_a_and_b(model: nn.Module, workload: Workload) -> list[nn.Parameter]:
+    """Making and initialising A and B: what no LoRA scheme can avoid."""
+    made: list[nn.Parameter] = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            a = nn.Parameter(torch.empty(workload.r, module.in_features))
+            nn.init.kaiming_uniform_(a, a=5**0.5)
+            made += [a, nn.Parameter(torch.zeros(module.out_features, workload.r))]
+    return made
+
+
+def _peft_calls(workload: Workload) -> int:
+    model = workload.make()
+    return python_calls(lambda: workloads.with_peft(workload, model))
+
+
+def _over_sites(sizes: tuple[int, ...], rounds: int) -> Table:
+    rows = []
+    measured: dict[str, list[float]] = {"lora_fx": [], "PEFT": [], "visits": [], "calls": []}
+    said = ""
+    for sites in sizes:
+        workload = workloads.linear_stack(sites)
+        started = time.process_time()
+        gm = workloads.traced(workload)
+        tracing = time.process_time() - started
+        said = check(workload, gm)
+        visits, calls = inject_visits(workload, gm)
+        times = inject_times(workload, gm, rounds)
+        ours, theirs = times.median("lora_fx"), times.median("PEFT")
+        rows.append(
+            (
+                sites,
+                tracing,
+                1e3 * ours,
+                1e3 * theirs,
+                ours / theirs,
+                1e3 * ours / sites,
+                1e3 * theirs / sites,
+                1e3 * times.median("floor") / sites,
+                visits / sites,
+                calls / sites,
+                _peft_calls(workload) / sites,
+            )
+        )
+        for name, value in (("lora_fx", ours), ("PEFT", theirs), ("visits", visits), ("calls", calls)):
+            measured[name].append(float(value))
+    fits = ", ".join(f"{name} {exponent(sizes, values):.3f}" for name, values in measured.items())
+    return Table(
+        f"inject over the number of sites ({rounds} rounds; linears 16 × 16, r = 8)",
+        (
+            "sites",
+            "trace s (apart)",
+            "lora_fx ms",
+            "PEFT ms",
+            "lora_fx / PEFT",
+            "lora_fx ms/site",
+            "PEFT ms/site",
+            "floor ms/site",
+            "node visits/site",
+            "calls/site",
+            "PEFT calls/site",
+        ),
+        tuple(rows),
+        (
+            f"checked first, at every size: {said}",
+            f"fitted exponent over sites (1 is linear): {fits}",
+            "floor: making and initialising A and B alone. Visits and calls are exact counts",
+            "inject needs a traced graph; PEFT needs none. Tracing (train and eval graph) stands in its own column",
+        ),
+    )
+
+
+def _nth_adapter(sites: int, rounds: int) -> Table:
+    workload = workloads.linear_stack(sites)
+    gm = workloads.traced(workload)
+    config = lora_fx.LoraConfig(**workload.fields())
+    rows = []
+    for n in range(3):
+        graph, before = _with_adapters(gm, config, n), n
+        times = interleave(
+            {
+                "lora_fx": Variant(lambda _, g=graph: lora_fx.inject(g, config, adapter_name="next")),
+                "PEFT": Variant(_add_to_peft(workload), prepare=lambda k=before: _peft_with(workload, k)),
+            },
+            rounds,
+        )
+        rows.append((n + 1, 1e3 * times.median("lora_fx"), 1e3 * times.median("PEFT"), times.ratio("lora_fx", "PEFT")))
+    header = ("adapter", "lora_fx ms", "PEFT ms", "lora_fx / PEFT")
+    return Table(f"the n-th adapter on {sites} sites ({rounds} rounds)", header, tuple(rows))
+
+
+def _with_adapters(gm: Any, config: lora_fx.LoraConfig, count: int) -> Any:
+    for i in range(count):
+        gm = lora_fx.inject(gm, config, adapter_name=f"a{i}")
+    return gm
+
+
+def _peft_with(workload: Workload, count: int) -> nn.Module:
+    import peft
+
+    model: Any = workload.make()
+    for i in range(count):
+        config = peft.LoraConfig(**workload.fields())
+        if i == 0:
+            model = peft.get_peft_model(model, config, adapter_name="a0")
+        else:
+            model.add_adapter(f"a{i}", config)
+    return model  # type: ignore[no-any-return]
+
+
+def _add_to_peft(workload: Workload) -> Any:
+    import peft
+
+    def add(model: Any) -> Any:
+        config = peft.LoraConfig(**workload.fields())
+        if isinstance(model, peft.PeftModel):
+            return model.add_adapter("next", config)
+        return peft.get_peft_model(model, config, adapter_name="next")
+
+    return add
