@@ -185,7 +185,7 @@ def _why(log: Sequence[str]) -> str:
 
 
 def _fix(log: Sequence[str], provider: str) -> str:
-    required = next((found[1] for line in log if (found := re.search(r"(Require [^.]*\*[^.]*\*)", line))), "")
+    required = next((found[1] for line in log if (found := re.search(r"(Require .+?)\. Please", line))), "")
     needs = f"{required}. " if required else ""
     cuda = "the CUDA libraries (pip install onnxruntime-gpu[cuda,cudnn])"
     libraries = f"{cuda} and TensorRT 10" if "Tensorrt" in provider else cuda

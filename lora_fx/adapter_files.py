@@ -20,7 +20,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-_HALF = re.compile(r"^(?P<path>.*?)\.?lora_(?P<half>[AB])(\.(?P<adapter>[^.]+))?\.weight$")
+# The last lora_A or lora_B counts: a module may be called that itself.
+_HALF = re.compile(r"^((?P<path>.*)\.)?lora_(?P<half>[AB])(\.(?P<adapter>[^.]+))?\.weight$")
 _OTHER_LORA = re.compile(r"\blora_(embedding_[AB]|magnitude_vector|diag|[AB]\.bias)|token_adapter")
 
 
@@ -116,7 +117,7 @@ def parse_key(key: str, file: str) -> TensorKey:
         )
     match = _HALF.match(name)
     if match:
-        return TensorKey(key, match["path"], match["half"])
+        return TensorKey(key, match["path"] or "", match["half"])
     return TensorKey(key, name.replace(".base_layer.", ".").removeprefix("base_layer."), None)
 
 

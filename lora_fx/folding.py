@@ -23,6 +23,7 @@ from .graph_module import (
     copy_sharing_tensors,
     delete_attribute,
     get_attribute,
+    paused_gc,
     record_of,
     set_attribute,
 )
@@ -128,32 +129,65 @@ def fold(
     if accumulate not in (torch.float32, torch.float64):
         raise FoldError(f"accumulate={accumulate!r} must be torch.float32 or torch.float64")
     assert isinstance(gm, LoraGraphModule)
-    reading = read_applications(gm)
-    tasks = _tasks(gm, reading, chosen)
-    if inplace:
-        _check_not_tied(gm, tasks)
-    weights: dict[str, torch.Tensor] = {}
-    folded_sites: list[FoldedSite] = []
-    for task in tasks:
-        weights[task.attribute], site = _folded(gm, task, accumulate, into=None)
-        folded_sites.append(site)
-    report = FoldReport(tuple(adapter.name for adapter in chosen), tuple(folded_sites))
-    result = copy_sharing_tensors(gm)
-    _remove_adapters(result, chosen)
-    if inplace:
-        originals = _write(gm, weights, chosen)
-        _keep_base_tensors(result, gm, chosen)
-        finish(result)
-        record_of(result).folded = InPlaceFold(result, originals)
-        _exchange(gm, result)
-        result = gm
-    else:
-        for task in tasks:
-            _replace_weight(result, task, weights[task.attribute])
-        finish(result)
+    with paused_gc():
+        tasks = _tasks(gm, read_applications(gm), chosen)
+        if inplace:
+            _check_not_tied(gm, tasks)
+        result, sites = (_fold_in_place if inplace else _fold_anew)(gm, tasks, chosen, accumulate)
+    report = FoldReport(tuple(adapter.name for adapter in chosen), tuple(sites))
     record_of(result).report = report
     _warn(report)
     return result
+
+
+def _fold_anew(
+    gm: LoraGraphModule, tasks: list[_Task], chosen: list[Adapter], accumulate: torch.dtype
+) -> tuple[LoraGraphModule, list[FoldedSite]]:
+    """A new graph module with new tensors for the folded weights; the others are shared."""
+    folded = [_folded(gm, task, accumulate) for task in tasks]
+    result = copy_sharing_tensors(gm)
+    _remove_adapters(result, chosen)
+    for task, (value, _) in zip(tasks, folded, strict=True):
+        _replace_weight(result, task, value)
+    finish(result)
+    return result, [site for _, site in folded]
+
+
+def _fold_in_place(
+    gm: LoraGraphModule, tasks: list[_Task], chosen: list[Adapter], accumulate: torch.dtype
+) -> tuple[LoraGraphModule, list[FoldedSite]]:
+    """Write into the base's tensors, one at a time, and let `gm` become the folded graph."""
+    folded = copy_sharing_tensors(gm)
+    _remove_adapters(folded, chosen)
+    _keep_base_tensors(folded, gm, chosen)
+    finish(folded)
+    sites: list[FoldedSite] = []
+    originals: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for task in tasks:
+            value, site = _folded(gm, task, accumulate)
+            _overwrite(gm.get_parameter(task.attribute).detach(), value, originals)
+            sites.append(site)
+        for adapter in chosen:
+            for name in adapter.trained:
+                _overwrite(record_of(gm).originals[name], get_attribute(gm, name).detach(), originals)
+    except BaseException:
+        _restore(originals)
+        raise
+    record_of(folded).folded = InPlaceFold(folded, originals)
+    _exchange(gm, folded)
+    return gm, sites
+
+
+def _overwrite(tensor: torch.Tensor, value: torch.Tensor, originals: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    originals.append((tensor, tensor.clone()))
+    tensor.copy_(value)
+
+
+def _restore(originals: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, original in originals:
+            tensor.copy_(original)
 
 
 def unfold(gm: fx.GraphModule) -> LoraGraphModule:
@@ -169,9 +203,7 @@ def unfold(gm: fx.GraphModule) -> LoraGraphModule:
             "this graph was not folded in place; only fold(gm, inplace=True) can be taken back. "
             "Without inplace, fold leaves the injected graph as it was: keep that"
         )
-    with torch.no_grad():
-        for tensor, original in state.originals:
-            tensor.copy_(original)
+    _restore(state.originals)
     injected = state.injected
     _exchange(gm, injected)
     return gm
@@ -210,77 +242,86 @@ def _tasks(gm: LoraGraphModule, reading: Reading, chosen: list[Adapter]) -> list
         for path, site in adapter.sites.items():
             by_path.setdefault(path, []).append(site)
     groups: dict[object, list[str]] = {}
+    nodes: dict[str, list[fx.Node]] = {}
+    attributes: dict[str, str] = {}
+    for application in reading.applications:
+        nodes.setdefault(application.path, []).append(application.use.node)
+        attributes[application.path] = application.attribute
     for path, sites in by_path.items():
-        weight = gm.get_parameter(sites[0].attribute)
+        weight = gm.get_parameter(attributes[path])
         view = (storage_of(weight), weight.storage_offset(), weight.shape, weight.stride())
         # Sites that share A and B hold the same Parameter objects.
         values = tuple((id(gm.get_parameter(site.lora_a)), site.scaling) for site in sites)
         groups.setdefault((view, values), []).append(path)
-    nodes: dict[str, list[fx.Node]] = {}
-    for application in reading.applications:
-        nodes.setdefault(application.path, []).append(application.use.node)
-    return [_task(gm, reading, paths, by_path, nodes) for paths in groups.values()]
+    return [_task(gm, reading, paths, by_path[paths[0]], attributes[paths[0]], nodes) for paths in groups.values()]
 
 
 def _task(
     gm: LoraGraphModule,
     reading: Reading,
     paths: list[str],
-    by_path: dict[str, list[AdapterSite]],
+    sites: list[AdapterSite],
+    attribute: str,
     nodes: dict[str, list[fx.Node]],
 ) -> _Task:
-    sites = by_path[paths[0]]
-    weight = gm.get_parameter(sites[0].attribute)
+    weight = gm.get_parameter(attribute)
     names = reading.names[storage_of(weight)]
     adapted = {node for path in paths for node in nodes[path]}
     readers = [name for name in names if any(node not in adapted for node in reading.users.get(name, ()))]
     aliases = [name for name in names if is_same_view(gm.get_parameter(name), weight)]
-    return _Task(tuple(paths), tuple(sites), sites[0].attribute, tuple(aliases), tuple(readers))
+    return _Task(tuple(paths), tuple(sites), attribute, tuple(aliases), tuple(readers))
 
 
-def _folded(
-    gm: LoraGraphModule, task: _Task, accumulate: torch.dtype, into: torch.Tensor | None
-) -> tuple[torch.Tensor, FoldedSite]:
-    """W + Σ scaling · B @ A in the weight's dtype, rounded once, and what that did."""
+def _folded(gm: LoraGraphModule, task: _Task, accumulate: torch.dtype) -> tuple[torch.Tensor, FoldedSite]:
+    """W + Σ scaling · B @ A in the weight's dtype and strides, rounded once, and what that did."""
     weight = gm.get_parameter(task.attribute).detach()
     dtype = torch.promote_types(weight.dtype, accumulate)
     total = weight.to(dtype)
-    delta_squared = torch.zeros((), dtype=torch.float64)
     factors = []
     for site in task.sites:
-        a, b = (
-            gm.get_parameter(site.lora_a).detach().to(dtype),
-            gm.get_parameter(site.lora_b).detach().to(dtype),
-        )
+        a, b = gm.get_parameter(site.lora_a).detach().to(dtype), gm.get_parameter(site.lora_b).detach().to(dtype)
         factors.append((a, b, site.scaling))
         left, right = (a.T, b.T) if site.fan_in_fan_out else (b, a)
         total = torch.addmm(total, left, right, alpha=site.scaling)  # (out, r) @ (r, in) -> (out, in)
-    rounded = total.to(weight.dtype)
-    if not bool(torch.isfinite(rounded).all()):
+    rounded = total
+    if total.dtype != weight.dtype or total.stride() != weight.stride():
+        rounded = torch.empty_like(weight).copy_(total)
+    # One pass tells both: a norm is finite only if every element is.
+    norm = float(torch.linalg.vector_norm(rounded, dtype=dtype))
+    if not math.isfinite(norm) and not bool(torch.isfinite(rounded).all()):
         raise FoldError(_why_not_finite(task, weight, total, factors))
-    delta_norm = _delta_norm(factors, delta_squared)
-    kept = _kept(weight, total, rounded, factors, task.sites, delta_norm)
-    norm = float(torch.linalg.vector_norm(weight, dtype=dtype))
-    untied = tuple(name for name in task.other_readers)
-    return rounded, FoldedSite(task.paths[0], task.sites[0].weight, weight.dtype, norm, delta_norm, kept, untied)
+    delta_norm = _delta_norm(factors)
+    kept = _kept(weight, total, rounded, norm, factors, task.sites, delta_norm)
+    own = task.sites[0].weight
+    untied = [name for name in task.aliases if name != own] or list(task.other_readers)
+    return rounded, FoldedSite(
+        path=task.paths[0],
+        weight=own,
+        dtype=weight.dtype,
+        weight_norm=float(torch.linalg.vector_norm(weight, dtype=dtype)),
+        delta_norm=delta_norm,
+        kept=kept,
+        untied_from=tuple(untied) if task.other_readers else (),
+    )
 
 
 _Factors = list[tuple[torch.Tensor, torch.Tensor, float]]
 
 
-def _delta_norm(factors: _Factors, zero: torch.Tensor) -> float:
+def _delta_norm(factors: _Factors) -> float:
     """‖Σ s B A‖ without forming it: ⟨s B A, t D C⟩ = s t · tr((Bᵀ D)(C Aᵀ)), r × r products."""
-    squared = zero.to(factors[0][0].device)
+    squared = 0.0
     for a, b, s in factors:
         for c, d, t in factors:
-            squared = squared + s * t * ((b.T @ d).double() * (a @ c.T).double()).sum()
-    return math.sqrt(max(float(squared), 0.0))
+            squared += s * t * float(((b.T @ d).double() * (a @ c.T).double()).sum())
+    return math.sqrt(max(squared, 0.0))
 
 
 def _kept(
     weight: torch.Tensor,
     total: torch.Tensor,
     rounded: torch.Tensor,
+    norm: float,
     factors: _Factors,
     sites: tuple[AdapterSite, ...],
     delta_norm: float,
@@ -290,7 +331,7 @@ def _kept(
         return 1.0
     if total.dtype == weight.dtype:
         # Rounding moves each weight by at most eps / 2 of itself: measured only if that could show.
-        bound = torch.finfo(weight.dtype).eps / 2 * float(torch.linalg.vector_norm(rounded)) / delta_norm
+        bound = torch.finfo(weight.dtype).eps / 2 * norm / delta_norm
         if bound < 1e-3 or weight.dtype == torch.float64:
             return max(0.0, 1 - bound)
         exact = weight.double()
@@ -331,27 +372,8 @@ def _check_not_tied(gm: LoraGraphModule, tasks: list[_Task]) -> None:
             raise FoldError(f"fold(inplace=True) cannot write {task.attribute!r}: its elements overlap in memory")
 
 
-def _write(
-    gm: LoraGraphModule, weights: dict[str, torch.Tensor], chosen: list[Adapter]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Write into the base tensors; what they held before, for `unfold`."""
-    values = [(gm.get_parameter(name).detach(), value) for name, value in weights.items()]
-    record = record_of(gm)
-    for adapter in chosen:
-        values += [(record.originals[name], get_attribute(gm, name).detach()) for name in adapter.trained]
-    originals = [(tensor, tensor.clone()) for tensor, _ in values]
-    try:
-        for tensor, value in values:
-            tensor.copy_(value)
-    except BaseException:
-        for tensor, original in originals:
-            tensor.copy_(original)
-        raise
-    return originals
-
-
 def _keep_base_tensors(result: LoraGraphModule, gm: LoraGraphModule, chosen: list[Adapter]) -> None:
-    """After writing in place, what was trained in full stands in the base's own tensors."""
+    """Folded in place, what was trained in full stands in the base's own tensors."""
     originals = record_of(gm).originals
     for adapter in chosen:
         for name in adapter.trained:

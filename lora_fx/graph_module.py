@@ -9,8 +9,10 @@ Graphs that hold their modes themselves (symbolic_trace keeps nn.Dropout modules
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -364,6 +366,22 @@ def _check_literal_mode(graph: fx.Graph, mode: bool) -> None:
             stacklevel=4,
         )
         return
+
+
+@contextmanager
+def paused_gc() -> Iterator[None]:
+    """No garbage collection meanwhile.
+
+    A pass makes thousands of small objects on top of the hundreds of thousands that tracing left; each full
+    collection looks at all of them, which makes a linear pass quadratic in the size of the graph.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def get_attribute(root: nn.Module, target: str) -> Any:

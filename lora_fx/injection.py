@@ -17,6 +17,7 @@ from .graph_module import (
     checked_graph_module,
     copy_sharing_tensors,
     get_attribute,
+    paused_gc,
     record_of,
     set_attribute,
 )
@@ -33,7 +34,7 @@ class AdapterSite:
 
     Attributes:
         path: the site's.
-        weight, attribute: the base weight's own name, and the one under which the graph reads it.
+        weight: the base weight's own name; tied weights may be read under another.
         lora_a, lora_b: names of A (r, in) and B (out, r).
         dropout: name of the dropout module, or None.
         scaling: the factor on B @ A.
@@ -42,7 +43,6 @@ class AdapterSite:
 
     path: str
     weight: str
-    attribute: str
     lora_a: str
     lora_b: str
     dropout: str | None
@@ -104,9 +104,10 @@ def inject(
     else:
         plan = make_plan(gm, config_or_plan)
     _check_trained_once(gm, plan)
-    result = copy_sharing_tensors(gm)
-    _freeze(result)
-    _add_adapter(result, plan, adapter_name, adapter_dtype)
+    with paused_gc():
+        result = copy_sharing_tensors(gm)
+        _freeze(result)
+        _add_adapter(result, plan, adapter_name, adapter_dtype)
     return result
 
 
@@ -228,7 +229,6 @@ def _add_parameters(
     return AdapterSite(
         path=application.path,
         weight=application.weight,
-        attribute=application.attribute,
         lora_a=lora_a,
         lora_b=lora_b,
         dropout=dropout,

@@ -523,6 +523,7 @@ SMALL = (
     Case("mixed", Mixed, ("fc", "out"), shape=(2, 3, 7)),
 )
 BY_NAME = {case.name: case for case in SMALL}
+STACK = BY_NAME["stack"]
 
 
 def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, strict: bool) -> fx.GraphModule:
@@ -594,6 +595,13 @@ def expected_warning(pattern: str | None) -> Any:
     if pattern is None:
         return contextlib.nullcontext()
     return pytest.warns(lora_fx.LoraFxWarning, match=pattern)
+
+
+def in_mode(gm: fx.GraphModule, training: bool) -> fx.GraphModule:
+    """The graph in train or eval mode; one that the user exported in eval mode says that its ops stay so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "this graph was exported in eval mode", lora_fx.LoraFxWarning)
+        return gm.train(training)
 
 
 def lora_tensors(gm: fx.GraphModule, half: str = "AB", adapter: str = "default") -> dict[str, nn.Parameter]:

@@ -1,0 +1,331 @@
+"""fold: one rounding, refusals, in place and back, the report; numbers that must not be lost in silence."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+from zoo import BY_NAME, STACK, assert_same_bits, bits, codes, fingerprint, folded, injected, lora_tensors, randomise, run, traced
+
+import lora_fx
+from lora_fx import FoldError, LoraConfig, LoraFxWarning
+
+MLP = BY_NAME["mlp"]
+
+
+def private(case: zoo.Case = MLP, tracer: str = "trace", dtype: torch.dtype = torch.float32) -> fx.GraphModule:
+    """A graph of its own, for tests that write into weights."""
+    return lora_fx.trace(case.model(dtype), *case.arguments(dtype), dynamic_shapes=None)
+
+
+def linear(weight: torch.Tensor, *, r: int = 3, alpha: float = 5) -> fx.GraphModule:
+    model = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype).eval()
+    model.weight = nn.Parameter(weight)
+    gm = lora_fx.trace(model, torch.randn(3, weight.shape[1]).to(weight.dtype), dynamic_shapes=None)
+    return lora_fx.inject(gm, LoraConfig(target_modules=[""], r=r, lora_alpha=alpha))
+
+
+# One rounding ---------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    out_features=st.integers(1, 67),
+    in_features=st.integers(1, 67),
+    r=st.integers(1, 19),
+    size=st.floats(1e-4, 10),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    accumulate=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_the_weight_is_rounded_once(out_features, in_features, r, size, dtype, accumulate) -> None:
+    """Within half an ulp, and what float32 accumulation adds, of the exact sum."""
+    gm = linear(torch.randn(out_features, in_features).to(dtype), r=r)
+    randomise(gm, size=size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LoraFxWarning)
+        result = lora_fx.fold(gm, accumulate=accumulate)
+    low, up = (p.detach().double() for p in lora_fx.lora_parameters(gm))
+    scaling = 5 / r
+    exact = gm.get_parameter("weight").detach().double() + scaling * up @ low
+    error = (result.get_parameter("weight").detach().double() - exact).abs()
+    magnitude = gm.get_parameter("weight").detach().double().abs() + scaling * up.abs() @ low.abs()
+    half_ulp = torch.finfo(dtype).eps / 2 * exact.abs().clamp_min(torch.finfo(dtype).smallest_normal)
+    accumulated = (r + 4) * torch.finfo(accumulate).eps * magnitude
+    assert bool((error <= half_ulp * 1.001 + accumulated).all())
+    if accumulate is torch.float64:
+        assert_same_bits([result.get_parameter("weight")], [exact.to(dtype)])
+
+
+def test_several_adapters_are_rounded_once_together() -> None:
+    """PEFT adds them one after the other, and rounds each time."""
+    gm = linear(torch.randn(31, 37).to(torch.bfloat16))
+    for name in ("b", "c", "d"):
+        gm = lora_fx.inject(gm, LoraConfig(target_modules=[""], r=2, lora_alpha=3), adapter_name=name)
+    for name in lora_fx.adapter_names(gm):
+        randomise(gm, name, size=0.3)
+    exact = gm.get_parameter("weight").detach().double()
+    for name, scaling in (("default", 5 / 3), ("b", 3 / 2), ("c", 3 / 2), ("d", 3 / 2)):
+        low, up = (p.detach().double() for p in lora_fx.lora_parameters(gm, name))
+        exact = exact + scaling * up @ low
+    result = lora_fx.fold(gm, accumulate=torch.float64)
+    assert_same_bits([result.get_parameter("weight")], [exact.to(torch.bfloat16)])
+
+
+# Refusals -------------------------------------------------------------------------------------------
+
+
+def spoil(gm: fx.GraphModule, name: str, value: float) -> fx.GraphModule:
+    with torch.no_grad():
+        gm.get_parameter(name).view(-1)[0] = value
+    return gm
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("name", "fragments"),
+    [
+        ("fc2.lora_B.default.weight", ["'fc2' (fc2.weight)", "fc2.lora_B.default.weight holds NaN or Inf", "train it again"]),
+        ("fc2.lora_A.default.weight", ["'fc2'", "fc2.lora_A.default.weight holds NaN or Inf"]),
+        ("fc2.weight", ["base weight of 'fc2'", "before folding", "mend the model"]),
+    ],
+)
+def test_nan_and_inf_are_refused_with_the_site_and_the_culprit(name, fragments, value, inplace: bool) -> None:
+    gm = spoil(randomise(injected(MLP, private())), name, value)
+    before = fingerprint(gm)
+    with pytest.raises(FoldError) as caught:
+        lora_fx.fold(gm, inplace=inplace)
+    assert all(fragment in str(caught.value) for fragment in fragments), caught.value
+    assert fingerprint(gm) == before
+
+
+def test_overflow_is_refused_with_the_limit() -> None:
+    gm = linear(torch.randn(5, 7).to(torch.float16))
+    with torch.no_grad():
+        lora_tensors(gm, "B")["lora_B.default.weight"].fill_(1e6)
+    with pytest.raises(FoldError, match=r"torch.float16's largest number 6.55e\+04.*gm\.float\(\)"):
+        lora_fx.fold(gm)
+    gm = linear(torch.randn(5, 7))
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(gm):
+            parameter.fill_(1e30)
+    with pytest.raises(FoldError, match=r"beyond torch.float32's largest number|Inf"):
+        lora_fx.fold(gm)
+
+
+def test_there_must_be_something_to_fold() -> None:
+    gm = private()
+    with pytest.raises(FoldError, match=r"no adapter.*inject\(gm, config\)"):
+        lora_fx.fold(gm)
+    adapted = injected(MLP, gm)
+    with pytest.raises(FoldError, match=r"adapters=\[\].*leave it out"):
+        lora_fx.fold(adapted, adapters=[])
+    with pytest.raises(lora_fx.AdapterError, match="no adapter 'defalt'.*Did you mean 'default'"):
+        lora_fx.fold(adapted, adapters=["default", "defalt"])
+    for dtype in (torch.float16, torch.int32, "float32", None):
+        with pytest.raises(FoldError, match="must be torch.float32 or torch.float64"):
+            lora_fx.fold(adapted, accumulate=dtype)
+    with pytest.raises(FoldError, match="does not come from fold"):
+        lora_fx.fold_report(adapted)
+
+
+def test_folding_leaves_the_injected_graph_as_it_was() -> None:
+    for case in (MLP, STACK, BY_NAME["modes_both"]):
+        gm = randomise(injected(case, traced(case), lora_dropout=0.1))
+        before = fingerprint(gm)
+        first, second = folded(case, gm), folded(case, gm)
+        assert fingerprint(gm) == before
+        assert not lora_fx.compare_graphs(first, second)
+
+
+# In place, and back ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", zoo.DTYPES)
+@pytest.mark.parametrize("name", ["mlp", "stack", "addmm", "called_twice", "shared_parameter", "strided", "modes_both"])
+def test_in_place_makes_the_users_model_the_merged_model_and_back(name: str, dtype: torch.dtype) -> None:
+    case = BY_NAME[name]
+    model, x = case.model(dtype), case.arguments(dtype)
+    gm = lora_fx.trace(model, *x, dynamic_shapes=None)
+    original = {n: bits(t) for n, t in model.state_dict().items()}
+    adapted = randomise(injected(case, gm))
+    before, expected = fingerprint(adapted), run(adapted, x)
+    functional = folded(case, adapted)
+    for _ in range(3):
+        assert lora_fx.fold(adapted, inplace=True) is adapted
+        assert codes(adapted) == codes(gm)
+        assert lora_fx.adapter_names(adapted) == ()
+        assert_same_bits(run(adapted, x), run(functional, x))
+        assert zoo.distance(expected, run(model, x)) <= zoo.tolerance(case, dtype)
+        assert_same_bits(run(model, x), run(gm, x))
+        assert lora_fx.unfold(adapted) is adapted
+        assert fingerprint(adapted) == before
+        assert {n: bits(t) for n, t in model.state_dict().items()} == original
+        assert_same_bits(run(adapted, x), expected)
+
+
+def test_in_place_with_modules_to_save_and_biases() -> None:
+    model, x = STACK.model(), STACK.arguments()
+    gm = lora_fx.trace(model, *x)
+    adapted = randomise(injected(STACK, gm, targets=["up", "down"], modules_to_save=["head"], bias="lora_only"))
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(adapted):
+            parameter.add_(0.01)
+    expected, original = run(adapted, x), {n: bits(t) for n, t in model.state_dict().items()}
+    lora_fx.fold(adapted, inplace=True)
+    assert zoo.distance(expected, run(model, x)) <= zoo.tolerance(STACK, torch.float32)
+    lora_fx.unfold(adapted)
+    assert {n: bits(t) for n, t in model.state_dict().items()} == original
+    assert_same_bits(run(adapted, x), expected)
+
+
+def test_a_folded_graph_takes_no_second_fold_nor_injection() -> None:
+    gm = randomise(injected(MLP, private()))
+    lora_fx.fold(gm, inplace=True)
+    with pytest.raises(FoldError, match=r"folded already; lora_fx\.unfold\(gm\)"):
+        lora_fx.fold(gm)
+    with pytest.raises(lora_fx.GraphError, match=r"folded in place; call lora_fx\.unfold\(gm\)"):
+        injected(MLP, gm, "second")
+    lora_fx.unfold(gm)
+    with pytest.raises(FoldError, match="not folded in place"):
+        lora_fx.unfold(gm)
+    with pytest.raises(FoldError, match="not folded in place"):
+        lora_fx.unfold(lora_fx.fold(gm))
+
+
+def test_training_goes_on_after_unfold() -> None:
+    gm = randomise(injected(MLP, private()))
+    optimizer = torch.optim.SGD(lora_fx.lora_parameters(gm), lr=0.1)
+    twin = copy.deepcopy(gm)
+    twin_optimizer = torch.optim.SGD(lora_fx.lora_parameters(twin), lr=0.1)
+    lora_fx.unfold(lora_fx.fold(gm, inplace=True))
+    for module, step in ((gm, optimizer), (twin, twin_optimizer)):
+        zoo.loss_of(module.train(), MLP.arguments()).backward()
+        step.step()
+    assert not lora_fx.compare_graphs(gm, twin)
+
+
+def test_one_adapter_of_two_in_place() -> None:
+    gm = private()
+    both = randomise(randomise(injected(MLP, injected(MLP, gm), "second")), "second")
+    expected, base = run(both, MLP.arguments()), {n: bits(t) for n, t in gm.state_dict().items()}
+    lora_fx.fold(both, adapters="second", inplace=True)
+    assert zoo.distance(expected, run(both, MLP.arguments())) <= zoo.tolerance(MLP, torch.float32)
+    lora_fx.unfold(both)
+    assert lora_fx.adapter_names(both) == ("default", "second")
+    assert_same_bits(run(both, MLP.arguments()), expected)
+    assert {n: bits(t) for n, t in gm.state_dict().items()} == base
+
+
+@pytest.mark.parametrize("tracer", ["trace", "export", "strict", "symbolic"])
+def test_in_place_refuses_a_tied_weight(tracer: str) -> None:
+    case = BY_NAME["tied_head"]
+    gm = randomise(injected(case, copy.deepcopy(traced(case, tracer)), targets=["lm_head"]))
+    before = fingerprint(gm)
+    with pytest.raises(FoldError, match=r"'lm_head.weight'.*also read as embed.weight.*fold\(gm\) unties it"):
+        lora_fx.fold(gm, inplace=True)
+    assert fingerprint(gm) == before
+
+
+# The report -----------------------------------------------------------------------------------------
+
+
+def test_the_report() -> None:
+    gm = randomise(injected(MLP, traced(MLP)), size=0.5)
+    report = lora_fx.fold_report(lora_fx.fold(gm))
+    assert report.adapters == ("default",)
+    assert [(site.path, site.weight, site.dtype) for site in report.sites] == [
+        ("fc1", "fc1.weight", torch.float32),
+        ("fc2", "fc2.weight", torch.float32),
+    ]
+    for site in report.sites:
+        low, up = (gm.get_parameter(f"{site.path}.lora_{half}.default.weight").detach().double() for half in "AB")
+        weight = gm.get_parameter(site.weight).detach().double()
+        assert site.delta_norm == pytest.approx(float((5 / 3 * up @ low).norm()), rel=1e-5)
+        assert site.weight_norm == pytest.approx(float(weight.norm()), rel=1e-5)
+        assert site.kept > 0.9999
+    text = str(report)
+    assert text.startswith("folded default into 2 weights")
+    assert "fc1" in text
+    assert "kept" in text
+
+
+def test_a_delta_of_zero_is_kept() -> None:
+    report = lora_fx.fold_report(lora_fx.fold(injected(MLP, traced(MLP, "trace", torch.bfloat16))))
+    assert [(site.delta_norm, site.kept) for site in report.sites] == [(0, 1), (0, 1)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.bfloat16, 1e-3), (torch.bfloat16, 0.05), (torch.bfloat16, 1), (torch.float16, 1e-3), (torch.float32, 1e-6)],
+)
+def test_what_survives_is_measured(dtype: torch.dtype, size: float, count: int) -> None:
+    gm = linear(torch.randn(131, 127).to(dtype) / 11)
+    if count == 2:
+        gm = lora_fx.inject(gm, LoraConfig(target_modules=[""], r=2, lora_alpha=3), adapter_name="second")
+    exact = torch.zeros(131, 127, dtype=torch.float64)
+    for name, scaling in zip(lora_fx.adapter_names(gm), (5 / 3, 3 / 2), strict=False):
+        randomise(gm, name, size=size)
+        low, up = (p.detach().double() for p in lora_fx.lora_parameters(gm, name))
+        exact += scaling * up @ low
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = lora_fx.fold(gm)
+    written = result.get_parameter("weight").detach().double() - gm.get_parameter("weight").detach().double()
+    kept = max(0.0, 1 - float((written - exact).norm() / exact.norm()))
+    site = lora_fx.fold_report(result).sites[0]
+    assert site.kept == pytest.approx(kept, abs=0.02)
+    assert site.delta_norm == pytest.approx(float(exact.norm()), rel=1e-4)
+    messages = [str(w.message) for w in caught if issubclass(w.category, LoraFxWarning)]
+    if kept < 0.9:
+        wider = "torch.float64" if dtype is torch.float32 else "torch.float32"
+        assert len(messages) == 1
+        assert str(dtype) in messages[0]
+        assert f"{wider} weights would keep it" in messages[0]
+    else:
+        assert messages == []
+
+
+def test_the_warning_names_the_worst_site_and_how_many() -> None:
+    gm = randomise(injected(STACK, traced(STACK, "trace", torch.bfloat16)), size=1e-3)
+    with pytest.warns(LoraFxWarning, match=r"keeps only .* of the delta of '.*' \(\d of 7 sites lose more than a tenth"):
+        lora_fx.fold(gm)
+
+
+# Another dtype, device or place ---------------------------------------------------------------------
+
+
+def test_stride_and_device_of_the_weight_are_kept() -> None:
+    for name in ("strided", "transposed"):
+        case = BY_NAME[name]
+        gm = traced(case)
+        result = lora_fx.fold(randomise(injected(case, gm)))
+        for parameter_name, parameter in gm.named_parameters():
+            twin = result.get_parameter(parameter_name)
+            assert (twin.stride(), twin.dtype, twin.device) == (parameter.stride(), parameter.dtype, parameter.device)
+            assert type(twin) is type(parameter)
+
+
+def test_meta_tensors_are_refused_by_name() -> None:
+    gm = injected(MLP, private()).to("meta")
+    with pytest.raises(FoldError, match=r"fc1.*meta"):
+        lora_fx.fold(gm)
+
+
+def test_hooks_and_meta_of_the_graph_survive() -> None:
+    gm = private()
+    gm.meta["mine"] = 3
+    adapted = injected(MLP, gm)
+    calls: list[int] = []
+    adapted.register_forward_hook(lambda *_: calls.append(1))
+    result = lora_fx.fold(adapted)
+    assert (adapted.meta["mine"], result.meta["mine"]) == (3, 3)
+    run(result, MLP.arguments())
+    assert calls == [1]

@@ -1,0 +1,372 @@
+"""trace: what the model does in each mode, the graph does; with the model's own types, tensors and free dimensions."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+import zoo
+from torch import fx, nn
+from torch.export import Dim
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from zoo import BY_NAME, SMALL, Case, assert_same_bits, bits, fingerprint, run, traced
+
+import lora_fx
+from lora_fx import GraphError, LoraConfig, LoraFxWarning
+
+TRACED = [pytest.param(case, id=case.name) for case in SMALL if "trace" in case.tracers]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("case", TRACED)
+def test_both_modes_are_the_models_own(case: Case, training: bool) -> None:
+    """Bit for bit under the same seed. Eager's fused fast path of the encoder layer is another kernel."""
+    model, arguments = case.model(), case.arguments(seed=5)
+    gm = copy.deepcopy(traced(case)).train(training)
+    expected, actual = run(model.train(training), arguments), run(gm, arguments)
+    if case.name in ("encoder_layer", "multi_head") and not training:
+        assert zoo.distance(expected, actual) < zoo.tolerance(case, torch.float32)
+    else:
+        assert_same_bits(expected, actual)
+
+
+@pytest.mark.parametrize("case", TRACED)
+def test_switching_modes_back_and_forth_changes_nothing(case: Case) -> None:
+    gm, arguments = copy.deepcopy(traced(case)), case.arguments()
+    first = {mode: run(gm.train(mode), arguments) for mode in (True, False)}
+    for mode in (False, False, True, True, False):
+        gm.train(mode)
+        assert gm.training == mode
+        if "modes" not in case.name:  # batch norm's statistics have moved
+            assert_same_bits(run(gm, arguments), first[mode])
+
+
+def test_training_moves_the_same_statistics_and_the_same_dropout() -> None:
+    case = BY_NAME["modes_both"]
+    model, arguments = case.model(), case.arguments()
+    twin = copy.deepcopy(model)
+    gm = lora_fx.trace(twin, *arguments).train()
+    for seed in range(3):
+        assert_same_bits(run(model.train(), arguments, seed), run(gm, arguments, seed))
+    for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert model.norm.num_batches_tracked == 3
+    assert_same_bits(run(model.eval(), arguments), run(gm.eval(), arguments))
+
+
+def test_gradients_are_the_models_own() -> None:
+    for name in ("modes_both", "attention", "mlp"):
+        case = BY_NAME[name]
+        model, arguments = case.model().train(), case.arguments()
+        gm = lora_fx.trace(copy.deepcopy(model), *arguments)
+        assert gm.training
+        zoo.loss_of(model, arguments).backward()
+        zoo.loss_of(gm, arguments).backward()
+        theirs = dict(model.named_parameters())
+        for parameter_name, parameter in gm.named_parameters():
+            assert torch.equal(parameter.grad, theirs[parameter_name].grad), parameter_name
+
+
+def test_parameters_and_buffers_are_the_models_own() -> None:
+    for case in SMALL:
+        if "trace" in case.tracers:
+            model = case.model()
+            gm = lora_fx.trace(model, *case.arguments(), dynamic_shapes=None)
+            own = dict(model.named_parameters(remove_duplicate=False))
+            assert {n: id(p) for n, p in gm.named_parameters(remove_duplicate=False)}.items() <= {
+                n: id(p) for n, p in own.items()
+            }.items()
+            assert set(map(id, gm.parameters())) == set(map(id, model.parameters()))
+            assert set(gm.state_dict()) <= set(model.state_dict())
+
+
+def test_a_mixed_model_keeps_its_modes_and_its_flags() -> None:
+    model = zoo.Modes().train()
+    model.norm.eval()
+    model.fc1.weight.requires_grad_(False)
+    before = fingerprint(model)
+    gm = lora_fx.trace(model, torch.randn(5, 7))
+    assert fingerprint(model) == before
+    assert not gm.get_parameter("fc1.weight").requires_grad
+    assert gm.get_parameter("fc2.weight").requires_grad
+
+
+# Outputs --------------------------------------------------------------------------------------------
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> None:
+    pytree.register_dataclass(Output)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda y: y,
+        lambda y: (y, y + 1),
+        lambda y: [y],
+        lambda y: {"b": y, "a": y + 1},
+        lambda y: OrderedDict(b=y, a=y + 1),
+        lambda y: Pair(y, y + 1),
+        lambda y: Output(y, y + 1),
+        lambda y: Output(y),
+        lambda y: (y, None, 3, "text", {"n": [y]}),
+    ],
+)
+def test_outputs_have_the_models_own_types(make) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(7, 5)
+
+        def forward(self, x):
+            return make(self.fc(x))
+
+    model, x = Model().eval(), torch.randn(3, 7)
+    expected = model(x)
+    gm = lora_fx.inject(lora_fx.trace(model, x), LoraConfig(target_modules=["fc"]))
+    for graph in (lora_fx.trace(model, x), gm, lora_fx.fold(gm)):
+        actual = graph(x)
+        assert type(actual) is type(expected)
+        assert pytree.tree_structure(actual) == pytree.tree_structure(expected)
+        if isinstance(expected, dict):
+            assert list(actual) == list(expected)
+
+
+# Free dimensions ------------------------------------------------------------------------------------
+
+
+def test_auto_leaves_free_what_the_model_leaves_free() -> None:
+    gm = traced(BY_NAME["attention"])
+    for shape in ((1, 1, 14), (2, 3, 14), (5, 11, 14), (1, 3, 14)):
+        x = torch.randn(shape)
+        assert zoo.distance(run(BY_NAME["attention"].model(), ((x,), {})), run(gm, ((x,), {}))) < 1e-6
+    assert lora_fx.trace_record(gm).dimension_names == ({0: "batch", 1: "sequence"},)
+
+
+def test_a_batch_of_one_is_no_constant() -> None:
+    gm = lora_fx.trace(zoo.Mlp().eval(), torch.randn(1, 7))
+    assert gm(torch.randn(5, 7)).shape == (5, 5)
+    assert gm(torch.randn(1, 7)).shape == (1, 5)
+    assert lora_fx.trace_record(gm).args[0].shape == (1, 7)
+
+
+def test_the_callers_names_are_kept() -> None:
+    batch, length = Dim("rows", min=1, max=64), Dim("length", min=2, max=64)
+    model, x = BY_NAME["attention"].model(), torch.randn(2, 3, 14)
+    for shapes in (({0: batch, 1: length},), {"x": {0: batch, 1: length}}, {"x": (batch, length, None)}):
+        gm = lora_fx.trace(model, x, dynamic_shapes=shapes)
+        assert lora_fx.trace_record(gm).dimension_names == ({0: "rows", 1: "length"},)
+        assert lora_fx.trace_record(lora_fx.inject(gm, LoraConfig(target_modules=["out"]))).dimension_names == (
+            {0: "rows", 1: "length"},
+        )
+
+
+def test_none_is_static() -> None:
+    gm = lora_fx.trace(zoo.Mlp().eval(), torch.randn(3, 7), dynamic_shapes=None)
+    assert lora_fx.trace_record(gm).dimension_names == ({},)
+    with pytest.raises(Exception, match=r"(?i)guard|shape|expected"):
+        gm(torch.randn(5, 7))
+
+
+def test_a_fixed_dimension_falls_back_with_a_warning_or_is_left_out() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(7, 5)
+
+        def forward(self, x, y):
+            return self.fc(x) + y
+
+    gm = lora_fx.trace(Fixed().eval(), (torch.randn(3, 7), torch.randn(5)))
+    assert lora_fx.trace_record(gm).dimension_names == ({0: "batch"}, {})
+    assert gm(torch.randn(11, 7), torch.randn(5)).shape == (11, 5)
+
+
+def test_ids_and_masks_have_one_batch_and_one_sequence() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.fc = nn.Embedding(11, 7), nn.Linear(7, 5)
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.fc(self.embed(input_ids) * attention_mask.unsqueeze(-1))
+
+    ids = torch.randint(0, 11, (2, 3))
+    gm = lora_fx.trace(Masked().eval(), kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert lora_fx.trace_record(gm).dimension_names == ({0: "batch", 1: "sequence"},) * 2
+
+
+def test_the_record() -> None:
+    case = BY_NAME["structured"]
+    (pair,), kwargs = case.arguments()
+    gm = lora_fx.trace(case.model(), (pair,), kwargs)
+    record = lora_fx.trace_record(gm)
+    assert record.model_class == "Structured"
+    assert torch.equal(record.args[0]["a"], pair["a"])
+    assert torch.equal(record.kwargs["extra"], kwargs["extra"])
+    pair["a"].zero_()  # a copy was kept
+    assert record.args[0]["a"].abs().max() > 0
+    assert record.dimension_names == ({0: "batch"},) * 3
+    assert lora_fx.trace_record(fx.symbolic_trace(zoo.Mlp())) is None
+
+
+def test_buffers_keep_their_persistence() -> None:
+    model = BY_NAME["mixed"].model()
+    gm = lora_fx.trace(model, *BY_NAME["mixed"].arguments())
+    injected = lora_fx.inject(gm, LoraConfig(target_modules=["fc"]))
+    for graph in (gm, lora_fx.fold(injected), copy.deepcopy(gm)):
+        assert set(graph.state_dict()) == set(model.state_dict())
+    for tracer in ("symbolic", "export", "strict"):
+        raw = traced(BY_NAME["mixed"], tracer)
+        adapted = lora_fx.inject(raw, LoraConfig(target_modules=["fc"]))
+        assert set(lora_fx.fold(adapted).state_dict()) == set(raw.state_dict())
+
+
+# What cannot be traced ------------------------------------------------------------------------------
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(7, 5)
+
+    def forward(self, x):
+        return self.fc(x) if x.sum() > 0 else self.fc(-x)
+
+
+class Unregistered:
+    def __init__(self, value) -> None:
+        self.value = value
+
+
+class Opaque(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(7, 5)
+
+    def forward(self, x):
+        return Unregistered(self.fc(x))
+
+
+class TrainBranch(nn.Module):
+    """Can be traced in eval mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(7, 5)
+
+    def forward(self, x):
+        y = self.fc(x)
+        return y * 2 if self.training and y.sum() > 0 else y
+
+
+UNTRACEABLE = [
+    (lambda: lora_fx.trace(Branch(), torch.randn(3, 7)), ["Branch cannot be traced by torch.export", "torch.cond"]),
+    (lambda: lora_fx.trace(Opaque(), torch.randn(3, 7)), ["Opaque cannot be traced", "register"]),
+    (lambda: lora_fx.trace(zoo.Mlp(), ()), ["example inputs do not fit Mlp.forward(x)", "lora_fx.trace(model, args, kwargs)"]),
+    (lambda: lora_fx.trace(zoo.Mlp(), (), {"y": torch.ones(1)}), ["example inputs do not fit Mlp.forward"]),
+    (lambda: lora_fx.trace(zoo.Mlp(), torch.randn(3, 5)), ["Mlp cannot be traced by torch.export", "RuntimeError"]),
+    (lambda: lora_fx.trace(nn.LazyLinear(5), torch.randn(3, 7)), ["'weight' is not initialised", "run the model once"]),
+    (lambda: lora_fx.trace(lambda x: x, torch.randn(3)), ["trace takes a torch.nn.Module, not function"]),
+    (lambda: lora_fx.trace(fx.symbolic_trace(zoo.Mlp()), torch.randn(3, 7)), ["traced already", "straight to find_sites"]),
+    (lambda: lora_fx.trace(zoo.Mlp(), torch.randn(3, 7), tracer="jit"), ["tracer='jit'", "'export' or 'symbolic'"]),
+    (
+        lambda: lora_fx.trace(Branch(), torch.randn(3, 7), tracer="symbolic"),
+        ["symbolic_trace cannot trace Branch", "lora_fx.trace(model, args, kwargs)"],
+    ),
+    (
+        lambda: lora_fx.trace(zoo.Mlp(), torch.randn(3, 7), dynamic_shapes={"x": {1: Dim("d")}}),
+        ["Mlp cannot be traced", 'dynamic_shapes="auto"'],
+    ),
+    (lambda: lora_fx.trace(zoo.Mlp(), torch.randn(3, 7), dynamic_shapes={"y": {0: Dim("d")}}), ["Mlp cannot be traced"]),
+    (lambda: lora_fx.trace(zoo.Mlp(), torch.randn(3, 7), dynamic_shapes=3), ["Mlp cannot be traced"]),
+]
+
+
+@pytest.mark.parametrize(("call", "fragments"), UNTRACEABLE)
+def test_a_model_that_cannot_be_traced_gets_an_error_that_says_what_to_do(call, fragments: list[str]) -> None:
+    with pytest.raises(GraphError) as caught:
+        call()
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value)) < 1200
+
+
+def test_a_failed_trace_leaves_the_model_as_it_was() -> None:
+    for model in (Branch().train(), Opaque().eval(), TrainBranch().train()):
+        model.fc.training = False
+        before = fingerprint(model)
+        with pytest.raises(GraphError):
+            lora_fx.trace(model, torch.randn(3, 7))
+        with pytest.raises(GraphError):
+            lora_fx.trace(model, torch.randn(3, 7), tracer="symbolic")
+        assert fingerprint(model) == before
+
+
+def test_a_model_that_can_be_traced_in_one_mode_only_says_so_when_it_matters() -> None:
+    gm = lora_fx.trace(TrainBranch().eval(), torch.randn(3, 7))
+    assert gm(torch.randn(3, 7)).shape == (3, 5)
+    with pytest.raises(GraphError, match=r"no train\(\) form.*could not be traced"):
+        gm.train()
+    assert not gm.training
+    with pytest.raises(GraphError, match=r"no train\(\) form"):
+        lora_fx.inject(gm, LoraConfig(target_modules=["fc"])).train()
+
+
+def test_a_graph_exported_in_eval_mode_warns_when_it_is_trained() -> None:
+    gm = lora_fx.inject(traced(BY_NAME["mlp"], "export"), LoraConfig(target_modules=["fc1"]))
+    with pytest.warns(LoraFxWarning, match=r"exported in eval mode: dropout.*lora_fx\.trace\(model, args\)"):
+        gm.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora_fx.inject(traced(BY_NAME["functional"], "export"), LoraConfig(target_modules=["w"])).train()
+
+
+def test_the_symbolic_tracer_shares_the_parameters_and_not_the_modules() -> None:
+    model = zoo.Mlp().eval()
+    gm = lora_fx.trace(model, torch.randn(3, 7), tracer="symbolic")
+    gm.train()
+    assert not any(module.training for module in model.modules())
+    assert gm.get_parameter("fc1.weight") is model.fc1.weight
+    x = torch.randn(5, 7)
+    assert_same_bits(run(model.train(), ((x,), {})), run(gm, ((x,), {})))
+
+
+def test_a_branch_on_the_mode_survives_symbolic_tracing() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(7, 5)
+
+        def forward(self, x):
+            return F.relu(self.fc(x)) if self.training else self.fc(x)
+
+    model, x = Branching().eval(), torch.randn(3, 7)
+    gm = lora_fx.trace(model, x, tracer="symbolic")
+    for mode in (True, False):
+        assert torch.equal(gm.train(mode)(x), model.train(mode)(x))
+
+
+def test_a_trace_survives_deepcopy_with_its_modes() -> None:
+    case = BY_NAME["modes_both"]
+    gm = lora_fx.trace(case.model(), *case.arguments())
+    twin = copy.deepcopy(gm)
+    assert not set(map(id, twin.parameters())) & set(map(id, gm.parameters()))
+    for mode in (True, False):
+        assert_same_bits(run(gm.train(mode), case.arguments()), run(twin.train(mode), case.arguments()))
+    assert bits(gm.get_parameter("fc1.weight")) == bits(twin.get_parameter("fc1.weight"))
