@@ -7,6 +7,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -52,6 +53,9 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
     """
     gm = checked_graph_module(gm)
     adapter = find_adapter(gm, adapter_name)
+    for name, tensor in _named_tensors(gm, adapter):
+        if tensor.is_meta:
+            raise AdapterError(f"{name!r} is on the meta device and holds no values to save; load the weights first")
     tensors = _tensors(gm, adapter)
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -60,8 +64,8 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
     config = config_text(adapter.config, **_exact_targets(gm, adapter))
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _replace(path / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-        _replace(path / CONFIG_FILE, config.encode("utf-8"))
+        weights = save(tensors, metadata={"format": "pt"})
+        _replace_all({path / WEIGHTS_FILE: weights, path / CONFIG_FILE: config.encode("utf-8")})
     except OSError as error:
         raise AdapterError(f"the adapter cannot be written to {str(path)!r}: {error}") from error
 
@@ -131,8 +135,33 @@ def _exact_targets(gm: fx.GraphModule, adapter: Adapter) -> dict[str, object]:
     return {"target_modules": sorted(paths), "exclude_modules": None}
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file in one step, with the permissions that any new file gets."""
+def _replace_all(files: dict[Path, bytes]) -> None:
+    """Write files that belong together: all are replaced, or all stay what they were."""
+    with ExitStack() as cleanup:
+        written: list[tuple[Path, Path]] = []
+        for path, data in files.items():
+            temporary = _write_beside(path, data)
+            cleanup.callback(temporary.unlink, missing_ok=True)
+            written.append((temporary, path))
+        kept: list[tuple[Path, Path | None]] = []
+        try:
+            for temporary, path in written:
+                backup = _write_beside(path, path.read_bytes()) if path.exists() else None
+                if backup is not None:
+                    cleanup.callback(backup.unlink, missing_ok=True)
+                os.replace(temporary, path)
+                kept.append((path, backup))
+        except BaseException:
+            for path, backup in kept:
+                if backup is None:
+                    path.unlink()
+                else:
+                    backup.rename(path)
+            raise
+
+
+def _write_beside(path: Path, data: bytes) -> Path:
+    """A temporary file in the same directory, with the permissions that any new file gets."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -142,10 +171,10 @@ def _replace(path: Path, data: bytes) -> None:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    return Path(temporary)
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -161,7 +190,14 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
             raise AdapterError(f"{str(path)!r}: {key!r} is {tensor.dtype}; adapters are float32, float16 or bfloat16")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{str(path)!r}: {key!r} holds NaN or Inf")
-    return {_normalised(parse_key(key, str(path))): tensor for key, tensor in tensors.items()}
+    normalised: dict[str, torch.Tensor] = {}
+    spelled: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        name = _normalised(parse_key(key, str(path)))
+        if name in normalised:
+            raise AdapterError(f"{str(path)!r}: {spelled[name]!r} and {key!r} mean the same tensor; keep one of them")
+        normalised[name], spelled[name] = tensor, key
+    return normalised
 
 
 def _normalised(key: TensorKey) -> str:

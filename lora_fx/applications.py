@@ -314,11 +314,11 @@ def _application(
         return Refusal(path, origin) if use.is_certain else None
     attribute, flipped = origin.name, origin.flipped
     parameter = parameters[attribute]
-    if parameter.ndim != 2:
-        return Refusal(path, f"{attribute} has {parameter.ndim} dimensions") if use.is_certain else None
-    if not parameter.is_floating_point():
-        return Refusal(path, f"{attribute} is {parameter.dtype}, which LoRA cannot be added to")
     weight = _own_name(attribute, stack, use, parameters, reading)
+    if parameter.ndim != 2:
+        return Refusal(_path_of(weight), f"{attribute} has {parameter.ndim} dimensions") if use.is_certain else None
+    if not parameter.is_floating_point():
+        return Refusal(_path_of(weight), f"{attribute} is {parameter.dtype}, which LoRA cannot be added to")
     if scope.reason is not None:
         return Refusal(_path_of(weight), scope.reason)
     return Application(scope, use, _path_of(weight), weight, attribute, use.takes_in_out != flipped, mode)

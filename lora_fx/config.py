@@ -126,8 +126,16 @@ class LoraConfig(metaclass=_OptionsChecked):
         if self.task_type is not None:
             self._set("task_type", _text("task_type", self.task_type))
             _check_choice("task_type", self.task_type, TASK_TYPES)
-        if not isinstance(self.init_lora_weights, bool):
-            _check_choice("init_lora_weights", self.init_lora_weights, ("gaussian", True, False))
+        if self.init_lora_weights != "gaussian" and not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} must be one of 'gaussian', True, False."
+                f"{closest(str(self.init_lora_weights), ['gaussian'])}"
+            )
+        for name in ("base_model_name_or_path", "revision"):
+            if getattr(self, name) is not None:
+                self._set(name, _text(name, getattr(self, name)))
+        if not isinstance(self.auto_mapping, Mapping | None):
+            raise ConfigError(f"auto_mapping={self.auto_mapping!r} must be a mapping or None")
         self._check_layers()
 
     def _set(self, name: str, value: Any) -> None:
@@ -166,7 +174,7 @@ class LoraConfig(metaclass=_OptionsChecked):
             hint = " Did you mean 'LORA'?" if peft_type.upper() == "LORA" else ""
             raise ConfigError(f"peft_type is {peft_type!r}; only 'LORA' adapters are supported.{hint}")
         options.pop("peft_version", None)
-        return cls(**options)
+        return cls(**_supported(options))
 
     def to_peft(self) -> dict[str, Any]:
         """The fields as PEFT's adapter_config.json holds them (JSON types only)."""
@@ -197,6 +205,8 @@ def _supported(options: dict[str, Any]) -> dict[str, Any]:
     """The options without those that are not supported but hold their neutral value; others are refused."""
     known = {f.name for f in dataclasses.fields(LoraConfig)}
     for name in [name for name in options if name not in known and name not in WITHOUT_EFFECT]:
+        if not isinstance(name, str):
+            raise ConfigError(f"LoraConfig has no option {name!r}; option names are strings")
         if name not in UNSUPPORTED:
             raise ConfigError(f"LoraConfig has no option {name!r} (given {options[name]!r}).{closest(name, known)}")
         if not any(options[name] is value or options[name] == value for value in UNSUPPORTED[name]):
@@ -256,8 +266,8 @@ def _rank(name: str, value: Any) -> int:
 
 
 def _alpha(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value == 0:
-        raise ConfigError(f"{name}={value!r} must be a finite number other than 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < abs(value) < 1e30:
+        raise ConfigError(f"{name}={value!r} must be a finite number other than 0, below 1e30")
     return value
 
 

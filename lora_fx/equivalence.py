@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .errors import GraphError
-from .graph_module import checked_graph_module, get_attribute
+from .graph_module import checked_graph_module, get_attribute, record_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def compare_graphs(a: fx.GraphModule, b: fx.GraphModule) -> GraphDiff:
     left, right = a.state_dict(), b.state_dict()
     both = [key for key in left if key in right]
     return GraphDiff(
-        nodes=tuple(_compare_nodes(a, b, "")),
+        nodes=tuple(_compare_views(a, b)),
         missing_keys=tuple(key for key in left if key not in right),
         unexpected_keys=tuple(key for key in right if key not in left),
         values=tuple(key for key in both if not _has_same_bits(left[key], right[key])),
@@ -132,8 +132,23 @@ def _has_same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a is b or torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
 
-def _compare_nodes(a: fx.GraphModule, b: fx.GraphModule, where: str) -> list[str]:
-    left, right = list(a.graph.nodes), list(b.graph.nodes)
+def _compare_views(a: fx.GraphModule, b: fx.GraphModule) -> list[str]:
+    """The nodes of every mode that either graph has; one that serves both modes is compared with both."""
+    left, right = record_of(a).views, record_of(b).views
+    modes: list[bool | None] = [None] if None in left and None in right else [True, False]
+    lines = []
+    for mode in modes:
+        graphs = [views.get(mode, views.get(None)) for views in (left, right)]
+        name = {True: "train: ", False: "eval: ", None: ""}[mode]
+        if graphs[0] is None or graphs[1] is None:
+            lines += [f"{name}only one of the graphs has this mode"] if graphs[0] is not graphs[1] else []
+        else:
+            lines += _compare_nodes(a, graphs[0], b, graphs[1], name)
+    return lines
+
+
+def _compare_nodes(a: fx.GraphModule, graph: fx.Graph, b: fx.GraphModule, other: fx.Graph, where: str) -> list[str]:
+    left, right = list(graph.nodes), list(other.nodes)
     lines = []
     for x, y in zip(left, right, strict=False):
         if _spelled(x) != _spelled(y):
@@ -141,10 +156,23 @@ def _compare_nodes(a: fx.GraphModule, b: fx.GraphModule, where: str) -> list[str
         elif x.op == "get_attr":
             inner = get_attribute(a, str(x.target)), get_attribute(b, str(y.target))
             if isinstance(inner[0], fx.GraphModule) and isinstance(inner[1], fx.GraphModule):
-                lines += _compare_nodes(inner[0], inner[1], f"{where}{x.target}: ")
+                lines += _compare_nodes(inner[0], inner[0].graph, inner[1], inner[1].graph, f"{where}{x.target}: ")
+            elif _is_constant(a, str(x.target)) and not _is_same_constant(*inner):
+                lines.append(f"{where}{x.target}: another constant")
     longer, sign = (left, "−") if len(left) > len(right) else (right, "+")
     lines += [f"{where}{sign} {_spelled(node)}" for node in longer[min(len(left), len(right)) :]]
     return lines
+
+
+def _is_constant(gm: fx.GraphModule, target: str) -> bool:
+    """Whether state_dict does not hold it, so that only the graph shows it."""
+    return target not in gm.state_dict(keep_vars=True)
+
+
+def _is_same_constant(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return _has_same_bits(a, b)
+    return type(a) is type(b)
 
 
 def _spelled(node: fx.Node) -> str:

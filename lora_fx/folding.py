@@ -98,6 +98,13 @@ class _Task:
     aliases: tuple[str, ...]
     other_readers: tuple[str, ...]
 
+    @property
+    def twins(self) -> tuple[str, ...]:
+        """Other names of a tied weight that keep the base's value; empty where nothing else reads it."""
+        own = self.sites[0].weight
+        names = [name for name in self.aliases if name != own] or [n for n in self.other_readers if n != own]
+        return tuple(names or (own,)) if self.other_readers else ()
+
 
 def fold(
     gm: fx.GraphModule,
@@ -275,6 +282,10 @@ def _task(
 def _folded(gm: LoraGraphModule, task: _Task, accumulate: torch.dtype) -> tuple[torch.Tensor, FoldedSite]:
     """W + Σ scaling · B @ A in the weight's dtype and strides, rounded once, and what that did."""
     weight = gm.get_parameter(task.attribute).detach()
+    if weight.is_meta:
+        raise FoldError(
+            f"{task.sites[0].weight!r} is on the meta device and holds no values to fold; load the weights first"
+        )
     dtype = torch.promote_types(weight.dtype, accumulate)
     total = weight.to(dtype)
     factors = []
@@ -292,16 +303,14 @@ def _folded(gm: LoraGraphModule, task: _Task, accumulate: torch.dtype) -> tuple[
         raise FoldError(_why_not_finite(task, weight, total, factors))
     delta_norm = _delta_norm(factors)
     kept = _kept(weight, total, rounded, norm, factors, task.sites, delta_norm)
-    own = task.sites[0].weight
-    untied = [name for name in task.aliases if name != own] or list(task.other_readers)
     return rounded, FoldedSite(
         path=task.paths[0],
-        weight=own,
+        weight=task.sites[0].weight,
         dtype=weight.dtype,
         weight_norm=float(torch.linalg.vector_norm(weight, dtype=dtype)),
         delta_norm=delta_norm,
         kept=kept,
-        untied_from=tuple(untied) if task.other_readers else (),
+        untied_from=task.twins,
     )
 
 
@@ -365,7 +374,7 @@ def _check_not_tied(gm: LoraGraphModule, tasks: list[_Task]) -> None:
         if task.other_readers:
             raise FoldError(
                 f"fold(inplace=True) cannot write {task.sites[0].weight!r}: its tensor is also read as "
-                f"{', '.join(task.other_readers)}, which is not adapted. fold(gm) unties it in a new graph"
+                f"{', '.join(task.twins)}, which is not adapted. fold(gm) unties it in a new graph"
             )
         weight = gm.get_parameter(task.attribute)
         if any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):

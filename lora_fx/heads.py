@@ -7,6 +7,8 @@ import operator
 import torch
 from torch import fx
 
+from .graph_module import ROLE
+
 _aten = torch.ops.aten
 
 # What may stand between the output head and the output: reshaping, casting, scaling, normalising to
@@ -42,31 +44,34 @@ def is_output_head(node: fx.Node) -> bool:
     seen: set[fx.Node] = set()
     queue, reaches_output = [node], False
     while queue:
-        for user in queue.pop().users:
+        value = queue.pop()
+        for user in value.users:
             if user.op == "output":
                 reaches_output = True
-            elif user not in seen:
+            elif user not in seen and not _is_beside(user):
                 seen.add(user)
-                if user.target in _SIZES:
-                    continue
-                if not _is_transparent(user):
+                if not _is_transparent(user, value):
                     return False
                 queue.append(user)
     return reaches_output
 
 
-def _is_transparent(node: fx.Node) -> bool:
+def _is_beside(node: fx.Node) -> bool:
+    """Sizes, and an adapter's own path beside its op, say nothing about where the value goes."""
+    return node.target in _SIZES or (ROLE in node.meta and not node.meta[ROLE].is_sum)
+
+
+def _is_transparent(node: fx.Node, value: fx.Node) -> bool:
+    if ROLE in node.meta:
+        return True  # the sum of the op and an adapter's path
     if node.op == "call_module":
         owner = node.graph.owning_module
         return owner is not None and isinstance(owner.get_submodule(str(node.target)), _TRANSPARENT_MODULES)
     if node.target in _SCALINGS:
-        return all(not isinstance(arg, fx.Node) or _is_constant(arg) for arg in node.args[1:])
+        nodes = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        return nodes.count(value) == 1 and all(arg is value or arg.op == "get_attr" for arg in nodes)
     if node.target in _SOFT_CAPS:  # tanh(x / cap) * cap
         source = node.args[0]
-        scaled = isinstance(source, fx.Node) and source.target in _SCALINGS
+        scaled = isinstance(source, fx.Node) and source.target in _SCALINGS and ROLE not in source.meta
         return scaled and bool(node.users) and all(user.target in _SCALINGS for user in node.users)
     return node.target in _TRANSPARENT_OPS
-
-
-def _is_constant(node: fx.Node) -> bool:
-    return node.op == "get_attr"

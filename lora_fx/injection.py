@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from dataclasses import dataclass
 
@@ -117,8 +118,10 @@ def check_adapter_name(name: object) -> None:
         raise AdapterError(
             f"adapter_name={name!r} must be 1 to 64 letters, digits, '_' or '-': it names modules and directories"
         )
-    if hasattr(nn.Module(), name):
-        raise AdapterError(f"adapter_name={name!r} is an attribute of every torch module; choose another name")
+    if hasattr(nn.Module(), name) or keyword.iskeyword(name):
+        raise AdapterError(
+            f"adapter_name={name!r} is a word of Python or an attribute of every torch module; choose another name"
+        )
 
 
 def _check_dtype(dtype: object) -> None:

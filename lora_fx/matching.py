@@ -36,7 +36,8 @@ def layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | 
         expressions = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
     for expression in expressions:
         if match := re.match(expression, name):
-            return int(match["index"])
+            # A pattern such as "h|m" may match without the number; PEFT stops there, too.
+            return None if match["index"] is None else int(match["index"])
     return None
 
 

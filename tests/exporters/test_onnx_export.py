@@ -1,0 +1,684 @@
+"""What export_onnx takes, what it refuses and how, and what is left behind when it fails: nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from models import Mlp, Tied, Twins, export_pair, randomise
+from onnx import numpy_helper
+from torch import fx, nn
+from torch.export import Dim
+
+import lora_fx
+from exporters import compare_onnx, export_onnx, make_session, onnx_export, onnx_files, read_manifest, verify_onnx
+from lora_fx import ExportError, LoraConfig, LoraFxWarning
+
+X = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def gm() -> fx.GraphModule:
+    """An MLP, traced; no test may change it."""
+    return lora_fx.trace(Mlp().eval(), (X,))
+
+
+def exported(model: nn.Module, **options: Any) -> fx.GraphModule:
+    """The plain way: torch.export's own module, which has no train() or eval()."""
+    return torch.export.export(model, (X,), **options).module()
+
+
+# -- dialects ---------------------------------------------------------------------------------------
+
+
+def test_symbolic_trace_graph(tmp_path: Path) -> None:
+    gm = torch.fx.symbolic_trace(Mlp())
+    assert gm.training
+    report = export_onnx(gm, tmp_path / "m.onnx", args=(X,), dynamic_shapes={"x": {0: "rows"}})
+    assert gm.training
+    assert all(module.training for module in gm.modules())
+    assert report.inputs == {"x": ("rows", 7)}
+    assert report.outputs == {"output": ("rows", 5)}
+    assert [weight.name for weight in report.weights] == ["up.weight", "up.bias", "down.weight", "down.bias"]
+
+
+def test_torch_export_graph(tmp_path: Path) -> None:
+    gm = exported(Mlp().eval(), dynamic_shapes={"x": {0: Dim.AUTO}})
+    flags = [module.training for module in gm.modules()]
+    report = export_onnx(gm, tmp_path / "m.onnx", args=X, dynamic_shapes="auto")
+    assert [module.training for module in gm.modules()] == flags
+    assert report.inputs == {"x": ("batch", 7)}
+    assert len(report.shapes_checked) == 2
+
+
+def test_all_dialects_write_one_file(tmp_path: Path, gm: fx.GraphModule) -> None:
+    model = Mlp().eval()
+    shapes = {"x": {0: "batch"}}
+    export_onnx(lora_fx.trace(model, (X,)), tmp_path / "trace.onnx")
+    export_onnx(lora_fx.trace(model, (X,), tracer="symbolic"), tmp_path / "symbolic.onnx")
+    export_onnx(torch.fx.symbolic_trace(model), tmp_path / "fx.onnx", args=(X,), dynamic_shapes=shapes)
+    plain = exported(model, dynamic_shapes={"x": {0: Dim.AUTO}})
+    export_onnx(plain, tmp_path / "export.onnx", args=(X,), dynamic_shapes=shapes)
+    for name in ("symbolic", "fx", "export"):
+        diff = compare_onnx(tmp_path / "trace.onnx", tmp_path / f"{name}.onnx")
+        assert diff.identical, f"{name}: {diff}"
+
+
+def test_injected_and_folded_dialects(tmp_path: Path) -> None:
+    """An adapter on a plain torch.export graph folds and exports like any other."""
+    plain = exported(Mlp().eval(), dynamic_shapes={"x": {0: Dim.AUTO}})
+    injected = lora_fx.inject(plain, LoraConfig(r=3, lora_alpha=7, target_modules=["up", "down"]))
+    randomise(injected)
+    options: dict[str, Any] = {"args": (X,), "dynamic_shapes": {"x": {0: "batch"}}}
+    export_onnx(plain, tmp_path / "base.onnx", **options)
+    export_onnx(lora_fx.fold(injected), tmp_path / "folded.onnx", **options)
+    diff = compare_onnx(tmp_path / "base.onnx", tmp_path / "folded.onnx")
+    assert diff.same_graph, str(diff)
+    assert set(diff.values_changed) == {"up.weight", "down.weight"}
+
+
+def test_training_mode_is_restored_also_after_an_error(tmp_path: Path) -> None:
+    gm = lora_fx.trace(Mlp(), (X,))
+    gm.train()
+    gm.get_submodule("up").eval()  # mixed on purpose
+    flags, code = [module.training for module in gm.modules()], gm.code
+    export_onnx(gm, tmp_path / "m.onnx")
+    assert ([module.training for module in gm.modules()], gm.code) == (flags, code)
+    with pytest.raises(ExportError):
+        export_onnx(gm, tmp_path / "m.onnx", opset=5)
+    assert ([module.training for module in gm.modules()], gm.code) == (flags, code)
+    assert {p.requires_grad for p in gm.parameters()} == {True}
+
+
+def test_inplace_folded_graph_exports(tmp_path: Path) -> None:
+    injected = lora_fx.inject(lora_fx.trace(Mlp().eval(), (X,)), LoraConfig(r=3, target_modules=["up"]))
+    randomise(injected)
+    with torch.no_grad():
+        expected = injected(X)
+    folded = lora_fx.fold(injected, inplace=True)
+    export_onnx(folded, tmp_path / "m.onnx")
+    got = make_session(tmp_path / "m.onnx", provider="cpu").run(None, {"x": X.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(got), expected)
+
+
+# -- law 5 where an optimizer that looks at values breaks it ------------------------------------------
+
+
+def test_equal_weights_and_zero_biases_keep_their_names(tmp_path: Path) -> None:
+    pair = export_pair(Twins(), (X,), {}, tmp_path, target_modules=["first"], bias="none")
+    diff = compare_onnx(pair.base.path, pair.twin.path)
+    assert diff.same_graph, str(diff)
+    assert diff.values_changed == ("first.weight",)
+    assert {w.fqn for w in pair.base.weights} == {name for name, _ in pair.gm.named_parameters()}
+
+
+def test_torch_alone_merges_equal_weights(tmp_path: Path) -> None:
+    """The law above is not vacuous: with torch's optimizer on visible weights, the twins' graph shrinks."""
+    gm = lora_fx.trace(Twins().eval(), (X,))
+    ours = export_onnx(gm, tmp_path / "ours.onnx")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_export, "hide_weights", lambda model, names: {})
+        theirs = export_onnx(gm, tmp_path / "theirs.onnx")
+    assert theirs.nodes < ours.nodes
+
+
+def test_tied_weight_is_untied_by_fold(tmp_path: Path) -> None:
+    ids = torch.randint(0, 13, (2, 5))
+    gm = lora_fx.trace(Tied().eval(), (ids,))
+    injected = lora_fx.inject(gm, LoraConfig(r=3, lora_alpha=7, target_modules=["head"]))
+    randomise(injected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LoraFxWarning)
+        folded = lora_fx.fold(injected)
+    base = export_onnx(gm, tmp_path / "base.onnx")
+    twin = export_onnx(folded, tmp_path / "folded.onnx")
+    assert compare_onnx(base.path, twin.path).ops_added == {}
+    assert twin.nodes <= base.nodes
+    verify_onnx(twin.path, injected, provider="cpu").raise_if_failed()
+
+
+def test_tied_weight_is_stored_under_both_layouts_and_tells_its_aliases(tmp_path: Path) -> None:
+    ids = torch.randint(0, 13, (2, 5))
+    model = Tied().eval()
+    export_onnx(lora_fx.trace(model, (ids,)), tmp_path / "m.onnx")
+    proto = onnx.load(tmp_path / "m.onnx")
+    manifest = read_manifest(proto)
+    tied = {name: w for name, w in manifest.items() if {w.fqn, *w.aliases} == {"embedding.weight", "head.weight"}}
+    assert sorted(w.layout for w in tied.values()) == ["as_stored", "transposed"]
+    stored, transposed = sorted(tied, key=len)
+    assert transposed == f"{stored}.T"
+    values = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in proto.graph.initializer}
+    assert torch.equal(values[stored], model.embedding.weight)
+    assert torch.equal(values[transposed], model.embedding.weight.T)
+
+
+def test_weights_made_of_weights_are_recorded_as_computed(tmp_path: Path) -> None:
+    class Decay(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log = nn.Parameter(torch.randn(7))
+            self.gain = nn.Parameter(torch.randn(7))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * (torch.exp(self.log) * self.gain)
+
+    report = export_onnx(lora_fx.trace(Decay().eval(), (X,)), tmp_path / "m.onnx")
+    assert [(w.layout, set(w.fqn.split(", "))) for w in report.weights] == [("computed", {"log", "gain"})]
+
+
+# -- names ------------------------------------------------------------------------------------------
+
+
+class Awkward(nn.Module):
+    """A parameter and outputs with the names of inputs, inputs returned as they are, None among outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(7, 7)
+        self.scale = nn.Parameter(torch.rand(7) + 1)
+
+    def forward(self, scale: torch.Tensor, x: torch.Tensor, linear: None = None) -> dict[str, Any]:
+        y = self.linear(x) * self.scale * scale
+        return {"x": y, "linear": (x, None, y + 1), "scale": self.scale, "same": y}
+
+
+def test_clashing_names(tmp_path: Path) -> None:
+    gm = lora_fx.trace(Awkward().eval(), (torch.ones(7),), {"x": X})
+    report = export_onnx(gm, tmp_path / "m.onnx")
+    assert list(report.inputs) == ["scale", "x"]
+    assert list(report.outputs) == ["x_out", "linear_0", "linear_2", "scale_out", "same"]
+    assert "scale" in {weight.fqn for weight in report.weights}
+    session = make_session(tmp_path / "m.onnx", provider="cpu")
+    assert [port.name for port in session.get_inputs()] == ["scale", "x"]
+
+
+def test_keyword_arguments_in_any_order(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def forward(self, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return a * 2, b + 1
+
+    inputs = {"a": X, "b": torch.randn(2, 3)}
+    report = export_onnx(lora_fx.trace(Two(), (), inputs), tmp_path / "m.onnx")
+    feed = {name: value.numpy() for name, value in inputs.items()}
+    got = make_session(tmp_path / "m.onnx", provider="cpu").run(list(report.outputs), feed)
+    assert list(report.outputs) == ["output_0", "output_1"]
+    torch.testing.assert_close(torch.from_numpy(got[0]), X * 2)
+    plain = torch.export.export(Two(), (), inputs).module()
+    swapped = {"b": inputs["b"], "a": inputs["a"]}
+    export_onnx(plain, tmp_path / "n.onnx", kwargs=swapped, dynamic_shapes=None)
+
+
+def test_nested_inputs(tmp_path: Path) -> None:
+    class Nested(nn.Module):
+        def forward(self, d: dict[str, torch.Tensor], pair: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [d["q"] + d["p"] * pair[0], pair[1]]
+
+    gm = lora_fx.trace(Nested(), ({"p": X, "q": X + 1}, [X + 2, X + 3]))
+    report = export_onnx(gm, tmp_path / "m.onnx")
+    assert list(report.inputs) == ["d_p", "d_q", "pair_0", "pair_1"]
+    assert list(report.outputs) == ["output_0", "output_1"]
+    verify_onnx(tmp_path / "m.onnx", gm, provider="cpu").raise_if_failed()
+
+
+def test_integer_outputs_and_top_k(tmp_path: Path) -> None:
+    class Best(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return x.argmax(-1), *x.topk(2)
+
+    report = export_onnx(lora_fx.trace(Best(), (X,)), tmp_path / "m.onnx")
+    assert report.max_error == 0.0
+
+
+def test_batch_of_one_stays_free(tmp_path: Path) -> None:
+    report = export_onnx(lora_fx.trace(Mlp().eval(), (X[:1],)), tmp_path / "m.onnx")
+    assert report.inputs == {"x": ("batch", 7)}
+    assert report.shapes_checked == ("x [1, 7]", "x [2, 7]")
+
+
+# -- dynamic shapes -----------------------------------------------------------------------------------
+
+
+def test_own_dim_names(tmp_path: Path, gm: fx.GraphModule) -> None:
+    for shapes in ({"x": {0: "rows"}}, ({0: Dim("rows")},), {"x": ("rows", None)}, {"x": {-2: "rows"}}):
+        assert export_onnx(gm, tmp_path / "m.onnx", dynamic_shapes=shapes).inputs == {"x": ("rows", 7)}
+    assert export_onnx(gm, tmp_path / "m.onnx", dynamic_shapes={"x": {0: Dim.AUTO}}).inputs == {"x": ("batch", 7)}
+    assert export_onnx(gm, tmp_path / "m.onnx", dynamic_shapes={}).inputs == {"x": (3, 7)}
+
+
+def test_static_graph_says_so(tmp_path: Path) -> None:
+    static = exported(Mlp().eval())
+    report = export_onnx(static, tmp_path / "m.onnx", args=(X,))
+    assert report.inputs == {"x": (3, 7)}
+    assert "all dimensions are fixed" in report.warnings[0]
+    with pytest.raises(ExportError, match=r"specialized it to be a constant \(3\).*'batch'"):
+        export_onnx(static, tmp_path / "m.onnx", args=(X,), dynamic_shapes={"x": {0: "batch"}})
+    with pytest.warns(LoraFxWarning, match=r"\('batch'\) of input 'x' is fixed at 3") as caught:
+        report = export_onnx(static, tmp_path / "m.onnx", args=(X,), dynamic_shapes="auto")
+    assert len(caught) == 2
+    assert report.inputs == {"x": (3, 7)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"y": {0: "batch"}}, "dynamic_shapes names 'y', but the graph is called with 'x'"),
+        ({"x": {4: "batch"}}, "names dimension 4; it has 2"),
+        ({"x": 7}, "dynamic_shapes of 'x' is 7; write {0: \"batch\"}"),
+        (7, "does not fit the arguments x"),
+        (({}, {}), "does not fit the arguments x"),
+    ],
+)
+def test_bad_dynamic_shapes(tmp_path: Path, gm: fx.GraphModule, shapes: Any, message: str) -> None:
+    with pytest.raises(ExportError) as caught:
+        export_onnx(gm, tmp_path / "m.onnx", dynamic_shapes=shapes)
+    assert message in str(caught.value)
+
+
+# -- refusals -----------------------------------------------------------------------------------------
+
+
+def test_unfolded_adapters_are_refused_with_the_call_that_works(tmp_path: Path, gm: fx.GraphModule) -> None:
+    injected = lora_fx.inject(gm, LoraConfig(target_modules=["up"]), adapter_name="tenant")
+    with pytest.raises(ExportError) as caught:
+        export_onnx(injected, tmp_path / "m.onnx")
+    message = str(caught.value)
+    assert "'tenant' unfolded" in message
+    assert "export_onnx(lora_fx.fold(gm), path)" in message
+    assert "export_onnx_adapters(gm, path)" in message
+    assert "does not have yet" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.float16}, "dtype=torch.float16 is not available yet; convert the model before tracing"),
+        ({"quantize": "int8"}, "quantize='int8' is not available yet"),
+        ({"opset": 5}, "asked for opset 5, but torch"),
+        ({"opset": 99}, "opset=99 is not an operator set that onnx"),
+        ({"opset": "20"}, "opset='20' is not an operator set"),
+        ({"opset": True}, "opset=True is not an operator set"),
+        ({"external_data": "yes"}, "external_data='yes' must be True, False or None"),
+        ({"args": (X, X)}, r"do not fit the graph's forward(x)"),
+        ({"args": (X.T,)}, "torch.export refuses this graph with these inputs"),
+    ],
+)
+def test_bad_options(tmp_path: Path, gm: fx.GraphModule, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExportError) as caught:
+        export_onnx(gm, tmp_path / "m.onnx", **options)
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("opset", [18, 21])
+def test_opset_is_what_was_asked_for(tmp_path: Path, gm: fx.GraphModule, opset: int) -> None:
+    assert export_onnx(gm, tmp_path / "m.onnx", opset=opset).opset == opset
+    proto = onnx.load(tmp_path / "m.onnx")
+    assert {entry.domain: entry.version for entry in proto.opset_import}[""] == opset
+
+
+def test_graph_without_remembered_inputs(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"remembers no example inputs.*args=\(x,\), dynamic_shapes="):
+        export_onnx(torch.fx.symbolic_trace(Mlp()), tmp_path / "m.onnx")
+
+
+def test_not_a_graph(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="Mlp is a plain nn.Module, not a graph; trace it first"):
+        export_onnx(Mlp(), tmp_path / "m.onnx")  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match="ExportedProgram"):
+        export_onnx(torch.export.export(Mlp(), (X,)), tmp_path / "m.onnx")  # type: ignore[arg-type]
+
+
+class AlwaysDrops(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(x, 0.5, training=True)
+
+
+def training_graphs() -> Iterator[Any]:
+    yield pytest.param(lambda: exported(Mlp().train()), id="export")
+    yield pytest.param(lambda: torch.fx.symbolic_trace(AlwaysDrops()), id="functional")
+    yield pytest.param(lambda: lora_fx.trace(AlwaysDrops(), (X,)), id="trace")
+    yield pytest.param(lambda: exported(nn.Sequential(nn.BatchNorm1d(7)).train()), id="batch_norm")
+    yield pytest.param(lambda: exported(nn.LSTM(7, 5, 2, dropout=0.3).train()), id="lstm")
+
+
+@pytest.mark.parametrize("make", training_graphs())
+def test_graph_that_trains_whatever_its_mode(tmp_path: Path, make: Any) -> None:
+    with pytest.raises(ExportError, match=r"works in training mode.*lora_fx\.trace\(model, args\)"):
+        export_onnx(make(), tmp_path / "m.onnx", args=(X,))
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    for value in (float("nan"), float("inf")):
+        model = Mlp().eval()
+        gm = lora_fx.trace(model, (X,))
+        with torch.no_grad():
+            model.down.weight[2, 3] = value
+        with pytest.raises(ExportError, match=r"'down\.weight' hold NaN or infinite values"):
+            export_onnx(gm, tmp_path / "m.onnx")
+
+
+def test_mask_buffer_may_be_infinite(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.full((7,), float("-inf")).tril(-1) * torch.tensor([0] * 6 + [1]).log())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.where(self.mask.isnan(), x, torch.full_like(x, float("-inf")))
+
+    model = Masked()
+    model.mask = torch.tensor([0.0] * 5 + [float("-inf")] * 2)
+    export_onnx(lora_fx.trace(model.eval(), (X,)), tmp_path / "m.onnx")
+
+
+def test_weights_without_values(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = Mlp()
+    gm = torch.fx.symbolic_trace(model.eval())
+    with pytest.raises(ExportError, match=r"'up\.weight', .* have no values \(device 'meta'\)"):
+        export_onnx(gm, tmp_path / "m.onnx", args=(X,))
+
+
+def test_outputs_that_are_no_tensors(tmp_path: Path) -> None:
+    class Counts(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+            return x + 1, 3
+
+    with pytest.raises(ExportError, match=r"returns 3 \(int\) as '1', and an ONNX file returns only tensors"):
+        export_onnx(lora_fx.trace(Counts(), (X,)), tmp_path / "m.onnx")
+
+
+def test_operation_that_onnx_does_not_have(tmp_path: Path) -> None:
+    class Special(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(x)
+
+    with pytest.raises(ExportError, match=r"torch cannot write this graph in ONNX: .*bessel"):
+        export_onnx(lora_fx.trace(Special(), (X,)), tmp_path / "m.onnx")
+
+
+def test_random_model_is_refused_and_called_random(tmp_path: Path) -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.rand_like(x)
+
+    with pytest.raises(ExportError, match="the model draws random numbers"):
+        export_onnx(lora_fx.trace(Noisy(), (X,)), tmp_path / "m.onnx")
+
+
+def test_bfloat16_cannot_be_checked_here_and_says_what_to_do(tmp_path: Path) -> None:
+    gm = lora_fx.trace(Mlp().bfloat16().eval(), (X.bfloat16(),))
+    with pytest.raises(ExportError, match=r"does not open in ONNX Runtime on the CPU.*check=False"):
+        export_onnx(gm, tmp_path / "m.onnx")
+    assert export_onnx(gm, tmp_path / "m.onnx", check=False).max_error is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
+    report = export_onnx(lora_fx.trace(Mlp().to(dtype).eval(), (X.to(dtype),)), tmp_path / "m.onnx")
+    assert report.max_error is not None
+    assert report.max_error < 8 * torch.finfo(dtype).eps
+
+
+class Counter(nn.Module):
+    """Writes into a buffer each time it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count[1:].add_(1)
+        return x + self.count
+
+
+def test_state_is_warned_about_and_left_alone(tmp_path: Path) -> None:
+    gm = lora_fx.trace(Counter().eval(), (X,))
+    with pytest.warns(LoraFxWarning, match="writes into 'count' when it runs; an ONNX file forgets that"):
+        export_onnx(gm, tmp_path / "m.onnx")
+    assert float(gm.get_buffer("count").sum()) == 0.0
+
+
+# -- files --------------------------------------------------------------------------------------------
+
+
+def test_external_data(tmp_path: Path, gm: fx.GraphModule) -> None:
+    path = tmp_path / "m.onnx"
+    report = export_onnx(gm, path, external_data=True)
+    assert report.data_path == f"{path}.data"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert report.size == sum(file.stat().st_size for file in tmp_path.iterdir())
+    proto = onnx.load(path, load_external_data=False)
+    places = {entry.value for t in proto.graph.initializer for entry in t.external_data if entry.key == "location"}
+    assert places == {"m.onnx.data"}
+    export_onnx(gm, tmp_path / "inline.onnx", external_data=False)
+    assert compare_onnx(path, tmp_path / "inline.onnx").identical
+    assert export_onnx(gm, path, external_data=False).data_path is None
+    assert not path.with_name("m.onnx.data").exists(), "data that no file names was left"
+
+
+def test_external_data_is_automatic_for_large_models(
+    tmp_path: Path, gm: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert export_onnx(gm, tmp_path / "m.onnx").data_path is None
+    monkeypatch.setattr(onnx_files, "AUTOMATIC_EXTERNAL_BYTES", 500)
+    assert export_onnx(gm, tmp_path / "m.onnx").data_path is not None
+    monkeypatch.setattr(onnx_files, "PROTOBUF_BYTES", 500)
+    before = snapshot(tmp_path)
+    with pytest.raises(ExportError, match=r"external_data=False, but the weights take .* leave external_data=None"):
+        export_onnx(gm, tmp_path / "m.onnx", external_data=False)
+    assert snapshot(tmp_path) == before
+
+
+def test_foreign_data_file_is_not_deleted(tmp_path: Path, gm: fx.GraphModule) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"something of the user's")
+    (tmp_path / "m.onnx.data").write_bytes(b"more of it")
+    export_onnx(gm, tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx.data").read_bytes() == b"more of it"
+
+
+def test_files_have_the_permissions_of_other_files(tmp_path: Path, gm: fx.GraphModule) -> None:
+    old = os.umask(0o027)
+    try:
+        export_onnx(gm, tmp_path / "m.onnx", external_data=True)
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o640}
+
+
+def test_places_that_cannot_be_written(tmp_path: Path, gm: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_export, "_convert", lambda *a: pytest.fail("the path is checked before the long work"))
+    with pytest.raises(ExportError, match=r"the directory .*missing does not exist; make it first \(mkdir -p"):
+        export_onnx(gm, tmp_path / "missing" / "m.onnx")
+    with pytest.raises(ExportError, match="is a directory; name a file in it"):
+        export_onnx(gm, tmp_path)
+    with pytest.raises(ExportError, match="cannot write into /proc"):
+        export_onnx(gm, "/proc/m.onnx")
+    with pytest.raises(ExportError, match="must be a string or a path, not NoneType"):
+        export_onnx(gm, None)  # type: ignore[arg-type]
+
+
+def test_link_is_followed(tmp_path: Path, gm: fx.GraphModule) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "m.onnx").symlink_to(tmp_path / "store" / "real.onnx")
+    export_onnx(gm, tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx").is_symlink()
+    assert (tmp_path / "store" / "real.onnx").is_file()
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Names and bytes of all files below a directory."""
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+def spoil_weight(patch: pytest.MonkeyPatch) -> str:
+    """The exporter writes another weight than the graph's."""
+    real = onnx_export._optimize
+
+    def spoilt(model: ir.Model, *rest: Any) -> Any:
+        weights = real(model, *rest)
+        value = model.graph.initializers["up.bias"]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy() + 0.01, name="up.bias")
+        return weights
+
+    patch.setattr(onnx_export, "_optimize", spoilt)
+    return "does not compute what torch computes, so nothing was written: at x [3, 7]: 'output': error"
+
+
+def fail_to_save(patch: pytest.MonkeyPatch) -> str:
+    """The disk is full in the middle of writing."""
+
+    def full(model: ir.Model, path: Path, **options: Any) -> None:
+        Path(path).write_bytes(b"half a fi")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    patch.setattr(onnx_files.ir, "save", full)
+    return "No space left on device"
+
+
+def fail_to_replace(patch: pytest.MonkeyPatch) -> str:
+    """The old file cannot be replaced."""
+
+    def refuse(*paths: Any) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    patch.setattr(onnx_files.os, "replace", refuse)
+    return "the old file is as it was"
+
+
+def fail_the_checker(patch: pytest.MonkeyPatch) -> str:
+    """onnx's checker finds something."""
+
+    def find(*args: Any, **kwargs: Any) -> None:
+        raise onnx.checker.ValidationError("graph is not sorted\n and more")
+
+    patch.setattr(onnx_files.onnx.checker, "check_model", find)
+    return "onnx's checker refuses the exported file, nothing was written: ValidationError: graph is not sorted"
+
+
+def interrupt(patch: pytest.MonkeyPatch) -> str:
+    """The user presses Ctrl-C while the file is checked."""
+
+    def press(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    patch.setattr(onnx_export, "check_file", press)
+    return ""
+
+
+FAILURES = [spoil_weight, fail_to_save, fail_to_replace, fail_the_checker, interrupt]
+
+
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("fail", FAILURES, ids=lambda fail: fail.__name__)
+def test_failure_leaves_the_old_files(tmp_path: Path, gm: fx.GraphModule, fail: Any, external: bool) -> None:
+    torch.manual_seed(1)
+    other = lora_fx.trace(Mlp().eval(), (X,))
+    export_onnx(other, tmp_path / "m.onnx", external_data=external)
+    before = snapshot(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        message = fail(patch)
+        with pytest.raises(KeyboardInterrupt if fail is interrupt else ExportError) as caught:
+            export_onnx(gm, tmp_path / "m.onnx", external_data=external)
+    assert message in str(caught.value)
+    assert snapshot(tmp_path) == before
+    assert {path.name for path in tmp_path.iterdir()} == set(before), "a temporary directory was left"
+    export_onnx(gm, tmp_path / "m.onnx", external_data=external)
+    assert snapshot(tmp_path) != before
+
+
+def test_kill_between_the_two_files_is_found_out(tmp_path: Path, gm: fx.GraphModule) -> None:
+    torch.manual_seed(1)
+    path = tmp_path / "m.onnx"
+    export_onnx(lora_fx.trace(Mlp().eval(), (X,)), path, external_data=True)
+    real, calls = os.replace, []
+
+    def once(source: Any, target: Any) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "killed here")
+        real(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_files.os, "replace", once)
+        with pytest.raises(ExportError):
+            export_onnx(gm, path, external_data=True)
+    with pytest.raises(ExportError, match="does not hold the weights that m.onnx was written with"):
+        make_session(path, provider="cpu")
+
+
+def test_unchecked_export_writes_what_the_check_would_refuse(tmp_path: Path, gm: fx.GraphModule) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        spoil_weight(patch)
+        report = export_onnx(gm, tmp_path / "m.onnx", check=False)
+    assert report.max_error is None
+    assert report.shapes_checked == ()
+    assert not verify_onnx(tmp_path / "m.onnx", gm, provider="cpu").ok
+
+
+# -- the rest -----------------------------------------------------------------------------------------
+
+
+def test_written_weights_are_those_of_the_call(tmp_path: Path) -> None:
+    """Training on, or unfolding, after the export does not reach the file nor the report."""
+    model = Mlp().eval()
+    gm = lora_fx.trace(model, (X,))
+    with torch.no_grad():
+        expected = model(X)
+    report = export_onnx(gm, tmp_path / "m.onnx", external_data=True)
+    text = str(report)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-3)
+    got = make_session(tmp_path / "m.onnx", provider="cpu").run(None, {"x": X.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(got), expected)
+    assert str(report) == text
+
+
+def test_export_is_silent(tmp_path: Path, gm: fx.GraphModule, capfd: pytest.CaptureFixture[str]) -> None:
+    export_onnx(gm, tmp_path / "m.onnx")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_report(tmp_path: Path, gm: fx.GraphModule) -> None:
+    report = export_onnx(gm, tmp_path / "m.onnx")
+    text = str(report)
+    for part in ("3 nodes", "Gemm", "4 as_stored", "['batch', 7]", "x [3, 7]", "x [4, 7]", "opset 20"):
+        assert part in text, part
+    assert report.size == (tmp_path / "m.onnx").stat().st_size
+    assert report.ops == {"Gemm": 2, "Relu": 1}
+    assert json.loads(json.dumps(report.to_dict()))["weights"][0]["fqn"] == "up.weight"
+
+
+def test_manifest_of_other_files(tmp_path: Path, gm: fx.GraphModule) -> None:
+    export_onnx(gm, tmp_path / "m.onnx")
+    proto = onnx.load(tmp_path / "m.onnx")
+    assert [w.fqn for w in read_manifest(proto).values()] == ["down.bias", "down.weight", "up.bias", "up.weight"]
+    session = make_session(tmp_path / "m.onnx", provider="cpu")
+    assert read_manifest(session.get_modelmeta().custom_metadata_map) == read_manifest(proto)
+    proto.metadata_props[0].value = '{"version": 1, "weights": {"a": {}}}'
+    with pytest.raises(ExportError, match=r"'lora_fx\.weights' in the ONNX file is damaged"):
+        read_manifest(proto)
+    del proto.metadata_props[:]
+    with pytest.raises(ExportError, match="has no record 'lora_fx.weights' of its weights"):
+        read_manifest(proto)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_export_from_cuda(tmp_path: Path) -> None:
+    gm = lora_fx.trace(Mlp().eval().cuda(), (X.cuda(),))
+    export_onnx(gm, tmp_path / "m.onnx")
+    verify_onnx(tmp_path / "m.onnx", gm, provider="cuda").raise_if_failed()

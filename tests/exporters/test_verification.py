@@ -1,0 +1,195 @@
+"""verify_onnx sees what differs, says where it ran, and at which shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from models import Mlp
+from onnx import numpy_helper
+from torch import fx, nn
+from torch.export import Dim
+
+import lora_fx
+from exporters import export_onnx, verify_onnx
+from exporters.verification import TOLERANCE_IN_EPS, _compare
+from lora_fx import ExportError
+
+X = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def gm() -> fx.GraphModule:
+    """An MLP, traced."""
+    return lora_fx.trace(Mlp(), (X,)).train()
+
+
+@pytest.fixture(scope="module")
+def file(gm: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The MLP's file."""
+    path = tmp_path_factory.mktemp("verification") / "m.onnx"
+    export_onnx(gm, path)
+    return path
+
+
+def test_remembered_inputs_and_a_second_shape(file: Path, gm: fx.GraphModule) -> None:
+    report = verify_onnx(file, gm, provider="cpu")
+    assert report.ok
+    assert [check.shapes for check in report.checks] == ["x [3, 7]", "x [4, 7]"]
+    assert report.providers == ("CPUExecutionProvider",)
+    assert report.checks[0].outputs[0].tolerance == pytest.approx(1024 * torch.finfo(torch.float32).eps)
+    assert "1024 eps of torch.float32" in str(report)
+    assert "ran on CPUExecutionProvider" in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["ok"] is True
+    report.raise_if_failed()
+    assert gm.training, "the mode was not restored"
+
+
+def test_own_inputs(file: Path, gm: fx.GraphModule) -> None:
+    pairs: list[Any] = [((torch.randn(n, 7),), {}) for n in (2, 5, 9)]
+    report = verify_onnx(file, gm, pairs, provider="cpu")
+    assert [check.shapes for check in report.checks] == ["x [2, 7]", "x [5, 7]", "x [9, 7]"]
+    report = verify_onnx(file, gm, pairs[:1], provider="cpu")
+    assert [check.shapes for check in report.checks] == ["x [2, 7]", "x [3, 7]"]
+
+
+def test_plain_graphs(file: Path, gm: fx.GraphModule) -> None:
+    model = Mlp().eval()
+    model.load_state_dict({name: value.detach() for name, value in gm.named_parameters()})
+    for plain in (
+        torch.fx.symbolic_trace(model),
+        torch.export.export(model, (X,), dynamic_shapes={"x": {0: Dim.AUTO}}).module(),
+    ):
+        assert verify_onnx(file, plain, [((X,), {})], provider="cpu").ok
+        with pytest.raises(ExportError, match="remembers no example inputs"):
+            verify_onnx(file, plain, provider="cpu")
+
+
+def test_static_file_says_that_there_is_one_shape(gm: fx.GraphModule, tmp_path: Path) -> None:
+    export_onnx(gm, tmp_path / "m.onnx", dynamic_shapes={})
+    report = verify_onnx(tmp_path / "m.onnx", gm, provider="cpu")
+    assert len(report.checks) == 1
+    assert report.notes == ("all dimensions are static: there is no second shape to try",)
+
+
+def test_one_wrong_weight_is_found(file: Path, gm: fx.GraphModule, tmp_path: Path) -> None:
+    proto = onnx.load(file)
+    tensor = next(t for t in proto.graph.initializer if t.name == "down.weight")
+    value = numpy_helper.to_array(tensor).copy()
+    value[4, 10] += 0.01
+    tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    onnx.save(proto, tmp_path / "m.onnx")
+    report = verify_onnx(tmp_path / "m.onnx", gm, base=file, provider="cpu")
+    assert not report.ok
+    assert "FAILED" in str(report)
+    assert report.base is not None
+    assert report.base.values_changed == ("down.weight",)
+    assert report.base.same_graph
+    with pytest.raises(
+        ExportError, match=r"does not compute what torch computes on CPUExecutionProvider, at x \[3, 7\]"
+    ):
+        report.raise_if_failed()
+
+
+def test_other_graph_than_the_base(file: Path, gm: fx.GraphModule, tmp_path: Path) -> None:
+    export_onnx(gm, tmp_path / "m.onnx", opset=21)
+    report = verify_onnx(tmp_path / "m.onnx", gm, base=file, provider="cpu")
+    assert all(check.ok for check in report.checks)
+    assert not report.ok
+    with pytest.raises(ExportError, match=r"is not op for op the base's file:(.|\n)*opsets"):
+        report.raise_if_failed()
+
+
+def test_file_of_another_graph(file: Path) -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x, x + 1
+
+    with pytest.raises(ExportError, match=r"torch returns 2 tensors, the file 1 \(output\)"):
+        verify_onnx(file, lora_fx.trace(Two(), (X,)), provider="cpu")
+    report = verify_onnx(file, lora_fx.trace(nn.Linear(7, 3).eval(), (X,)), provider="cpu")
+    assert report.checks[0].outputs[0].problem == "shape [3, 5] instead of [3, 3]"
+    assert not report.ok
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([], r"must be a list of \(args, kwargs\)"),
+        ([X], r"must be a list of \(args, kwargs\)"),
+        ([((X, X), {})], "do not fit the graph's forward"),
+        ([((X[:, :3],), {})], r"torch cannot run the graph at x \[3, 3\]"),
+        ([((X.double(),), {})], "cannot run"),
+    ],
+)
+def test_bad_inputs(file: Path, gm: fx.GraphModule, inputs: Any, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        verify_onnx(file, gm, inputs, provider="cpu")
+
+
+def test_unknown_provider_and_missing_files(file: Path, gm: fx.GraphModule, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="provider='gpu' is unknown"):
+        verify_onnx(file, gm, provider="gpu")
+    with pytest.raises(ExportError, match="does not exist"):
+        verify_onnx(tmp_path / "m.onnx", gm)
+    with pytest.raises(ExportError, match="does not exist"):
+        verify_onnx(file, gm, base=tmp_path / "m.onnx")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_cuda_asked_for_and_not_there(file: Path, gm: fx.GraphModule) -> None:
+    with pytest.raises(ExportError, match="does not work here|is not in this build"):
+        verify_onnx(file, gm, provider="cuda")
+    assert gm.training
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_runs_on_cuda(file: Path, gm: fx.GraphModule) -> None:
+    report = verify_onnx(file, gm, provider="cuda")
+    report.raise_if_failed()
+    assert report.providers[0] == "CUDAExecutionProvider"
+
+
+INF, NAN, LOW = float("inf"), float("nan"), torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize(
+    ("wanted", "got", "ok"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], True),
+        ([1.0, 2.0], [1.0, 2.0001], True),
+        ([1.0, 2.0], [1.0, 2.001], False),
+        ([0.0, 0.0], [0.0, 0.0], True),
+        ([0.0, 0.0], [0.0, 0.001], False),
+        ([1.0, NAN], [1.0, NAN], True),
+        ([1.0, NAN], [1.0, 2.0], False),
+        ([1.0, 2.0], [1.0, NAN], False),
+        ([1.0, INF], [1.0, INF], True),
+        ([1.0, INF], [1.0, -INF], False),
+        ([1.0, -INF], [1.0, NAN], False),
+        ([1.0, LOW], [1.0, LOW], True),
+        ([1.0, LOW], [1.1, LOW], False),  # a mask is no measure for the other values
+        ([1.0, LOW], [1.0, 0.0], False),
+        ([1, 2], [1, 2], True),
+        ([1, 2], [1, 3], False),
+        ([True, False], [True, True], False),
+        ([1.0, 2.0], [1, 2], False),
+        ([1.0, 2.0], [1.0], False),
+    ],
+)
+def test_comparison_of_one_output(wanted: list[Any], got: list[Any], ok: bool) -> None:
+    result = _compare("y", torch.tensor(wanted), torch.tensor(got).numpy(), torch.float32)
+    assert result.ok is ok, result
+
+
+def test_tolerance_follows_the_coarsest_dtype() -> None:
+    y = torch.ones(2)
+    for dtype, k in TOLERANCE_IN_EPS.items():
+        eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+        expected = k * eps if dtype != torch.float64 else 1024 * eps
+        assert _compare("y", y, y.numpy(), dtype).tolerance == expected
