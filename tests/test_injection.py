@@ -182,6 +182,7 @@ def test_fields_of_peft_and_mappings_are_taken() -> None:
         ("forward", "attribute of every torch module"),
         ("training", "attribute of every torch module"),
         ("parameters", "attribute of every torch module"),
+        ("class", "word of Python"),
     ],
 )
 def test_adapter_names_are_checked(name, fragment: str) -> None:

