@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="lora_fx against PEFT and the floor.")
-    parser.add_argument("subjects", nargs="*", metavar="subject", help=f"of {', '.join(SUBJECTS)}; all if none is named")
+    parser.add_argument(
+        "subjects", nargs="*", metavar="subject", help=f"of {', '.join(SUBJECTS)}; all if none is named"
+    )
     parser.add_argument("--quick", action="store_true", help="small models, few rounds: two to three minutes for all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every table to FILE as well")
     parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds of each timing; default by subject")

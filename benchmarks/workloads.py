@@ -80,10 +80,14 @@ class LinearStack(nn.Module):
 def linear_stack(sites: int, width: int = 16, rows: int = 4) -> Workload:
     """N linears and nothing else: what a pass costs per site, hardly hidden by arithmetic."""
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
-    return Workload(f"stack of {sites} linears", _seeded(lambda: LinearStack(sites, width)), ((x,), {}), ("proj",), sites)
+    return Workload(
+        f"stack of {sites} linears", _seeded(lambda: LinearStack(sites, width)), ((x,), {}), ("proj",), sites
+    )
 
 
-def llama(layers: int, hidden: int, tokens: int, *, dtype: torch.dtype = torch.float32, vocabulary: int = 512) -> Workload:
+def llama(
+    layers: int, hidden: int, tokens: int, *, dtype: torch.dtype = torch.float32, vocabulary: int = 512
+) -> Workload:
     """A Llama-style decoder with LoRA, r = 16, on all seven linears of each layer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

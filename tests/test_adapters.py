@@ -216,7 +216,10 @@ def _remove(name: str) -> Callable[[Path], None]:
 B1 = "fc1.lora_B.weight"
 BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "missing tensor": (_drop(B1), ["lacks 1 of 4 tensors", "'fc1.lora_B.weight'", "of this model?"]),
-    "unexpected tensor": (_put("fc3.lora_A.weight", torch.ones(3, 7)), ["1 tensors", "'fc3.lora_A.weight'", "make_plan"]),
+    "unexpected tensor": (
+        _put("fc3.lora_A.weight", torch.ones(3, 7)),
+        ["1 tensors", "'fc3.lora_A.weight'", "make_plan"],
+    ),
     "base weights": (_put("fc1.bias", torch.ones(11)), ["no place", "'fc1.bias'"]),
     "rank": (_put(B1, torch.ones(11, 2)), ["'fc1.lora_B.weight'", "(11, 2)", "(11, 3)", "rank_pattern"]),
     "zero size": (_put(B1, torch.ones(11, 0)), ["(11, 0)"]),
@@ -379,8 +382,15 @@ def _good(gm: fx.GraphModule) -> fx.GraphModule:
 @settings(max_examples=150)
 @given(
     fields=st.dictionaries(
-        st.sampled_from(["r", "lora_alpha", "target_modules", "rank_pattern", "bias", "use_rslora", "modules_to_save", "x"]),
-        st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.text(max_size=3) | st.lists(st.text(max_size=3)),
+        st.sampled_from(
+            ["r", "lora_alpha", "target_modules", "rank_pattern", "bias", "use_rslora", "modules_to_save", "x"]
+        ),
+        st.none()
+        | st.booleans()
+        | st.integers(-2, 9)
+        | st.floats()
+        | st.text(max_size=3)
+        | st.lists(st.text(max_size=3)),
         max_size=3,
     )
 )
@@ -405,7 +415,9 @@ def test_a_plain_file_of_two_keys_is_enough(tmp_path: Path) -> None:
     """What others write: the config PEFT needs, and tensors with or without the prefix and the adapter's name."""
     gm = _good(traced(MLP))
     tensors = {name: p.detach() for name, p in lora_tensors(gm).items()}
-    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": ["fc1", "fc2"], "r": 2, "lora_alpha": 5}))
+    (tmp_path / CONFIG).write_text(
+        json.dumps({"peft_type": "LORA", "target_modules": ["fc1", "fc2"], "r": 2, "lora_alpha": 5})
+    )
     for spelled in (
         tensors,
         {f"base_model.model.{name}": t for name, t in tensors.items()},

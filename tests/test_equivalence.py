@@ -111,7 +111,9 @@ def test_equal_modules_are_equivalent_on_every_form_of_input() -> None:
     assert_equivalent(torch.sin, torch.sin, x)
 
 
-@pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 32), (torch.float64, 32), (torch.bfloat16, 4), (torch.float16, 4)])
+@pytest.mark.parametrize(
+    ("dtype", "eps"), [(torch.float32, 32), (torch.float64, 32), (torch.bfloat16, 4), (torch.float16, 4)]
+)
 def test_the_tolerance_is_that_of_the_dtype(dtype: torch.dtype, eps: int) -> None:
     y = torch.ones(3, dtype=torch.float64)
     step = torch.finfo(dtype).eps

@@ -11,7 +11,20 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
-from zoo import BY_NAME, STACK, assert_same_bits, bits, codes, fingerprint, folded, injected, lora_tensors, randomise, run, traced
+from zoo import (
+    BY_NAME,
+    STACK,
+    assert_same_bits,
+    bits,
+    codes,
+    fingerprint,
+    folded,
+    injected,
+    lora_tensors,
+    randomise,
+    run,
+    traced,
+)
 
 import lora_fx
 from lora_fx import FoldError, LoraConfig, LoraFxWarning
@@ -91,7 +104,10 @@ def spoil(gm: fx.GraphModule, name: str, value: float) -> fx.GraphModule:
 @pytest.mark.parametrize(
     ("name", "fragments"),
     [
-        ("fc2.lora_B.default.weight", ["'fc2' (fc2.weight)", "fc2.lora_B.default.weight holds NaN or Inf", "train it again"]),
+        (
+            "fc2.lora_B.default.weight",
+            ["'fc2' (fc2.weight)", "fc2.lora_B.default.weight holds NaN or Inf", "train it again"],
+        ),
         ("fc2.lora_A.default.weight", ["'fc2'", "fc2.lora_A.default.weight holds NaN or Inf"]),
         ("fc2.weight", ["base weight of 'fc2'", "before folding", "mend the model"]),
     ],
@@ -295,7 +311,9 @@ def test_what_survives_is_measured(dtype: torch.dtype, size: float, count: int) 
 
 def test_the_warning_names_the_worst_site_and_how_many() -> None:
     gm = randomise(injected(STACK, traced(STACK, "trace", torch.bfloat16)), size=1e-3)
-    with pytest.warns(LoraFxWarning, match=r"keeps only .* of the delta of '.*' \(\d of 7 sites lose more than a tenth"):
+    with pytest.warns(
+        LoraFxWarning, match=r"keeps only .* of the delta of '.*' \(\d of 7 sites lose more than a tenth"
+    ):
         lora_fx.fold(gm)
 
 

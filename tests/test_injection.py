@@ -257,7 +257,11 @@ def test_modules_to_save_are_copies_of_the_bases_tensors() -> None:
 def test_bias_trains_what_it_says() -> None:
     gm = traced(STACK)
     own = {n for n, _ in gm.named_parameters() if n.endswith(".bias")}
-    for mode, expected in (("none", set()), ("all", own), ("lora_only", {f"body.layers.{i}.q_proj.bias" for i in (0, 1)})):
+    for mode, expected in (
+        ("none", set()),
+        ("all", own),
+        ("lora_only", {f"body.layers.{i}.q_proj.bias" for i in (0, 1)}),
+    ):
         adapted = injected(STACK, gm, targets=["q_proj", "up"], bias=mode)
         assert {n for n, p in adapted.named_parameters() if p.requires_grad and "lora" not in n} == expected
 
@@ -274,7 +278,9 @@ def test_a_tied_tensor_is_not_trained_in_full_alone() -> None:
     both = injected(
         BY_NAME["tied_head"], traced(BY_NAME["tied_head"]), targets=["fc"], modules_to_save=["lm_head", "embed"]
     )
-    weights = {id(p) for n, p in both.named_parameters(remove_duplicate=False) if n in ("lm_head.weight", "embed.weight")}
+    weights = {
+        id(p) for n, p in both.named_parameters(remove_duplicate=False) if n in ("lm_head.weight", "embed.weight")
+    }
     assert len(weights) == 1
 
 
@@ -339,7 +345,10 @@ def test_one_of_two_modules_with_one_weight(tracer: str) -> None:
     adapted = randomise(injected(case, gm, targets=["b"]))
     model = case.model(torch.float64)
     model.b.weight = nn.Parameter(model.a.weight.detach().clone())
-    low, up = lora_tensors(adapted, "A")["b.lora_A.default.weight"], lora_tensors(adapted, "B")["b.lora_B.default.weight"]
+    low, up = (
+        lora_tensors(adapted, "A")["b.lora_A.default.weight"],
+        lora_tensors(adapted, "B")["b.lora_B.default.weight"],
+    )
     with torch.no_grad():
         model.b.weight += 5 / 3 * up @ low
     with pytest.warns(LoraFxWarning, match="tied with a.weight.*untied"):

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from zoo import (
     BY_NAME,
+    MODELS,
     SMALL,
     STACK,
     Case,
@@ -38,14 +39,15 @@ from zoo import (
 import lora_fx
 from lora_fx import LoraConfig, LoraFxError
 
+ZOO = (*SMALL, *MODELS)
 MATRIX = [
     pytest.param(case, tracer, dtype, id=f"{case}-{tracer}-{str(dtype).removeprefix('torch.')}")
-    for case in SMALL
+    for case in ZOO
     for tracer in case.tracers
-    for dtype in case.dtypes
+    for dtype in (case.dtypes if case in SMALL or tracer == "trace" else case.dtypes[:1])
 ]
-FLOAT32 = [pytest.param(case, tracer, id=f"{case}-{tracer}") for case in SMALL for tracer in case.tracers]
-CASES = [pytest.param(case, id=case.name) for case in SMALL]
+FLOAT32 = [pytest.param(case, tracer, id=f"{case}-{tracer}") for case in ZOO for tracer in case.tracers]
+CASES = [pytest.param(case, id=case.name) for case in ZOO]
 
 # Every option that changes what is injected, on a model with layers, biases and a head.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -62,7 +64,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "excluded": {"exclude_modules": ["layers.0.up", "head"]},
     "rank_above_size": {"r": 19, "lora_alpha": 7},
 }
-
 
 
 def with_options(tracer: str, options: dict[str, Any]) -> fx.GraphModule:
@@ -248,7 +249,7 @@ def test_law_4_fails_when_one_site_is_not_folded(case: Case, tracer: str) -> Non
     gm, arguments = traced(case, tracer), case.arguments()
     adapted = randomise(injected(case, gm))
     expected = run(adapted, arguments)
-    for missing in case.targeted:
+    for missing in case.targeted if case in SMALL else case.targeted[::11]:
         result = folded(case, adapted)
         site = next(site for site in lora_fx.find_sites(gm) if site.path == missing)
         weights = dict(result.named_parameters())
@@ -372,7 +373,9 @@ def _with_nan(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 FAILURES = {
-    "inject nothing hit": lambda gm, p: lora_fx.inject(gm, LoraConfig(target_modules=["fc1", "nope"]), adapter_name="x"),
+    "inject nothing hit": lambda gm, p: lora_fx.inject(
+        gm, LoraConfig(target_modules=["fc1", "nope"]), adapter_name="x"
+    ),
     "inject bad config": lambda gm, p: lora_fx.inject(gm, {"target_modules": ["fc1"], "r": 0}, adapter_name="x"),
     "inject taken name": lambda gm, p: lora_fx.inject(gm, LoraConfig(target_modules=["fc1"])),
     "inject bad name": lambda gm, p: lora_fx.inject(gm, LoraConfig(target_modules=["fc1"]), adapter_name="a.b"),

@@ -139,7 +139,11 @@ NAMES = st.lists(SEGMENTS, min_size=0, max_size=6).map(".".join)
 PIECES = st.sampled_from([".*", r"\.", "[qv]", "h", "q", "1", r"\d+", "(m|h)", ".", "x?"])
 EXPRESSIONS = st.lists(PIECES, min_size=1, max_size=6).map("".join)
 LAYERS = st.none() | st.integers(0, 11) | st.lists(st.integers(0, 11), max_size=3)
-CONTAINERS = st.none() | st.sampled_from(["", "h", "layers", "m", "h|m"]) | st.lists(st.sampled_from(["h", "m", "layers"]), max_size=2)
+CONTAINERS = (
+    st.none()
+    | st.sampled_from(["", "h", "layers", "m", "h|m"])
+    | st.lists(st.sampled_from(["h", "m", "layers"]), max_size=2)
+)
 
 
 def _peft_matches(name, targets, layers, pattern, **options) -> bool:
@@ -201,14 +205,17 @@ class Tree(nn.Module):
         return x
 
 
-LEAVES = [".".join(parts) for parts in itertools.product(["m", "x"], ["h", "layers"], ["0", "1", "10"], ["q", "v", "xq"])]
+LEAVES = [
+    ".".join(parts) for parts in itertools.product(["m", "x"], ["h", "layers"], ["0", "1", "10"], ["q", "v", "xq"])
+]
 SUFFIXES = st.sampled_from(["q", "v", "0.q", "h.1.q", "layers.10.xq", "m.h.0.q", "x.layers.1.v", "xq", "h.0.v"])
 
 
 @settings(max_examples=60)
 @given(
     names=st.lists(st.sampled_from(LEAVES), min_size=2, max_size=8, unique=True),
-    targets=st.lists(SUFFIXES, min_size=1, max_size=3, unique=True) | st.sampled_from([r".*\.q", r"m\..*[qv]", r".*[01]\.[qv]"]),
+    targets=st.lists(SUFFIXES, min_size=1, max_size=3, unique=True)
+    | st.sampled_from([r".*\.q", r"m\..*[qv]", r".*[01]\.[qv]"]),
     excluded=st.none() | st.lists(SUFFIXES, max_size=1) | st.just(r"x\..*"),
     layers=st.none() | st.lists(st.sampled_from([0, 1, 10]), min_size=1, max_size=2, unique=True),
     pattern=st.none() | st.sampled_from(["h", "layers", ["h", "layers"]]),

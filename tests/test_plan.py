@@ -33,8 +33,14 @@ def paths(plan: lora_fx.Plan) -> list[str]:
         ({"target_modules": r".*\.1\..*"}, [f"{L1}.{n}" for n in ("q_proj", "up", "down")]),
         ({"target_modules": "all-linear"}, list(STACK.sites[:-1])),
         ({"target_modules": "ALL-Linear"}, list(STACK.sites[:-1])),
-        ({"target_modules": "all-linear", "exclude_modules": ["down"]}, [f"{i}.{n}" for i in (L0, L1) for n in ("q_proj", "up")]),
-        ({"target_modules": "all-linear", "exclude_modules": r".*0.*"}, [f"{L1}.{n}" for n in ("q_proj", "up", "down")]),
+        (
+            {"target_modules": "all-linear", "exclude_modules": ["down"]},
+            [f"{i}.{n}" for i in (L0, L1) for n in ("q_proj", "up")],
+        ),
+        (
+            {"target_modules": "all-linear", "exclude_modules": r".*0.*"},
+            [f"{L1}.{n}" for n in ("q_proj", "up", "down")],
+        ),
         ({"target_modules": ["up", "head"], "modules_to_save": ["head"]}, [f"{L0}.up", f"{L1}.up"]),
         ({"target_modules": ["up"], "layers_to_transform": 1}, [f"{L1}.up"]),
         ({"target_modules": ["up"], "layers_to_transform": [0, 1]}, [f"{L0}.up", f"{L1}.up"]),
@@ -104,7 +110,10 @@ def test_a_shared_module_is_meant_by_each_of_its_names() -> None:
 
 def test_why_each_other_site_gets_none() -> None:
     plan = plan_of(
-        target_modules=["up", "down"], exclude_modules=["layers.1.down"], modules_to_save=["head"], layers_to_transform=[1]
+        target_modules=["up", "down"],
+        exclude_modules=["layers.1.down"],
+        modules_to_save=["head"],
+        layers_to_transform=[1],
     )
     assert {s.path: s.reason for s in plan.skipped} == {
         f"{L0}.q_proj": "not in target_modules",
@@ -120,7 +129,14 @@ def test_why_each_other_site_gets_none() -> None:
 
 def test_the_plan_prints() -> None:
     text = str(plan_of(target_modules=["up"], modules_to_save=["head"], rank_pattern={"layers.1.up": 7}))
-    for fragment in ("2 sites to adapt, 200 parameters", "body.layers.1.up", "7 → 13", "not adapted", "why", "2 tensors of the base"):
+    for fragment in (
+        "2 sites to adapt, 200 parameters",
+        "body.layers.1.up",
+        "7 → 13",
+        "not adapted",
+        "why",
+        "2 tensors of the base",
+    ):
         assert fragment in text, text
     assert "(root)" in str(plan_of("root", target_modules=[""]))
 
@@ -155,7 +171,10 @@ def test_an_edited_plan_is_followed() -> None:
 # Every pattern must hit -----------------------------------------------------------------------------
 
 MISSES = [
-    ({"target_modules": ["up", "q_porj"]}, ["target_modules 'q_porj' matched none of 7 sites", "Did you mean", "q_proj", "find_sites(gm)"]),
+    (
+        {"target_modules": ["up", "q_porj"]},
+        ["target_modules 'q_porj' matched none of 7 sites", "Did you mean", "q_proj", "find_sites(gm)"],
+    ),
     ({"target_modules": ["p"]}, ["target_modules 'p'"]),
     ({"target_modules": "up"}, ["target_modules 'up'", "regular expression on whole names", "give a list: ['up']"]),
     ({"target_modules": [".*up"]}, ["target_modules '.*up'", "as a string, not in a list"]),
@@ -166,12 +185,21 @@ MISSES = [
     ({"target_modules": []}, ["no site to adapt"]),
     ({"target_modules": ["up"], "exclude_modules": ["layers.7.up"]}, ["exclude_modules 'layers.7.up'", "Did you mean"]),
     ({"target_modules": ["up"], "exclude_modules": "up"}, ["exclude_modules 'up'", "regular expression"]),
-    ({"target_modules": ["up"], "exclude_modules": ["up"]}, ["leaves no site to adapt out of 7", "excluded by exclude_modules"]),
+    (
+        {"target_modules": ["up"], "exclude_modules": ["up"]},
+        ["leaves no site to adapt out of 7", "excluded by exclude_modules"],
+    ),
     ({"target_modules": ["up"], "modules_to_save": ["haed"]}, ["modules_to_save 'haed'", "Did you mean 'head'"]),
     ({"target_modules": ["up"], "modules_to_save": ["ead"]}, ["modules_to_save 'ead'"]),  # PEFT has no dot there
-    ({"target_modules": ["up"], "rank_pattern": {"down": 2}}, ["rank_pattern 'down' matched none of the 2 sites to adapt"]),
+    (
+        {"target_modules": ["up"], "rank_pattern": {"down": 2}},
+        ["rank_pattern 'down' matched none of the 2 sites to adapt"],
+    ),
     ({"target_modules": ["up"], "alpha_pattern": {"upp": 2}}, ["alpha_pattern 'upp'", "Did you mean"]),
-    ({"target_modules": ["up"], "rank_pattern": {"up": 2, "layers.0.up": 7}}, ["rank_pattern 'layers.0.up'", "the first match counts"]),
+    (
+        {"target_modules": ["up"], "rank_pattern": {"up": 2, "layers.0.up": 7}},
+        ["rank_pattern 'layers.0.up'", "the first match counts"],
+    ),
     ({"target_modules": ["up"], "layers_to_transform": [0, 7]}, ["layers_to_transform 7", "numbers found: [0, 1]"]),
     ({"target_modules": ["head"], "layers_to_transform": [0]}, ["layers_to_transform 0", "no layer number was found"]),
     ({"target_modules": ["up"], "layers_to_transform": [0], "layers_pattern": "h"}, ["layers_to_transform 0"]),

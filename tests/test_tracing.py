@@ -277,12 +277,18 @@ class TrainBranch(nn.Module):
 UNTRACEABLE = [
     (lambda: lora_fx.trace(Branch(), torch.randn(3, 7)), ["Branch cannot be traced by torch.export", "torch.cond"]),
     (lambda: lora_fx.trace(Opaque(), torch.randn(3, 7)), ["Opaque cannot be traced", "register"]),
-    (lambda: lora_fx.trace(zoo.Mlp(), ()), ["example inputs do not fit Mlp.forward(x)", "lora_fx.trace(model, args, kwargs)"]),
+    (
+        lambda: lora_fx.trace(zoo.Mlp(), ()),
+        ["example inputs do not fit Mlp.forward(x)", "lora_fx.trace(model, args, kwargs)"],
+    ),
     (lambda: lora_fx.trace(zoo.Mlp(), (), {"y": torch.ones(1)}), ["example inputs do not fit Mlp.forward"]),
     (lambda: lora_fx.trace(zoo.Mlp(), torch.randn(3, 5)), ["Mlp cannot be traced by torch.export", "RuntimeError"]),
     (lambda: lora_fx.trace(nn.LazyLinear(5), torch.randn(3, 7)), ["'weight' is not initialised", "run the model once"]),
     (lambda: lora_fx.trace(lambda x: x, torch.randn(3)), ["trace takes a torch.nn.Module, not function"]),
-    (lambda: lora_fx.trace(fx.symbolic_trace(zoo.Mlp()), torch.randn(3, 7)), ["traced already", "straight to find_sites"]),
+    (
+        lambda: lora_fx.trace(fx.symbolic_trace(zoo.Mlp()), torch.randn(3, 7)),
+        ["traced already", "straight to find_sites"],
+    ),
     (lambda: lora_fx.trace(zoo.Mlp(), torch.randn(3, 7), tracer="jit"), ["tracer='jit'", "'export' or 'symbolic'"]),
     (
         lambda: lora_fx.trace(Branch(), torch.randn(3, 7), tracer="symbolic"),
@@ -292,7 +298,10 @@ UNTRACEABLE = [
         lambda: lora_fx.trace(zoo.Mlp(), torch.randn(3, 7), dynamic_shapes={"x": {1: Dim("d")}}),
         ["Mlp cannot be traced", 'dynamic_shapes="auto"'],
     ),
-    (lambda: lora_fx.trace(zoo.Mlp(), torch.randn(3, 7), dynamic_shapes={"y": {0: Dim("d")}}), ["Mlp cannot be traced"]),
+    (
+        lambda: lora_fx.trace(zoo.Mlp(), torch.randn(3, 7), dynamic_shapes={"y": {0: Dim("d")}}),
+        ["Mlp cannot be traced"],
+    ),
     (lambda: lora_fx.trace(zoo.Mlp(), torch.randn(3, 7), dynamic_shapes=3), ["Mlp cannot be traced"]),
 ]
 

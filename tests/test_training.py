@@ -10,7 +10,19 @@ import pytest
 import torch
 import zoo
 from torch import fx, nn
-from zoo import BY_NAME, STACK, assert_same_bits, bits, distance, injected, lora_tensors, loss_of, randomise, run, traced
+from zoo import (
+    BY_NAME,
+    STACK,
+    assert_same_bits,
+    bits,
+    distance,
+    injected,
+    lora_tensors,
+    loss_of,
+    randomise,
+    run,
+    traced,
+)
 
 import lora_fx
 from lora_fx import AdapterError, LoraConfig
@@ -21,7 +33,9 @@ MLP = BY_NAME["mlp"]
 class Reference(nn.Module):
     """LoRA as a module, by the book."""
 
-    def __init__(self, base: nn.Linear, low: torch.Tensor, up: torch.Tensor, scaling: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, base: nn.Linear, low: torch.Tensor, up: torch.Tensor, scaling: float, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.base, self.scaling, self.dropout = base, scaling, nn.Dropout(dropout)
         self.low, self.up = nn.Parameter(low.detach().clone()), nn.Parameter(up.detach().clone())
@@ -127,7 +141,9 @@ def test_deepcopy_is_independent() -> None:
     assert_same_bits(expected, run(twin.eval(), case.arguments()))
     assert not set(map(id, gm.parameters())) & set(map(id, twin.parameters()))
     assert lora_fx.adapter_names(twin) == ("default",)
-    assert {n: p.requires_grad for n, p in gm.named_parameters()} == {n: p.requires_grad for n, p in twin.named_parameters()}
+    assert {n: p.requires_grad for n, p in gm.named_parameters()} == {
+        n: p.requires_grad for n, p in twin.named_parameters()
+    }
     train(twin.train(), lora_fx.lora_parameters(twin), steps=2, case=case)
     assert distance(run(twin.eval(), case.arguments()), expected) > 1e-3
     result = lora_fx.fold(twin)

@@ -505,11 +505,15 @@ SMALL = (
     Case("no_grad", NoGrad, ("frozen", "fc"), untrained=frozenset({"frozen"}), tracers=EXPORTED),
     Case("cond", Cond, ("c", "a", "b"), tracers=EXPORTED),
     # Strict export's own graph fails on its `_assert_tensor_metadata` (torch 2.13).
-    Case("autocast", Autocast, ("a", "b"), tracers=("trace", "export"), dtypes=(torch.float32,), computes=torch.bfloat16),
+    Case(
+        "autocast", Autocast, ("a", "b"), tracers=("trace", "export"), dtypes=(torch.float32,), computes=torch.bfloat16
+    ),
     Case("modes", Modes, ("fc1", "fc2"), tracers=("export", "strict"), shape=(5, 7)),
     Case("modes_both", Modes, ("fc1", "fc2", "noise"), tracers=("trace",), shape=(5, 7), linears=3),
     Case("attention", Attention, ("qkv", "out"), shape=(2, 3, 14), tracers=EXPORTED),
-    Case("multi_head", MultiHead, ("attn.in_proj_weight", "attn.out_proj", "fc"), (2, 3, 14), tracers=EXPORTED, linears=3),
+    Case(
+        "multi_head", MultiHead, ("attn.in_proj_weight", "attn.out_proj", "fc"), (2, 3, 14), tracers=EXPORTED, linears=3
+    ),
     Case(
         "encoder_layer",
         EncoderLayer,
@@ -618,7 +622,14 @@ MODELS = (
         linears=9,
         unties=True,
     ),
-    Case("llama", _llama, _paths("model.layers.{}.", 2, _LLAMA_LINEARS, "lm_head"), inputs=_uncached, tracers=EXPORTED, linears=9),
+    Case(
+        "llama",
+        _llama,
+        _paths("model.layers.{}.", 2, _LLAMA_LINEARS, "lm_head"),
+        inputs=_uncached,
+        tracers=EXPORTED,
+        linears=9,
+    ),
     Case(
         "qwen3",
         _qwen3,
@@ -628,8 +639,22 @@ MODELS = (
         linears=9,
         unties=True,
     ),
-    Case("mixtral", _mixtral, _paths("model.layers.{}.", 2, _MIXTRAL_SITES, "lm_head"), inputs=_uncached, tracers=EXPORTED, linears=9),
-    Case("vit", _vit, _paths("vit.layers.{}.", 2, _VIT_LINEARS, "classifier"), inputs=_pixels, tracers=EXPORTED, linears=9),
+    Case(
+        "mixtral",
+        _mixtral,
+        _paths("model.layers.{}.", 2, _MIXTRAL_SITES, "lm_head"),
+        inputs=_uncached,
+        tracers=EXPORTED,
+        linears=9,
+    ),
+    Case(
+        "vit",
+        _vit,
+        _paths("vit.layers.{}.", 2, _VIT_LINEARS, "classifier"),
+        inputs=_pixels,
+        tracers=EXPORTED,
+        linears=9,
+    ),
     Case(
         "minilm",
         _minilm,
