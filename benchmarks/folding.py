@@ -1,86 +1,242 @@
-"""Fold: time, peak memory and exactness against PEFT's merge_and_unload, with and without safe_merge."""
+"""Fold: time, exact peak memory and rounding error, against PEFT's merge_and_unload and one addmm per weight."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 import lora_fx
 
 from . import workloads
-from .checks import require
+from .checks import assert_effect, assert_same, first_tensor, require
 from .counters import memory_of
 from .report import Table
-from .timing import Variant, interleave
+from .timing import Times, Variant, interleave
 from .workloads import Workload
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model, adapted alike by both, and the exact result.
+
+    Attributes:
+        peft_model, gm, injected: the same base weights, A and B ≠ 0.
+        exact: {weight: W + scaling · B @ A in float64}.
+    """
+
+    workload: Workload
+    peft_model: Any
+    gm: Any
+    injected: Any
+    exact: dict[str, torch.Tensor]
 
 
 def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, ...]:
     """The tables of this subject."""
     layers, hidden = (2, 256) if quick else (12, 768)
-    rounds = rounds or (3 if quick else 7)
-    cases = [workloads.llama(layers, hidden, 8, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    return (Table(
-        f"fold against merge_and_unload ({rounds} rounds; {cases[0].name}, {cases[0].sites} sites, r = 16)",
-        ("dtype", "fold / merge", "in place / merge", "safe_merge / merge", "fold MiB", "in place MiB", "merge MiB",
-         "adapted weights MiB", "fold ulp", "merge ulp"),
-        tuple(_row(case, rounds) for case in cases),
-        (
-            "checked first: every folded weight against float64 W + scaling · B @ A; ulp is the largest error in units "
-            "of the last place of the stored dtype",
-            "MiB: peak of torch's CPU allocator beyond the start, exact. fold makes new weights and leaves the old "
-            "ones alone; in place keeps the old values, so that unfold is exact; merge keeps nothing",
-        ),
-    ),)  # fmt: skip
+    rounds = rounds or (5 if quick else 7)
+    cases = [
+        workloads.llama(layers, hidden, 16),
+        workloads.llama(layers, hidden, 16, dtype=torch.bfloat16),
+        workloads.linear_stack(50 if quick else 500),
+    ]
+    return tuple(_table(workload, rounds) for workload in cases)
 
 
-def _row(workload: Workload, rounds: int) -> tuple[Any, ...]:
-    peft_model, _, injected = workloads.adapted_alike(workload)
-    folded = lora_fx.fold(injected)
-    ulp = _ulp(injected, dict(folded.named_parameters()))
-    merged = workloads.unmerged_copy(peft_model).merge_and_unload()  # type: ignore[operator]
-    their_ulp = _ulp(injected, dict(merged.named_parameters()))
-    require(ulp <= 8, f"a folded weight is {ulp:.1f} units of the last place from float64 W + ΔW")
+def make_subject(workload: Workload) -> Subject:
+    """Both models with the same adapter, and the exact folded weights."""
+    peft_model, gm, injected = workloads.adapted_alike(workload)
+    return Subject(workload, peft_model, gm, injected, dict(_exact(injected, workload)))
 
-    def copied() -> Any:
-        return workloads.unmerged_copy(peft_model)
 
-    times = interleave(
+def _exact(injected: Any, workload: Workload) -> Iterator[tuple[str, torch.Tensor]]:
+    parameters = dict(injected.named_parameters())
+    for name, a in parameters.items():
+        if not name.endswith(".lora_A.default.weight"):
+            continue
+        path = name.removesuffix(".lora_A.default.weight")
+        b, weight = parameters[f"{path}.lora_B.default.weight"], parameters[f"{path}.weight"]
+        delta = workload.alpha / workload.r * (b.detach().double() @ a.detach().double())
+        yield f"{path}.weight", weight.detach().double() + delta
+
+
+def check(subject: Subject) -> str:
+    """The graph is the traced one, and all four ways of merging compute the same; raises CheckFailed otherwise."""
+    args, kwargs = subject.workload.inputs
+    folded = lora_fx.fold(subject.injected)
+    require(folded.code == subject.gm.code, "the folded graph's code is not the traced graph's")
+    with torch.no_grad():
+        base = first_tensor(subject.gm(*args, **kwargs))
+        merged = first_tensor(_merged(subject)(*args, **kwargs))
+        ours = first_tensor(folded(*args, **kwargs))
+        lora_fx.fold(subject.injected, inplace=True)
+        inplace = first_tensor(subject.injected(*args, **kwargs))
+        lora_fx.unfold(subject.injected)
+        unfolded = first_tensor(subject.injected(*args, **kwargs))
+    assert_effect("the adapter", unfolded, base, eps=2560)
+    # A 16-bit model rounds each activation, so outputs may be some eps apart; the weights are compared below.
+    assert_same("folded against PEFT's merged model", ours, merged)
+    require(torch.equal(ours, inplace), "folded in place differs from folded out of place")
+    assert_same("folded against unfolded", ours, unfolded)
+    worst = rounding(folded, subject.exact)
+    require(worst.worst_ulp <= 1.5, f"a folded weight is {worst.worst_ulp:.3g} ulp from W + ΔW in float64")
+    return "the code is the traced graph's; outputs equal PEFT's merged model's, the unfolded graph's and the in-place fold's"
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Distance of folded weights from W + ΔW in float64.
+
+    Attributes:
+        max_abs: the largest.
+        worst_ulp: the largest, in units of the last place of the exact value (no smaller than a thousandth
+            of the largest weight's); rounding once gives 0.5.
+        rms: root mean square, over that of the exact value rounded once: 1 is the best a dtype allows.
+    """
+
+    max_abs: float
+    worst_ulp: float
+    rms: float
+
+
+def rounding(model: nn.Module, exact: dict[str, torch.Tensor]) -> Rounding:
+    """How exactly the weights of `model` hold the folded values."""
+    parameters = dict(model.named_parameters())
+    max_abs = worst = squares = best_squares = 0.0
+    for name, value in exact.items():
+        weight = parameters[name].detach()
+        error = (weight.double() - value).abs()
+        best = (value.to(weight.dtype).double() - value).abs()
+        size = value.abs().clamp_min(1e-3 * float(value.abs().max()))
+        ulp = torch.finfo(weight.dtype).eps * torch.exp2(torch.floor(torch.log2(size)))
+        max_abs, worst = max(max_abs, float(error.max())), max(worst, float((error / ulp).max()))
+        squares += float(error.square().sum())
+        best_squares += float(best.square().sum())
+    return Rounding(max_abs, worst, math.sqrt(squares / best_squares) if best_squares else 1.0)
+
+
+def _merged(subject: Subject, **options: Any) -> Any:
+    return _merge(workloads.unmerged_copy(subject.peft_model), **options)
+
+
+def _merge(model: Any, **options: Any) -> Any:
+    return model.merge_and_unload(**options)
+
+
+def fold_times(subject: Subject, rounds: int) -> Times:
+    """All ways to merge, interleaved. Copies that PEFT may consume, and unfolding, are not timed."""
+
+    def fresh() -> Any:
+        return workloads.unmerged_copy(subject.peft_model)
+
+    def back(_: Any) -> None:
+        lora_fx.unfold(subject.injected)
+
+    return interleave(
         {
-            "fold": Variant(lambda _: lora_fx.fold(injected)),
-            "in place": Variant(lambda _: lora_fx.fold(injected, inplace=True), restore=lora_fx.unfold),
-            "merge": Variant(lambda model: model.merge_and_unload(), prepare=copied),
-            "safe": Variant(lambda model: model.merge_and_unload(safe_merge=True), prepare=copied),
+            "PEFT merge_and_unload": Variant(_merge, prepare=fresh),
+            "PEFT safe_merge": Variant(lambda model: _merge(model, safe_merge=True), prepare=fresh),
+            "lora_fx.fold": Variant(lambda _: lora_fx.fold(subject.injected)),
+            "lora_fx.fold inplace": Variant(lambda _: lora_fx.fold(subject.injected, inplace=True), restore=back),
+            "floor: addmm only": Variant(_addmm_only, prepare=lambda: _weights(subject)),
         },
         rounds,
     )
-    weights = sum(injected.get_parameter(t.site.weight).nbytes for t in _targets(injected))
-    ours = memory_of(lambda: lora_fx.fold(injected)).peak
-    inplace = memory_of(lambda: lora_fx.fold(injected, inplace=True)).peak
-    lora_fx.unfold(injected)
-    model = copied()
-    theirs = memory_of(lambda: model.merge_and_unload()).peak
-    ratios = (times.ratio("fold", "merge"), times.ratio("in place", "merge"), times.ratio("safe", "merge"))
-    sizes = [size / 2**20 for size in (ours, inplace, theirs, weights)]
-    dtype = str(next(iter(folded.parameters())).dtype).removeprefix("torch.")
-    return (dtype, *ratios, *sizes, ulp, their_ulp)
 
 
-def _targets(injected: Any) -> Any:
-    return injected.meta["lora_fx"].adapters["default"].plan.targets
+def _weights(subject: Subject) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]]:
+    parameters = dict(subject.injected.named_parameters())
+    scaling = subject.workload.alpha / subject.workload.r
+    found = []
+    for name in subject.exact:
+        path = name.removesuffix(".weight")
+        a, b = parameters[f"{path}.lora_A.default.weight"], parameters[f"{path}.lora_B.default.weight"]
+        found.append((parameters[name].detach().clone(), a.detach(), b.detach(), scaling))
+    return found
 
 
-def _ulp(injected: Any, weights: dict[str, torch.Tensor]) -> float:
-    """The largest distance of any folded weight from float64 W + ΔW, in units of the last place."""
-    worst = 0.0
-    for target in _targets(injected):
-        path = target.site.path
-        a, b = (injected.get_parameter(f"{path}.lora_{half}.default.weight").double() for half in "AB")
-        exact = injected.get_parameter(target.site.weight).double() + target.scaling * (b @ a)
-        got = weights[target.site.weight]
-        ulp = torch.finfo(got.dtype).eps * 2.0 ** exact.abs().clamp_min(1e-30).log2().floor()
-        # Below a thousandth of the largest weight, cancellation and not rounding decides.
-        counted = exact.abs() > 1e-3 * exact.abs().max()
-        worst = max(worst, float(((got.double() - exact).abs() / ulp)[counted].max()))
-    return worst
+def _addmm_only(weights: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]]) -> None:
+    """W += s · B @ A, accumulated in float32, nothing checked, no graph: one pass over the weights."""
+    for weight, a, b, scaling in weights:
+        if weight.dtype == torch.float32:
+            weight.addmm_(b, a, alpha=scaling)
+        else:
+            weight.copy_(weight.float().addmm_(b.float(), a.float(), alpha=scaling))
+
+
+def _table(workload: Workload, rounds: int) -> Table:
+    subject = make_subject(workload)
+    said = check(subject)
+    runs = _runs(subject)
+    measured = {name: _memory_and_rounding(run, subject) for name, run in runs.items()}
+    times = fold_times(subject, rounds)
+    rows = []
+    for name in times.seconds:
+        row: tuple[Any, ...] = (name, 1e3 * times.median(name), times.ratio(name, "PEFT merge_and_unload"))
+        rows.append((*row, *measured.get(name, (None,) * 5)))
+    size = sum(value.numel() for value in subject.exact.values())
+    dtype = str(next(iter(subject.injected.parameters())).dtype).removeprefix("torch.")
+    largest = max(value.numel() for value in subject.exact.values()) * _bytes(dtype) / MIB
+    adapted = size * _bytes(dtype) / MIB
+    return Table(
+        f"fold: {workload.name}, {dtype}, {workload.sites} sites, {size / 1e6:.1f}M adapted weights ({rounds} rounds)",
+        (
+            "way",
+            "ms",
+            "/ merge_and_unload",
+            "peak extra MiB",
+            "kept after MiB",
+            "max error",
+            "worst ulp",
+            "rms / best",
+        ),
+        tuple(rows),
+        (
+            f"checked first: {said}",
+            f"adapted weights take {adapted:.1f} MiB, the largest {largest:.2f} MiB; peak and kept are the "
+            "allocator's own events, beyond what was allocated before the call",
+            "errors against W + scaling · B @ A in float64; rms / best: 1 is rounding once",
+            f"noise: interquartile range {times.spread('PEFT merge_and_unload'):.0%} of PEFT's median, "
+            f"{times.spread('lora_fx.fold'):.0%} of fold's",
+        ),
+    )
+
+
+def _bytes(dtype: str) -> int:
+    return {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}[dtype]
+
+
+def _runs(subject: Subject) -> dict[str, tuple[Callable[[], Any], Callable[[], None]]]:
+    """{way: (run, undo)}; PEFT's copies are made beforehand, so that they are not counted."""
+    unsafe, safe = (workloads.unmerged_copy(subject.peft_model) for _ in range(2))
+
+    def nothing() -> None:
+        return None
+
+    return {
+        "PEFT merge_and_unload": (lambda: _merge(unsafe), nothing),
+        "PEFT safe_merge": (lambda: _merge(safe, safe_merge=True), nothing),
+        "lora_fx.fold": (lambda: lora_fx.fold(subject.injected), nothing),
+        "lora_fx.fold inplace": (
+            lambda: lora_fx.fold(subject.injected, inplace=True),
+            lambda: lora_fx.unfold(subject.injected) and None,
+        ),
+    }
+
+
+def _memory_and_rounding(
+    run: tuple[Callable[[], Any], Callable[[], None]], subject: Subject
+) -> tuple[float, float, float, float, float]:
+    results: list[Any] = []
+    memory = memory_of(lambda: results.append(run[0]()))
+    found = rounding(results[0], subject.exact)
+    results.clear()
+    run[1]()
+    return memory.peak / MIB, memory.kept / MIB, found.max_abs, found.worst_ulp, found.rms

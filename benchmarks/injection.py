@@ -18,14 +18,14 @@ from .timing import Times, Variant, exponent, interleave
 from .workloads import Workload
 
 SITES = (50, 100, 200, 500, 1000, 2000)
-QUICK_SITES = (50, 100, 200, 400)
+QUICK_SITES = (50, 100, 200)
 
 
 def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, ...]:
     """The tables of this subject."""
     sizes = QUICK_SITES if quick else SITES
     rounds = rounds or (3 if quick else 5)
-    return (_over_sites(sizes, rounds), _nth_adapter(100 if quick else 500, rounds))
+    return (_over_sites(sizes, rounds), _nth_adapter(50 if quick else 500, rounds))
 
 
 def check(workload: Workload, gm: Any) -> str:

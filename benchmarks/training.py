@@ -1,87 +1,193 @@
-"""One training step: FLOPs, kernels, kept and moved bytes, time, against PEFT and against the floor."""
+"""One training step: FLOPs, kernels and kept bytes, exact, and step time; against PEFT and the frozen base."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+
+import lora_fx
 
 from . import workloads
-from .checks import assert_same, first_tensor
+from .checks import adapters_of, assert_same, require
 from .counters import OpCounter, saved_bytes
 from .report import Table
 from .timing import Variant, interleave
 from .workloads import Workload
 
+Step = Callable[[], torch.Tensor]
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one forward and backward costs, exactly."""
+
+    flops: int
+    kernels: int
+    saved: int
+    moved: int
+
 
 def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, ...]:
     """The tables of this subject."""
-    workload = workloads.llama(2, 128, 64) if quick else workloads.llama(4, 512, 256)
-    rounds = rounds or (3 if quick else 7)
-    rows = [row for dropout in (0.0, 0.05) for row in _rows(workload, dropout, rounds)]
-    return (
-        Table(
-            f"one training step, forward and backward ({rounds} rounds; {workload.name}, r = 16)",
-            ("variant", "lora_dropout", "FLOPs / PEFT", "kernels / PEFT", "kept bytes / PEFT", "moved bytes / PEFT",
-             "time / PEFT"),
-            tuple(rows),
-            (
-                "checked first: without dropout, loss and every gradient of A and B equal PEFT's",
-                "floor: the base frozen, gradients carried through from the embeddings; no LoRA at all",
-                "this is the literal LoRA subgraph; no rewrite for speed is in this version",
-            ),
-        ),
-    )  # fmt: skip
-
-
-def _rows(workload: Workload, dropout: float, rounds: int) -> list[tuple[Any, ...]]:
-    peft_model, _, injected = workloads.adapted_alike(workload, lora_dropout=dropout)
-    floor = workload.make().requires_grad_(False)
-    floor.get_input_embeddings().requires_grad_(True)  # type: ignore[operator]  # so that gradients go all the way
-    variants: dict[str, nn.Module] = {"PEFT": peft_model.train(), "lora_fx": injected.train(), "floor": floor.train()}
-    if not dropout:
-        _check(workload, peft_model, injected)
-    counts = {name: _counts(workload, model) for name, model in variants.items()}
-    steps = {name: Variant(lambda _, model=model: _step(workload, model)) for name, model in variants.items()}
-    times = interleave(steps, rounds)
-    base = counts["PEFT"]
-    return [
-        (name, dropout, *(a / b for a, b in zip(counts[name], base, strict=True)), times.ratio(name, "PEFT"))
-        for name in variants
+    layers, hidden, tokens = (2, 128, 64) if quick else (12, 768, 256)
+    rounds = rounds or (5 if quick else 9)
+    tables = [
+        _count_table(workloads.llama(layers, hidden, tokens), lora_dropout=0.0),
+        _count_table(workloads.llama(layers, hidden, tokens), lora_dropout=0.05),
+        _count_table(workloads.llama(layers, hidden, tokens, dtype=torch.bfloat16), lora_dropout=0.0),
     ]
+    timed = workloads.llama(2, 256 if quick else 768, 128 if quick else 512)
+    return (*tables, _time_table(timed, rounds))
 
 
-def _step(workload: Workload, model: nn.Module) -> None:
-    model.zero_grad()
-    _loss(workload, model).backward()
-
-
-def _loss(workload: Workload, model: nn.Module) -> torch.Tensor:
+def lora_step(model: nn.Module, workload: Workload) -> Step:
+    """Forward, loss and backward of an adapted model or graph."""
     args, kwargs = workload.inputs
-    return first_tensor(model(*args, **kwargs)).float().square().mean()
+
+    def step() -> torch.Tensor:
+        return _loss(model(*args, **kwargs), kwargs["input_ids"])
+
+    return step
 
 
-def _counts(workload: Workload, model: nn.Module) -> tuple[int, int, int, int]:
-    with saved_bytes(model) as kept:
-        loss = _loss(workload, model)
-    del loss
+def floor_step(model: nn.Module, workload: Workload) -> Step:
+    """The frozen base, its embeddings a leaf that takes a gradient: the gradient is only carried through."""
+    frozen: Any = model.requires_grad_(False)
+    kwargs = dict(workload.inputs[1])
+    ids = kwargs.pop("input_ids")
+    embedded = frozen.get_input_embeddings()(ids).detach().requires_grad_()
+
+    def step() -> torch.Tensor:
+        embedded.grad = None
+        return _loss(frozen(inputs_embeds=embedded, **kwargs), ids)
+
+    return step
+
+
+def _loss(output: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = output.logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+
+
+def count_step(model: nn.Module, step: Step) -> Counts:
+    """Run one step under the counters."""
     with OpCounter() as counter:
-        _step(workload, model)
-    return counter.flops, counter.kernels, kept.total, counter.moved_bytes
+        with saved_bytes(model) as saved:
+            loss = step()
+        loss.backward()  # type: ignore[no-untyped-call]
+    model.zero_grad(set_to_none=True)
+    return Counts(counter.flops, counter.kernels, saved.total, counter.moved_bytes)
 
 
-def _check(workload: Workload, peft_model: nn.Module, injected: nn.Module) -> None:
+def lora_flops(workload: Workload, sites: dict[str, tuple[int, int]], tokens: int, first: tuple[str, ...]) -> int:
+    """FLOPs that LoRA adds to the floor, in closed form.
+
+    Per site of in → out: x Aᵀ and h Bᵀ forward; dB, dh, dA, dx backward: 6 · tokens · r · (in + out).
+    The inputs of `first` need no gradient: neither A's dx nor the floor's dx of the base weight is computed.
+    """
+    r = workload.r
+    total = sum(6 * tokens * r * (i + o) for i, o in sites.values())
+    return total - sum(2 * tokens * (r * sites[name][0] + sites[name][0] * sites[name][1]) for name in first)
+
+
+def _sites(gm: Any, workload: Workload) -> dict[str, tuple[int, int]]:
+    plan = lora_fx.make_plan(gm, lora_fx.LoraConfig(**workload.fields()))
+    return {t.site.path: (t.site.in_features, t.site.out_features) for t in plan.targets}
+
+
+def check(peft_model: Any, injected: Any, workload: Workload) -> str:
+    """Loss and every gradient of A and B are PEFT's; raises CheckFailed otherwise."""
+    losses, gradients = [], []
     for model in (peft_model, injected):
-        _step(workload, model)
-    theirs = {_plain(n): p.grad for n, p in peft_model.named_parameters() if p.grad is not None}
-    for name, parameter in injected.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None
-            other = theirs[_plain(name)]
-            assert other is not None
-            assert_same(f"the gradient of {name}", parameter.grad, other)
+        loss = lora_step(model, workload)()
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+        gradients.append({name: p.grad for name, p in adapters_of(model).items()})
+        model.zero_grad(set_to_none=True)
+    assert_same("the loss", losses[1], losses[0])
+    require(gradients[0].keys() == gradients[1].keys(), "PEFT and lora_fx train different parameters")
+    eps = 4096.0 if next(injected.parameters()).dtype == torch.float32 else 1e6
+    errors = []
+    for name, theirs in gradients[0].items():
+        ours = gradients[1][name]
+        require(theirs is not None and ours is not None and bool(theirs.any()), f"{name} gets no gradient")
+        assert theirs is not None and ours is not None
+        errors.append(assert_same(f"the gradient of {name}", ours, theirs, eps=eps))
+    return f"loss and all {len(errors)} gradients equal PEFT's within {max(errors):.1e}"
 
 
-def _plain(name: str) -> str:
-    return name.removeprefix("base_model.model.")
+def _count_table(workload: Workload, *, lora_dropout: float) -> Table:
+    peft_model, gm, injected = workloads.adapted_alike(workload, lora_dropout=lora_dropout)
+    said = check(peft_model, injected, workload)  # in eval mode, where dropout does nothing
+    base = workload.make()
+    tokens = workload.inputs[1]["input_ids"].numel()
+    for model in (base, peft_model, injected):
+        model.train()
+    counts = {
+        "PEFT": count_step(peft_model, lora_step(peft_model, workload)),
+        "lora_fx": count_step(injected, lora_step(injected, workload)),
+        "floor": count_step(base, floor_step(base, workload)),
+    }
+    sites = _sites(gm, workload)
+    first = tuple(name for name in sites if ".layers.0.self_attn." in name and not name.endswith("o_proj"))
+    expected = lora_flops(workload, sites, tokens, first)
+    added = counts["lora_fx"].flops - counts["floor"].flops
+    require(added == expected, f"LoRA adds {added:,} FLOPs to the floor, the closed form says {expected:,}")
+    dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
+    peft_counts = counts["PEFT"]
+    rows = [
+        (
+            name,
+            c.flops / 1e9,
+            c.flops / peft_counts.flops,
+            c.kernels,
+            c.kernels / peft_counts.kernels,
+            c.saved / MIB,
+            c.saved / peft_counts.saved,
+            c.moved / peft_counts.moved,
+        )
+        for name, c in counts.items()
+    ]
+    dropout = f"lora_dropout {lora_dropout}" if lora_dropout else "no dropout"
+    return Table(
+        f"one training step, counted: {workload.name}, {dtype}, {tokens} tokens, r = {workload.r}, {dropout}",
+        ("model", "GFLOPs", "/ PEFT", "kernels", "/ PEFT ", "kept MiB", "/ PEFT  ", "moved / PEFT"),
+        tuple(rows),
+        (
+            f"checked first: {said}; LoRA's FLOPs over the floor are the closed form's {expected:,}",
+            "exact. Kept: storages that autograd holds for backward, each once, parameters left out",
+            "floor: base frozen, gradient carried through to the embeddings",
+        ),
+    )
+
+
+def _time_table(workload: Workload, rounds: int) -> Table:
+    peft_model, _, injected = workloads.adapted_alike(workload)
+    said = check(peft_model, injected, workload)
+    base = workload.make()
+    for model in (base, peft_model, injected):
+        model.train()
+    steps = {
+        "PEFT": lora_step(peft_model, workload),
+        "PEFT again (control)": lora_step(peft_model, workload),
+        "lora_fx": lora_step(injected, workload),
+        "floor": floor_step(base, workload),
+    }
+    times = interleave({name: Variant(lambda _, s=step: s().backward()) for name, step in steps.items()}, rounds)
+    rows = [
+        (name, 1e3 * times.median(name), times.ratio(name, "PEFT"), f"{times.spread(name):.0%}")
+        for name in times.seconds
+    ]
+    tokens = workload.inputs[1]["input_ids"].numel()
+    return Table(
+        f"one training step, timed: {workload.name}, float32, {tokens} tokens ({rounds} rounds)",
+        ("model", "ms", "/ PEFT", "spread"),
+        tuple(rows),
+        (f"checked first: {said}", "forward and backward; no optimizer step"),
+    )

@@ -597,7 +597,10 @@ def _paths(pattern: str, layers: int, names: str, *more: str) -> tuple[str, ...]
     return (*(pattern.format(i) + name for i in range(layers) for name in names.split()), *more)
 
 
-_BERT_LINEARS = "attention.self.query attention.self.key attention.self.value attention.output.dense intermediate.dense output.dense"
+_BERT_LINEARS = (
+    "attention.self.query attention.self.key attention.self.value attention.output.dense "
+    "intermediate.dense output.dense"
+)
 _LLAMA_LINEARS = (
     "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
 )
