@@ -96,8 +96,8 @@ class Rounding:
 
     Attributes:
         max_abs: the largest.
-        worst_ulp: the largest, in units of the last place of the exact value (no smaller than a thousandth
-            of the largest weight's); rounding once gives 0.5.
+        worst_ulp: the largest, in units of the last place of the exact value, or of the weights' root mean
+            square where the value is smaller; rounding once gives 0.5.
         rms: root mean square, over that of the exact value rounded once: 1 is the best a dtype allows.
     """
 
@@ -114,7 +114,7 @@ def rounding(model: nn.Module, exact: dict[str, torch.Tensor]) -> Rounding:
         weight = parameters[name].detach()
         error = (weight.double() - value).abs()
         best = (value.to(weight.dtype).double() - value).abs()
-        size = value.abs().clamp_min(1e-3 * float(value.abs().max()))
+        size = value.abs().clamp_min(float(value.square().mean().sqrt()))
         ulp = torch.finfo(weight.dtype).eps * torch.exp2(torch.floor(torch.log2(size)))
         max_abs, worst = max(max_abs, float(error.max())), max(worst, float((error / ulp).max()))
         squares += float(error.square().sum())

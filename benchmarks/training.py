@@ -110,14 +110,17 @@ def check(peft_model: Any, injected: Any, workload: Workload) -> str:
         losses.append(loss.detach())
         gradients.append({name: p.grad for name, p in adapters_of(model).items()})
         model.zero_grad(set_to_none=True)
-    assert_same("the loss", losses[1], losses[0])
+    is_float32 = next(injected.parameters()).dtype == torch.float32
+    # The loss of a 16-bit model is float32, but its activations are not; gradients add up over all layers.
+    assert_same("the loss", losses[1], losses[0], eps=256.0 if is_float32 else 1e5)
     require(gradients[0].keys() == gradients[1].keys(), "PEFT and lora_fx train different parameters")
-    eps = 4096.0 if next(injected.parameters()).dtype == torch.float32 else 1e6
+    eps = 4096.0 if is_float32 else 1e6
     errors = []
     for name, theirs in gradients[0].items():
         ours = gradients[1][name]
         require(theirs is not None and ours is not None and bool(theirs.any()), f"{name} gets no gradient")
-        assert theirs is not None and ours is not None
+        assert theirs is not None
+        assert ours is not None
         errors.append(assert_same(f"the gradient of {name}", ours, theirs, eps=eps))
     return f"loss and all {len(errors)} gradients equal PEFT's within {max(errors):.1e}"
 

@@ -45,7 +45,7 @@ OptionalAdapter = Annotated[Path | None, typer.Argument(help="PEFT adapter direc
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
-class CheckFailedError(Exception):
+class CheckFailedError(LoraFxError):
     """A check said no; what it measured is printed already."""
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     """The entry point: run a command and turn errors into one line and an exit status."""
     verbose = bool({"-v", "--verbose"} & set(sys.argv[1:]))
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="lora-fx", standalone_mode=False)
     except CheckFailedError as error:
         status = _complain(error, CHECK_FAILED, verbose)
     except LoraFxError as error:

@@ -59,16 +59,13 @@ class DemoResult:
     problems: list[str] = field(default_factory=list)
 
 
-def run_demo(
-    out: Path, *, steps: int = 60, seed: int = 0, quiet: bool = False, held_out: int | None = None
-) -> DemoResult:
+def run_demo(out: Path, *, steps: int = 60, seed: int = 0, quiet: bool = False) -> DemoResult:
     """Tune, fold, export, verify and measure; files go to `out`.
 
     Args:
         steps: training steps; a batch holds 32 pairs.
         seed: of the split, the adapters and the order of training.
         quiet: print nothing on stdout.
-        held_out: use only so many held-out queries (for tests); None for all.
 
     Raises:
         LoraFxError: if a step cannot be done.
@@ -90,8 +87,6 @@ def run_demo(
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     model = AutoModel.from_pretrained(directory, local_files_only=True).eval()
     task = make_task(seed)
-    if held_out is not None:
-        task = RetrievalTask(task.train, task.held_out[:held_out], task.pool[: 4 * held_out])
     say.rule("[bold]lora_fx demo")
     say.print(
         f"model: all-MiniLM-L6-v2, real weights. Task: {len(task.train)} training pairs and {len(task.held_out)} "

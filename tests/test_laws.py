@@ -46,6 +46,8 @@ MATRIX = [
     for tracer in case.tracers
     for dtype in (case.dtypes if case in SMALL or tracer == "trace" else case.dtypes[:1])
 ]
+# The large models in the types that train: the law of folding is the one that looks at all four.
+LIGHTER = [p for p in MATRIX if p.values[0] in SMALL or p.values[2] in (torch.float32, torch.bfloat16)]
 FLOAT32 = [pytest.param(case, tracer, id=f"{case}-{tracer}") for case in ZOO for tracer in case.tracers]
 CASES = [pytest.param(case, id=case.name) for case in ZOO]
 
@@ -79,7 +81,7 @@ def each_mode(case: Case, tracer: str, gm: fx.GraphModule) -> tuple[bool, ...]:
 # Law 1: injecting is the identity, and leaves its input and the model untouched ---------------------
 
 
-@pytest.mark.parametrize(("case", "tracer", "dtype"), MATRIX)
+@pytest.mark.parametrize(("case", "tracer", "dtype"), LIGHTER)
 def test_law_1_injecting_is_the_identity(case: Case, tracer: str, dtype: torch.dtype) -> None:
     gm, arguments = traced(case, tracer, dtype), case.arguments(dtype)
     before = fingerprint(gm)
@@ -110,7 +112,7 @@ def test_law_1_leaves_the_model_untouched(case: Case) -> None:
     assert_same_bits(run(model.eval(), arguments), expected)
 
 
-@pytest.mark.parametrize(("case", "tracer", "dtype"), MATRIX)
+@pytest.mark.parametrize(("case", "tracer", "dtype"), LIGHTER)
 def test_law_1_is_not_vacuous(case: Case, tracer: str, dtype: torch.dtype) -> None:
     gm, arguments = traced(case, tracer, dtype), case.arguments(dtype)
     adapted = injected(case, gm)
@@ -132,7 +134,7 @@ def test_law_1_with_every_option(option: str, tracer: str) -> None:
 # Law 2: one step moves the adapter and nothing else -------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "tracer", "dtype"), MATRIX)
+@pytest.mark.parametrize(("case", "tracer", "dtype"), LIGHTER)
 def test_law_2_a_step_moves_all_of_the_adapter_and_nothing_else(case: Case, tracer: str, dtype: torch.dtype) -> None:
     gm = in_mode(randomise(injected(case, traced(case, tracer, dtype)), size=0.3), True)
     before = {name: tensor.detach().clone() for name, tensor in gm.state_dict().items()}
@@ -178,7 +180,7 @@ def test_law_2_trains_what_modules_to_save_and_bias_ask_for() -> None:
 # Law 3: fold after inject gives the graph that was traced -------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "tracer", "dtype"), MATRIX)
+@pytest.mark.parametrize(("case", "tracer", "dtype"), LIGHTER)
 def test_law_3_fold_takes_inject_back(case: Case, tracer: str, dtype: torch.dtype) -> None:
     gm = traced(case, tracer, dtype)
     adapted = injected(case, gm)
@@ -304,7 +306,7 @@ def test_law_7_all_tracers_agree_on_the_sites(case: Case) -> None:
 # Law 8: save, then load, is the identity ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "tracer", "dtype"), MATRIX)
+@pytest.mark.parametrize(("case", "tracer", "dtype"), LIGHTER)
 def test_law_8_save_and_load_is_the_identity(case: Case, tracer: str, dtype: torch.dtype, tmp_path: Path) -> None:
     gm, arguments = traced(case, tracer, dtype), case.arguments(dtype)
     adapted = randomise(injected(case, gm))

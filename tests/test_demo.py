@@ -1,0 +1,39 @@
+"""The demo's task does not leak, and the demo fails when tuning does not help."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from lora_fx import cli, demo
+from lora_fx.demo_data import make_task, shingles
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_held_out_text_is_not_in_the_training_text(seed: int) -> None:
+    task = make_task(seed)
+    assert len(task.train) > 300
+    assert len(task.held_out) > 100
+    assert not {p.topic for p in task.train} & {p.topic for p in task.held_out}
+    trained = set().union(*(shingles(f"{p.query} {p.passage}") for p in task.train))
+    assert not any(shingles(f"{p.query} {p.passage}") & trained for p in task.held_out)
+    assert all(pair.passage in task.pool and pair.query not in pair.passage for pair in task.held_out)
+    assert len(set(task.pool)) == len(task.pool)
+
+
+def test_a_demo_that_does_not_improve_fails(tmp_path, monkeypatch, capsys) -> None:
+    """Without any training the folded model is the base: everything else must hold, and the status is 4."""
+    task = make_task(0)
+    small = demo.RetrievalTask(task.train, task.held_out[:12], tuple(p.passage for p in task.held_out[:24]))
+    monkeypatch.setattr(demo, "make_task", lambda seed: small)
+    monkeypatch.setattr(demo, "_train", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["lora-fx", "demo", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 4
+    printed = capsys.readouterr()
+    assert "did not improve" in printed.err
+    assert "op for op the same" in printed.out
+    assert (tmp_path / "folded.onnx").is_file()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
