@@ -87,7 +87,7 @@ def check(subject: Subject) -> str:
     assert_same("folded against unfolded", ours, unfolded)
     worst = rounding(folded, subject.exact)
     require(worst.worst_ulp <= 1.5, f"a folded weight is {worst.worst_ulp:.3g} ulp from W + ΔW in float64")
-    return "the code is the traced graph's; outputs equal PEFT's merged model's, the unfolded graph's and the in-place fold's"
+    return "the code is the traced graph's; outputs equal PEFT merged, unfolded, and folded in place"
 
 
 @dataclass(frozen=True)

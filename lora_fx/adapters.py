@@ -30,7 +30,7 @@ from .config import LoraConfig
 from .errors import AdapterError, LoraFxWarning, closest
 from .graph_module import LoraGraphModule, checked_graph_module, get_attribute, record_of
 from .injection import Adapter, inject
-from .matching import matches_names
+from .matching import matches_names, matches_suffix
 from .parameters import find_adapter
 from .plan import Plan, plan_adapters
 from .sites import find_sites
@@ -61,7 +61,7 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{key!r} of adapter {adapter_name!r} holds NaN or Inf and is not saved")
     path = Path(directory)
-    config = config_text(adapter.config, **_exact_targets(gm, adapter))
+    config = config_text(adapter.config, **_exact_targets(gm, adapter), **_exact_modules(adapter))
     try:
         path.mkdir(parents=True, exist_ok=True)
         weights = save(tensors, metadata={"format": "pt"})
@@ -133,6 +133,17 @@ def _exact_targets(gm: fx.GraphModule, adapter: Adapter) -> dict[str, object]:
     if any(matches_names(other, paths) for other in others):
         return {"target_modules": "|".join(re.escape(path) for path in paths)}
     return {"target_modules": sorted(paths), "exclude_modules": None}
+
+
+def _exact_modules(adapter: Adapter) -> dict[str, object]:
+    """modules_to_save by whole names: PEFT takes an entry for every module whose name ends with it."""
+    if not adapter.config.modules_to_save:
+        return {}
+    entries = adapter.config.modules_to_save
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in adapter.trained)
+    return {
+        "modules_to_save": [path for path in paths if any(matches_suffix(path, entry) for entry in entries)] or None
+    }
 
 
 def _replace_all(files: dict[Path, bytes]) -> None:
@@ -213,6 +224,8 @@ def _plan_for(gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.T
     expected = _expected(gm, plan)
     missing = [key for key in expected if key not in tensors]
     unexpected = [key for key in tensors if key not in expected]
+    # PEFT adds the whole base weight of adapted embeddings and heads; equal to the base it says nothing.
+    unexpected = [key for key in unexpected if not _is_base_tensor(gm, key, tensors[key])]
     if missing:
         raise AdapterError(
             f"the file lacks {len(missing)} of {len(expected)} tensors that its configuration asks for: "
@@ -238,6 +251,13 @@ def _plan_for(gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.T
         )
         return plan_adapters(gm, config, every_pattern_hits=False, share_tied=False)
     return plan
+
+
+def _is_base_tensor(gm: fx.GraphModule, key: str, tensor: torch.Tensor) -> bool:
+    own = get_attribute(gm, key)
+    return (
+        isinstance(own, torch.Tensor) and own.shape == tensor.shape and torch.equal(own.cpu().to(tensor.dtype), tensor)
+    )
 
 
 def _expected(gm: fx.GraphModule, plan: Plan) -> dict[str, tuple[int, ...]]:

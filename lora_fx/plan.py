@@ -204,12 +204,23 @@ def _saved_modules(gm: fx.GraphModule, config: LoraConfig, every_pattern_hits: b
     """Paths of the modules that modules_to_save means: exact or dotted suffix."""
     paths = _module_paths(gm)
     saved: list[str] = []
-    for entry in config.modules_to_save or ():
-        found = [path for path in paths if matches_suffix(path, entry)]
+    # In a file of PEFT's, an entry means every module whose name ends with it, dotted or not.
+    means = matches_suffix if every_pattern_hits else str.endswith
+    heads = [head for head in _TASK_HEADS.get(config.task_type or "", ()) if head in paths]
+    for entry in (*(config.modules_to_save or ()), *heads):
+        found = [path for path in paths if means(path, entry)]
         if not found and every_pattern_hits:
             raise TargetError(f"modules_to_save {entry!r} names no module with parameters.{closest(entry, paths)}")
         saved.extend(found)
     return saved
+
+
+# What PEFT's wrappers for these tasks train in full, whether or not modules_to_save says so.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def _module_paths(gm: fx.GraphModule) -> list[str]:

@@ -52,15 +52,6 @@ def test_symbolic_trace_graph(tmp_path: Path) -> None:
     assert [weight.name for weight in report.weights] == ["up.weight", "up.bias", "down.weight", "down.bias"]
 
 
-def test_torch_export_graph(tmp_path: Path) -> None:
-    gm = exported(Mlp().eval(), dynamic_shapes={"x": {0: Dim.AUTO}})
-    flags = [module.training for module in gm.modules()]
-    report = export_onnx(gm, tmp_path / "m.onnx", args=X, dynamic_shapes="auto")
-    assert [module.training for module in gm.modules()] == flags
-    assert report.inputs == {"x": ("batch", 7)}
-    assert len(report.shapes_checked) == 2
-
-
 def test_all_dialects_write_one_file(tmp_path: Path, gm: fx.GraphModule) -> None:
     model = Mlp().eval()
     shapes = {"x": {0: "batch"}}
@@ -72,19 +63,6 @@ def test_all_dialects_write_one_file(tmp_path: Path, gm: fx.GraphModule) -> None
     for name in ("symbolic", "fx", "export"):
         diff = compare_onnx(tmp_path / "trace.onnx", tmp_path / f"{name}.onnx")
         assert diff.identical, f"{name}: {diff}"
-
-
-def test_injected_and_folded_dialects(tmp_path: Path) -> None:
-    """An adapter on a plain torch.export graph folds and exports like any other."""
-    plain = exported(Mlp().eval(), dynamic_shapes={"x": {0: Dim.AUTO}})
-    injected = lora_fx.inject(plain, LoraConfig(r=3, lora_alpha=7, target_modules=["up", "down"]))
-    randomise(injected)
-    options: dict[str, Any] = {"args": (X,), "dynamic_shapes": {"x": {0: "batch"}}}
-    export_onnx(plain, tmp_path / "base.onnx", **options)
-    export_onnx(lora_fx.fold(injected), tmp_path / "folded.onnx", **options)
-    diff = compare_onnx(tmp_path / "base.onnx", tmp_path / "folded.onnx")
-    assert diff.same_graph, str(diff)
-    assert set(diff.values_changed) == {"up.weight", "down.weight"}
 
 
 def test_training_mode_is_restored_also_after_an_error(tmp_path: Path) -> None:
@@ -255,19 +233,6 @@ def test_own_dim_names(tmp_path: Path, gm: fx.GraphModule) -> None:
     assert export_onnx(gm, tmp_path / "m.onnx", dynamic_shapes={}).inputs == {"x": (3, 7)}
 
 
-def test_static_graph_says_so(tmp_path: Path) -> None:
-    static = exported(Mlp().eval())
-    report = export_onnx(static, tmp_path / "m.onnx", args=(X,))
-    assert report.inputs == {"x": (3, 7)}
-    assert "all dimensions are fixed" in report.warnings[0]
-    with pytest.raises(ExportError, match=r"specialized it to be a constant \(3\).*'batch'"):
-        export_onnx(static, tmp_path / "m.onnx", args=(X,), dynamic_shapes={"x": {0: "batch"}})
-    with pytest.warns(LoraFxWarning, match=r"\('batch'\) of input 'x' is fixed at 3") as caught:
-        report = export_onnx(static, tmp_path / "m.onnx", args=(X,), dynamic_shapes="auto")
-    assert len(caught) == 2
-    assert report.inputs == {"x": (3, 7)}
-
-
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
@@ -352,12 +317,6 @@ def training_graphs() -> Iterator[Any]:
     yield pytest.param(lambda: exported(nn.LSTM(7, 5, 2, dropout=0.3).train()), id="lstm")
 
 
-@pytest.mark.parametrize("make", training_graphs())
-def test_graph_that_trains_whatever_its_mode(tmp_path: Path, make: Any) -> None:
-    with pytest.raises(ExportError, match=r"works in training mode.*lora_fx\.trace\(model, args\)"):
-        export_onnx(make(), tmp_path / "m.onnx", args=(X,))
-
-
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     for value in (float("nan"), float("inf")):
         model = Mlp().eval()
@@ -366,20 +325,6 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
             model.down.weight[2, 3] = value
         with pytest.raises(ExportError, match=r"'down\.weight' hold NaN or infinite values"):
             export_onnx(gm, tmp_path / "m.onnx")
-
-
-def test_mask_buffer_may_be_infinite(tmp_path: Path) -> None:
-    class Masked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("mask", torch.full((7,), float("-inf")).tril(-1) * torch.tensor([0] * 6 + [1]).log())
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.where(self.mask.isnan(), x, torch.full_like(x, float("-inf")))
-
-    model = Masked()
-    model.mask = torch.tensor([0.0] * 5 + [float("-inf")] * 2)
-    export_onnx(lora_fx.trace(model.eval(), (X,)), tmp_path / "m.onnx")
 
 
 def test_weights_without_values(tmp_path: Path) -> None:
@@ -579,44 +524,6 @@ def interrupt(patch: pytest.MonkeyPatch) -> str:
 
 
 FAILURES = [spoil_weight, fail_to_save, fail_to_replace, fail_the_checker, interrupt]
-
-
-@pytest.mark.parametrize("external", [False, True])
-@pytest.mark.parametrize("fail", FAILURES, ids=lambda fail: fail.__name__)
-def test_failure_leaves_the_old_files(tmp_path: Path, gm: fx.GraphModule, fail: Any, external: bool) -> None:
-    torch.manual_seed(1)
-    other = lora_fx.trace(Mlp().eval(), (X,))
-    export_onnx(other, tmp_path / "m.onnx", external_data=external)
-    before = snapshot(tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        message = fail(patch)
-        with pytest.raises(KeyboardInterrupt if fail is interrupt else ExportError) as caught:
-            export_onnx(gm, tmp_path / "m.onnx", external_data=external)
-    assert message in str(caught.value)
-    assert snapshot(tmp_path) == before
-    assert {path.name for path in tmp_path.iterdir()} == set(before), "a temporary directory was left"
-    export_onnx(gm, tmp_path / "m.onnx", external_data=external)
-    assert snapshot(tmp_path) != before
-
-
-def test_kill_between_the_two_files_is_found_out(tmp_path: Path, gm: fx.GraphModule) -> None:
-    torch.manual_seed(1)
-    path = tmp_path / "m.onnx"
-    export_onnx(lora_fx.trace(Mlp().eval(), (X,)), path, external_data=True)
-    real, calls = os.replace, []
-
-    def once(source: Any, target: Any) -> None:
-        calls.append(target)
-        if len(calls) == 2:
-            raise OSError(errno.EIO, "killed here")
-        real(source, target)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_files.os, "replace", once)
-        with pytest.raises(ExportError):
-            export_onnx(gm, path, external_data=True)
-    with pytest.raises(ExportError, match="does not hold the weights that m.onnx was written with"):
-        make_session(path, provider="cpu")
 
 
 def test_unchecked_export_writes_what_the_check_would_refuse(tmp_path: Path, gm: fx.GraphModule) -> None:
