@@ -7,12 +7,14 @@ missing). Results go to stdout, progress and messages to stderr; with --json, st
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +23,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .errors import AdapterError, ConfigError, ExportError, LoraFxError, TargetError
+from .errors import AdapterError, ExportError, LoraFxError, LoraFxWarning
 
 if TYPE_CHECKING:
     from torch import nn
 
     from .graph_module import LoraGraphModule
+    from .plan import Plan
 
 OK, USAGE, BAD_INPUT, CHECK_FAILED, ENVIRONMENT = 0, 2, 3, 4, 5
+
+# What goes along with a folded model. Weights in any other format would be the base's, unfolded, so this is a
+# list of what is copied and not of what is not.
+_COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".bpe"}
 
 app = typer.Typer(
     name="lora-fx",
@@ -51,26 +58,32 @@ class CheckFailedError(LoraFxError):
 
 def main() -> None:
     """The entry point: run a command and turn errors into one line and an exit status."""
-    verbose = bool({"-v", "--verbose"} & set(sys.argv[1:]))
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        status = _status(verbose=bool({"-v", "--verbose"} & set(sys.argv[1:])))
+    sys.exit(status)
+
+
+def _status(verbose: bool) -> int:
     try:
         status = app(prog_name="lora-fx", standalone_mode=False)
     except CheckFailedError as error:
-        status = _complain(error, CHECK_FAILED, verbose)
+        return _complain(error, CHECK_FAILED, verbose)
     except LoraFxError as error:
-        status = _complain(error, BAD_INPUT, verbose)
+        return _complain(error, ENVIRONMENT if _is_disk_full(error) else BAD_INPUT, verbose)
     except ImportError as error:
         hint = f"{error}; install what the command needs: pip install 'lora-fx[demo]'"
-        status = _complain(ImportError(hint), ENVIRONMENT, verbose)
+        return _complain(ImportError(hint), ENVIRONMENT, verbose)
     except (OSError, MemoryError) as error:
-        status = _complain(error, ENVIRONMENT, verbose)
+        return _complain(error, ENVIRONMENT, verbose)
     except (KeyboardInterrupt, typer.Abort):
-        status = _complain(RuntimeError("interrupted"), 130, verbose)
+        return _complain(RuntimeError("interrupted"), 130, verbose)
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors format themselves
             raise
         error.show()  # type: ignore[attr-defined]
-        status = USAGE
-    sys.exit(status if isinstance(status, int) else OK)
+        return USAGE
+    return status if isinstance(status, int) else OK
 
 
 def _complain(error: BaseException, status: int, verbose: bool) -> int:
@@ -78,6 +91,17 @@ def _complain(error: BaseException, status: int, verbose: bool) -> int:
         traceback.print_exc()
     _stderr.print(f"[bold red]error:[/] {_escaped(str(error) or type(error).__name__)}", soft_wrap=True)
     return status
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Our own warnings as one line; what other libraries note to themselves helps nobody here."""
+    if issubclass(category, LoraFxWarning):
+        _stderr.print(f"[bold yellow]warning:[/] {_escaped(str(message))}", soft_wrap=True)
 
 
 def _escaped(text: str) -> str:
@@ -105,7 +129,7 @@ def demo(
     from .demo import run_demo
 
     with tempfile.TemporaryDirectory() as temporary:
-        result = run_demo(out or Path(temporary), steps=steps, seed=seed, quiet=as_json)
+        result = run_demo(out or Path(temporary), steps=steps, seed=seed, quiet=as_json, is_temporary=out is None)
     if as_json:
         print(json.dumps(dataclasses.asdict(result)))
     if result.problems:
@@ -117,7 +141,7 @@ def inspect(
     model: ModelDir,
     adapter: OptionalAdapter = None,
     target: Annotated[list[str] | None, typer.Option(help="Plan these target_modules (repeat the option).")] = None,
-    r: Annotated[int, typer.Option(help="Rank for --target.")] = 8,
+    r: Annotated[int | None, typer.Option(help="Rank for --target; none: 8.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show the sites of a model, and what an adapter, or a choice of targets, would adapt.
@@ -127,26 +151,55 @@ def inspect(
     """
     import lora_fx
 
+    if adapter is not None and (target or r is not None):
+        raise typer.BadParameter("an adapter says itself what it adapts; give either ADAPTER_DIR or --target and --r")
+    if r is not None and not target:
+        raise typer.BadParameter("--r is the rank for --target; name at least one target")
     gm = _trace(model, adapter)[1]
     sites = lora_fx.find_sites(gm)
     plan = None
     if adapter is not None:
-        with _progress("reading the adapter"):
-            name = lora_fx.adapter_names(injected := lora_fx.load_adapter(gm, adapter))[0]
-        plan = injected.meta["lora_fx"].adapters[name].plan
+        plan = _adapter_plan(gm, adapter)
     elif target:
         names: Any = target[0] if target == ["all-linear"] else target
-        plan = lora_fx.make_plan(gm, lora_fx.LoraConfig(r=r, target_modules=names))
-    names_to_target = lora_fx.find_all_linear_names(gm)
+        plan = lora_fx.make_plan(gm, lora_fx.LoraConfig(r=8 if r is None else r, target_modules=names))
+    linear_names = lora_fx.find_all_linear_names(gm)
+    parameters = lora_fx.trainable_parameters(gm)[1]
     if as_json:
         rows = [dataclasses.asdict(site) | {"dtype": str(site.dtype)} for site in sites]
-        targets = (
-            None if plan is None else [{"path": t.site.path, "r": t.r, "scaling": t.scaling} for t in plan.targets]
+        print(
+            json.dumps(
+                {
+                    "parameters": parameters,
+                    "adapter_parameters": None if plan is None else plan.parameters,
+                    "sites": rows,
+                    "all_linear_names": linear_names,
+                    "targets": None if plan is None else _plan_rows(plan),
+                    "not_adapted": None if plan is None else [dataclasses.asdict(skip) for skip in plan.skipped],
+                }
+            )
         )
-        print(json.dumps({"sites": rows, "all_linear_names": names_to_target, "targets": targets}))
         return
-    print(plan if plan is not None else sites)
-    print(f"\ntarget_modules for every linear but the head: {names_to_target}")
+    print(sites if plan is None else plan)
+    share = (
+        "" if plan is None else f", and {plan.parameters:,} more in the adapter ({plan.parameters / parameters:.2%})"
+    )
+    print(f"\n{parameters:,} parameters in the model{share}")
+    print(f"target_modules for every linear but the head: {linear_names}")
+
+
+def _adapter_plan(gm: LoraGraphModule, adapter: Path) -> Plan:
+    import lora_fx
+
+    from .graph_module import record_of
+
+    with _progress("reading the adapter"):
+        injected = lora_fx.load_adapter(gm, adapter)
+    return record_of(injected).adapters["default"].plan
+
+
+def _plan_rows(plan: Plan) -> list[dict[str, Any]]:
+    return [{"path": t.site.path, "r": t.r, "scaling": t.scaling, "parameters": t.parameters} for t in plan.targets]
 
 
 @app.command()
@@ -246,9 +299,19 @@ def _trace(model: Path, adapter: Path | None) -> tuple[nn.Module, LoraGraphModul
     from .adapter_files import find_adapter_directory, read_config
     from .hf_models import load_model
 
-    task = None if adapter is None else read_config(find_adapter_directory(adapter, "default")).task_type
+    config = None if adapter is None else read_config(find_adapter_directory(adapter, "default"))
+    task = None if config is None else config.task_type
     with _progress("loading the model"):
-        loaded, inputs = load_model(model, task)
+        loaded, inputs, missing = load_model(model, task)
+    trained = () if config is None else tuple(config.modules_to_save or ())
+    random = [name for name in missing if not set(name.split(".")) & set(trained)]
+    if random:
+        warnings.warn(
+            f"{str(model)!r} lacks {len(random)} weights of {type(loaded).__name__}, which are random now and in "
+            f"every later run: {', '.join(map(repr, random[:4]))}. Outputs that need them mean nothing",
+            LoraFxWarning,
+            stacklevel=2,
+        )
     import lora_fx
 
     with _progress("tracing"):
@@ -276,8 +339,9 @@ def _progress(what: str) -> Iterator[None]:
 
 
 def _check_destination(out: Path, sources: tuple[Path, ...], overwrite: bool) -> None:
-    if any(source.exists() and out.resolve() == source.resolve() for source in sources):
-        raise AdapterError(f"OUT is {str(out)!r}, which is also read; give another directory")
+    for source in sources:
+        if source.resolve().is_relative_to(out.resolve()):
+            raise AdapterError(f"OUT {str(out)!r} is, or holds, {str(source)!r}, which is read; give another directory")
     if out.exists() and not out.is_dir():
         raise AdapterError(f"{str(out)!r} is a file; OUT must be a directory")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
@@ -309,13 +373,26 @@ def _save_model(model: Any, source: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder = Path(temporary) / "model"
         model.save_pretrained(folder)
-        for file in source.iterdir():
-            is_weight = file.suffix in (".safetensors", ".bin", ".onnx") or file.name.endswith(".index.json")
-            if file.is_file() and not is_weight and not (folder / file.name).exists():
-                shutil.copy2(file, folder / file.name)
+        _copy_companions(source, folder)
+        old = Path(temporary) / "old"
         if out.exists():
-            os.rename(out, Path(temporary) / "old")
-        os.rename(folder, out)
+            os.rename(out, old)
+        try:
+            os.rename(folder, out)
+        except BaseException:
+            if old.exists():
+                os.rename(old, out)
+            raise
 
 
-__all__ = ["ConfigError", "TargetError", "app", "main"]
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, preprocessor and pooling files, also one directory down; the new model's own files stay."""
+    for file in [*source.glob("*"), *source.glob("[!.]*/*")]:
+        target = folder / file.relative_to(source)
+        is_wanted = file.suffix in _COPIED_SUFFIXES and not file.name.endswith(".index.json")
+        if file.is_file() and is_wanted and not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy2(file, target)
+
+
+__all__ = ["app", "main"]

@@ -20,6 +20,8 @@ _HEADS = {
     "ForMaskedLM": "AutoModelForMaskedLM",
     "ForImageClassification": "AutoModelForImageClassification",
     "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForCTC": "AutoModelForCTC",
+    "ForAudioClassification": "AutoModelForAudioClassification",
 }
 _TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -31,8 +33,10 @@ _TASKS = {
 }
 
 
-def load_model(directory: Path, task_type: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a Hugging Face directory in eval mode, and keyword arguments to trace it with.
+def load_model(directory: Path, task_type: str | None = None) -> tuple[nn.Module, dict[str, Any], list[str]]:
+    """The model of a Hugging Face directory in eval mode, keyword arguments to trace it with, and what it lacks.
+
+    The third value names the parameters that the directory's files do not hold: they are random.
 
     Args:
         directory: holds config.json and safetensors.
@@ -48,21 +52,25 @@ def load_model(directory: Path, task_type: str | None = None) -> tuple[nn.Module
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         auto = getattr(transformers, _auto_class(config, task_type))
-        model = auto.from_pretrained(directory, local_files_only=True, use_safetensors=True)
+        model, loading = auto.from_pretrained(
+            directory, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     except LoraFxError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise GraphError(f"{str(directory)!r} cannot be loaded as a Hugging Face model: {first}") from error
-    return model.eval(), _example(model)
+    return model.eval(), _example(model), sorted(loading["missing_keys"])
 
 
 def _auto_class(config: Any, task_type: str | None) -> str:
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    if architecture.endswith("ForConditionalGeneration") and hasattr(config, "num_mel_bins"):
+        return "AutoModelForSpeechSeq2Seq"
     if task_type is not None:
         return _TASKS[task_type]
-    architecture = (getattr(config, "architectures", None) or [""])[0]
     return next((auto for ending, auto in _HEADS.items() if architecture.endswith(ending)), "AutoModel")
 
 
@@ -76,6 +84,14 @@ def _example(model: Any) -> dict[str, Any]:
         height, width = _pair(getattr(config, "image_size", 224))
         shape = (2, getattr(config, "num_channels", 3), height, width)
         return {"pixel_values": torch.randn(shape, generator=generator).to(model.dtype)}
+    if model.main_input_name == "input_values":  # a raw waveform: half a second at 16 kHz
+        return {"input_values": torch.randn((2, 8000), generator=generator).to(model.dtype)}
+    if model.main_input_name == "input_features" and config.is_encoder_decoder:
+        # Whisper's first convolutions halve the frames, which its positions then count.
+        frames = 2 * config.max_source_positions
+        features = torch.randn((2, config.num_mel_bins, frames), generator=generator).to(model.dtype)
+        ids = torch.randint(1, config.vocab_size, (2, 7), generator=generator)
+        return {"input_features": features, "decoder_input_ids": ids, "use_cache": False}
     if model.main_input_name != "input_ids":
         raise GraphError(
             f"{type(model).__name__} takes {model.main_input_name!r}, for which the command line makes no example; "

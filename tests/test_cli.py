@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +75,96 @@ def test_fold_writes_what_peft_merges(directories, tmp_path, monkeypatch, capsys
     assert run(monkeypatch, "fold", model, adapter, tmp_path / "out", "--overwrite") == 0
 
 
+def test_fold_copies_the_tokenizer_and_no_stale_weights(directories, tmp_path, monkeypatch) -> None:
+    model = tmp_path / "models" / "base"
+    shutil.copytree(directories[0], model)
+    (model / "1_Pooling").mkdir()
+    for name in ("tokenizer.json", "1_Pooling/config.json", "tf_model.h5", "flax_model.msgpack", "pytorch_model.bin"):
+        (model / name).write_text("{}")
+    assert run(monkeypatch, "fold", model, directories[1], tmp_path / "out") == 0
+    written = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert written == {"config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"}
+
+
+def test_fold_never_replaces_a_directory_that_holds_what_it_reads(directories, tmp_path, monkeypatch, capsys) -> None:
+    shutil.copytree(directories[0], tmp_path / "models" / "base")
+    arguments = (tmp_path / "models" / "base", directories[1], tmp_path / "models", "--overwrite")
+    assert run(monkeypatch, "fold", *arguments) == 3
+    assert "holds" in capsys.readouterr().err
+    assert (tmp_path / "models" / "base" / "model.safetensors").is_file()
+
+
+def test_a_fold_that_cannot_move_into_place_puts_the_old_directory_back(
+    directories, tmp_path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("old")
+    rename = os.rename
+
+    def broken(source: Path, target: Path) -> None:
+        if Path(source).name == "model":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", broken)
+    assert run(monkeypatch, "fold", *directories, tmp_path / "out", "--overwrite") == 5
+    assert "No space left" in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_fold_that_differs_writes_nothing(directories, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(cli, "_fold_bound", lambda model: -1.0)
+    assert run(monkeypatch, "fold", *directories, tmp_path / "out") == 4
+    assert "differs from the adapted one" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("always::lora_fx.LoraFxWarning")
+def test_weights_that_the_files_lack_are_said_to_be_random(directories, tmp_path, monkeypatch, capsys) -> None:
+    model, adapter = directories
+    shutil.copytree(adapter, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_CLS"}))
+    run(monkeypatch, "inspect", model, tmp_path / "adapter")
+    assert "classifier.weight" in capsys.readouterr().err
+    assert run(monkeypatch, "inspect", model, adapter) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(directories, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run(monkeypatch, "inspect", directories[0]) == 5
+    message = capsys.readouterr().err
+    assert "transformers" in message
+    assert "pip install 'lora-fx[demo]'" in message
+
+
+@pytest.mark.parametrize("kind", ["llama", "whisper", "vit"])
+def test_inspect_finds_the_class_and_inputs_of_other_models(kind, tmp_path, monkeypatch, capsys) -> None:
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 37}
+    if kind == "llama":
+        config = transformers.LlamaConfig(vocab_size=97, num_key_value_heads=1, **small)
+        model, site = transformers.LlamaForCausalLM(config), "model.layers.0.self_attn.q_proj"
+    elif kind == "vit":
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=32, patch_size=8, **small))
+        site = "classifier"
+    else:
+        heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+        layers = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+        tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+        sizes = {"d_model": 22, "encoder_ffn_dim": 37, "decoder_ffn_dim": 37, "num_mel_bins": 8}
+        config = transformers.WhisperConfig(
+            vocab_size=97, max_source_positions=10, **heads, **layers, **tokens, **sizes
+        )
+        model, site = transformers.WhisperForConditionalGeneration(config), "proj_out"
+    model.save_pretrained(tmp_path)
+    assert run(monkeypatch, "inspect", tmp_path, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert site in [row["path"] for row in printed["sites"]]
+    assert printed["parameters"] == sum(p.numel() for p in model.parameters())
+
+
 def test_export_and_verify(directories, tmp_path, monkeypatch, capsys) -> None:
     model, adapter = directories
     base, folded = tmp_path / "base.onnx", tmp_path / "folded.onnx"
@@ -98,6 +191,8 @@ def test_export_and_verify(directories, tmp_path, monkeypatch, capsys) -> None:
         (["export", "MODEL", "ADAPTER", "out.onnx", "--opset", "5"], 3, "opset"),
         (["verify", "nowhere.onnx", "MODEL"], 3, "nowhere.onnx"),
         (["demo", "--steps", "0"], 2, "steps"),
+        (["inspect", "MODEL", "ADAPTER", "--target", "query"], 2, "--target"),
+        (["inspect", "MODEL", "--r", "4"], 2, "--target"),
     ],
 )
 def test_nonsense_gets_one_line_and_a_status(

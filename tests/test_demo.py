@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 from lora_fx import cli, demo
 from lora_fx.demo_data import make_task, shingles
@@ -37,3 +38,21 @@ def test_a_demo_that_does_not_improve_fails(tmp_path, monkeypatch, capsys) -> No
     assert "op for op the same" in printed.out
     assert (tmp_path / "folded.onnx").is_file()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_embeddings_of_nan_find_nothing() -> None:
+    pairs = tuple(make_task(0).held_out[:6])
+    task = demo.RetrievalTask((), pairs, tuple(pair.passage for pair in pairs))
+    found = demo._recall(lambda *_: None, lambda _, texts: torch.full((len(texts), 3), torch.nan), task)
+    assert found["recall@5"] == 0
+    assert found["mrr"] == pytest.approx(1 / 6)
+
+
+def test_the_demo_says_at_once_that_its_directory_is_a_file(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(demo, "make_task", lambda seed: pytest.fail("must not come this far"))
+    monkeypatch.setattr(sys, "argv", ["lora-fx", "demo", "--out", str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 5
+    assert "exists" in capsys.readouterr().err
