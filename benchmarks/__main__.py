@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import time
@@ -74,6 +75,8 @@ def _settle() -> None:
     warnings.simplefilter("ignore")
     import torch
 
+    for name in ("torch.onnx", "torch.export", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

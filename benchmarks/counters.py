@@ -5,7 +5,9 @@ None of them depends on how busy the machine is.
 
 from __future__ import annotations
 
+import gc
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
 
-# Ops that compute nothing and move nothing: views, and names that only rewrap storage.
-_FREE = {_aten._unsafe_view, _aten.lift_fresh, _aten._local_scalar_dense}
+# Ops beside the views that compute nothing and move nothing; exported graphs hold the assertion, eager models do not.
+_FREE = {_aten._unsafe_view, _aten.lift_fresh, _aten._local_scalar_dense, _aten._assert_tensor_metadata}
 
 
 def _matmul(m: int, k: int, n: int) -> int:
@@ -32,12 +34,12 @@ def _matmul(m: int, k: int, n: int) -> int:
 
 def _mm(args: tuple[Any, ...]) -> int:
     (m, k), n = args[0].shape, args[1].shape[1]
-    return _matmul(m, k, n)
+    return int(_matmul(m, k, n))
 
 
 def _bmm(args: tuple[Any, ...]) -> int:
     (b, m, k), n = args[0].shape, args[1].shape[2]
-    return b * _matmul(m, k, n)
+    return int(b * _matmul(m, k, n))
 
 
 def _linear(args: tuple[Any, ...]) -> int:
@@ -75,14 +77,14 @@ _FLOPS: dict[Any, Callable[[tuple[Any, ...]], int]] = {
 _UNCOUNTED = ("matmul", "conv", "attention", "einsum", "addbmm", "addmv", "grouped_mm", "_int_mm", "lstm", "gru")
 
 
-class OpCounter(TorchDispatchMode):
+class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what runs below autograd: FLOPs of the products, and kernels (ATen calls that are no views).
 
     An op that looks like a product and has no formula raises, so that no FLOP is missed silently.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self.kernels = 0
         self.moved_bytes = 0
@@ -150,21 +152,48 @@ class Memory:
     kept: int
 
 
-def memory_of(run: Callable[[], Any]) -> Memory:
-    """What torch's CPU allocator hands out while `run` runs, from the profiler's events: exact."""
-    from torch.profiler import ProfilerActivity, profile
+_START = "benchmarks.start"
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = run()
+
+def memory_of(run: Callable[[Any], Any], prepare: Callable[[], Any] = lambda: None) -> Memory:
+    """What torch's CPU allocator hands out while `run(prepare())` runs, from the profiler's events: exact.
+
+    The allocator reports a free only if it reported the allocation, so what `run` may free has to be made
+    by `prepare`; that is recorded too, and what it allocates is the zero of the count.
+    """
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    gc.collect()  # a collection inside would free somebody else's memory
+    with _no_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        given = prepare()
+        with record_function(_START):
+            pass
+        result = run(given)
     assert recorded.profiler is not None
-    events: Any = recorded.profiler.kineto_results
-    changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events.events()) if e.name() == "[memory]")
+    results: Any = recorded.profiler.kineto_results
+    events = results.events()
+    start = next(event.start_ns() for event in events if event.name() == _START)
+    changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
     now = peak = 0
-    for _, _, change in changes:
+    for _, _, change in (each for each in changes if each[0] >= start):
         now += change
         peak = max(peak, now)
-    del result
+    del result, given
     return Memory(peak, now)
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Without what the profiler's C++ code writes to file descriptor 2."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 @dataclass

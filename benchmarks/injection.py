@@ -151,14 +151,8 @@ def _nth_adapter(sites: int, rounds: int) -> Table:
     config = lora_fx.LoraConfig(**workload.fields())
     rows = []
     for n in range(3):
-        graph, before = _with_adapters(gm, config, n), n
-        times = interleave(
-            {
-                "lora_fx": Variant(lambda _, g=graph: lora_fx.inject(g, config, adapter_name="next")),
-                "PEFT": Variant(_add_to_peft(workload), prepare=lambda k=before: _peft_with(workload, k)),
-            },
-            rounds,
-        )
+        graph = _with_adapters(gm, config, n)
+        times = interleave({"lora_fx": _inject_next(graph, config), "PEFT": _peft_next(workload, n)}, rounds)
         rows.append((n + 1, 1e3 * times.median("lora_fx"), 1e3 * times.median("PEFT"), times.ratio("lora_fx", "PEFT")))
     header = ("adapter", "lora_fx ms", "PEFT ms", "lora_fx / PEFT")
     return Table(f"the n-th adapter on {sites} sites ({rounds} rounds)", header, tuple(rows))
@@ -170,26 +164,26 @@ def _with_adapters(gm: Any, config: lora_fx.LoraConfig, count: int) -> Any:
     return gm
 
 
-def _peft_with(workload: Workload, count: int) -> nn.Module:
+def _inject_next(graph: Any, config: lora_fx.LoraConfig) -> Variant:
+    return Variant(lambda _: lora_fx.inject(graph, config, adapter_name="next"))
+
+
+def _peft_next(workload: Workload, before: int) -> Variant:
+    """One more adapter on a fresh PEFT model that has `before` already."""
     import peft
 
-    model: Any = workload.make()
-    for i in range(count):
-        config = peft.LoraConfig(**workload.fields())
-        if i == 0:
-            model = peft.get_peft_model(model, config, adapter_name="a0")
-        else:
-            model.add_adapter(f"a{i}", config)
-    return model  # type: ignore[no-any-return]
+    config = peft.LoraConfig(**workload.fields())
 
+    def model_with_adapters() -> Any:
+        model: Any = workload.make()
+        for i in range(before):
+            model = add(model, f"a{i}")
+        return model
 
-def _add_to_peft(workload: Workload) -> Any:
-    import peft
+    def add(model: Any, name: str = "next") -> Any:
+        if not isinstance(model, peft.PeftModel):
+            return peft.get_peft_model(model, config, adapter_name=name)
+        model.add_adapter(name, config)
+        return model
 
-    def add(model: Any) -> Any:
-        config = peft.LoraConfig(**workload.fields())
-        if isinstance(model, peft.PeftModel):
-            return model.add_adapter("next", config)
-        return peft.get_peft_model(model, config, adapter_name="next")
-
-    return add
+    return Variant(add, prepare=model_with_adapters)

@@ -27,7 +27,7 @@ class Variant:
 
     run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
-    restore: Callable[[Any], None] = lambda result: None
+    restore: Callable[[Any], Any] = lambda result: None
 
 
 @dataclass
@@ -53,27 +53,35 @@ class Times:
         return (high - low) / self.median(name)
 
 
-def interleave(variants: Mapping[str, Variant], rounds: int, warmup: int = 1) -> Times:
+def interleave(variants: Mapping[str, Variant], rounds: int, warmup: int = 1, *, collect: bool = True) -> Times:
     """Time all variants `rounds` times, side by side.
 
     The garbage collector stays on, since users have it on; a full collection before each run gives all
-    variants the same start.
+    variants the same start. What is alive when this function is called is frozen (`gc.freeze`): a traced
+    graph that lora_fx alone needs must not slow the collections inside PEFT's runs. collect=False is for short
+    runs that make no objects: one collection per call of this function.
     """
     times = Times({name: [] for name in variants})
     shuffle = random.Random(0)
     names = list(variants)
-    for index in range(-warmup, rounds):
-        shuffle.shuffle(names)
-        for name in names:
-            seconds = _timed(variants[name])
-            if index >= 0:
-                times.seconds[name].append(seconds)
+    gc.collect()
+    gc.freeze()
+    try:
+        for index in range(-warmup, rounds):
+            shuffle.shuffle(names)
+            for name in names:
+                seconds = _timed(variants[name], collect)
+                if index >= 0:
+                    times.seconds[name].append(seconds)
+    finally:
+        gc.unfreeze()
     return times
 
 
-def _timed(variant: Variant) -> float:
+def _timed(variant: Variant, collect: bool) -> float:
     given = variant.prepare()
-    gc.collect()
+    if collect:
+        gc.collect()
     started = time.process_time()
     result = variant.run(given)
     seconds = time.process_time() - started

@@ -100,9 +100,13 @@ def llama(
         vocab_size=vocabulary,
     )
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    make = _seeded(lambda: LlamaForCausalLM(config).to(dtype))
+    make = _seeded(lambda: _of_dtype(LlamaForCausalLM(config), dtype))
     name = f"Llama, {layers} layers × {hidden}"
     return Workload(name, make, _tokens(tokens, vocabulary, use_cache=False), names, 7 * layers, r=16, alpha=24)
+
+
+def _of_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return model.to(dtype)
 
 
 def bert(layers: int = 2, hidden: int = 128, tokens: int = 32) -> Workload:

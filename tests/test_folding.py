@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -347,3 +348,64 @@ def test_hooks_and_meta_of_the_graph_survive() -> None:
     assert (adapted.meta["mine"], result.meta["mine"]) == (3, 3)
     run(result, MLP.arguments())
     assert calls == [1]
+
+
+# Weights that the model reads in other ways too -----------------------------------------------------
+
+
+def model_of(forward: Callable[[nn.Module, torch.Tensor], torch.Tensor], *shape: int) -> nn.Module:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(*shape) / 3)
+            self.fc = nn.Linear(7, 5)
+
+        def forward(self, x):
+            return forward(self, x)
+
+    return Model().eval()
+
+
+def zeroed(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    copied = self.w.clone()
+    copied[0] = 0
+    return x @ copied
+
+
+READ_TWICE = {
+    "norm beside": (lambda self, x: self.fc(x) + self.fc.weight.norm(), (7, 5), "fc"),
+    "factor beside": (lambda self, x: self.fc(x) * self.fc.weight.detach().abs().mean(), (7, 5), "fc"),
+    "applied twice": (lambda self, x: x @ self.w @ self.w, (7, 7), "w"),
+    "applied both ways": (lambda self, x: (x @ self.w).tanh() @ self.w.T, (7, 5), "w"),
+    "times itself": (lambda self, x: x @ (self.w @ self.w), (7, 7), "w"),
+    "its own bias": (lambda self, x: torch.addmm(self.w, self.w, x.T @ x), (7, 7), "w"),
+    "changed copy": (zeroed, (7, 5), "w"),
+    "cast": (lambda self, x: (x.double() @ self.w.double()).float(), (7, 5), "w"),
+    "part of it": (lambda self, x: x @ self.w[:, :3], (7, 5), "w"),
+}
+
+
+@pytest.mark.parametrize("tracer", ["trace", "export", "strict"])
+@pytest.mark.parametrize("name", READ_TWICE)
+def test_a_weight_that_is_read_twice_is_folded_rightly_or_refused(name: str, tracer: str) -> None:
+    forward, shape, target = READ_TWICE[name]
+    x = torch.randn(3, 7)
+    gm = zoo.trace_with(tracer, model_of(forward, *shape), (x,), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LoraFxWarning)
+        try:
+            adapted = randomise(lora_fx.inject(gm, LoraConfig(target_modules=[target], r=3, lora_alpha=5)))
+        except lora_fx.TargetError:
+            return
+        result = lora_fx.fold(adapted)
+    base, expected = run(gm, ((x,), {})), run(adapted, ((x,), {}))
+    assert zoo.distance(expected, run(result, ((x,), {}))) < 64 * torch.finfo(torch.float32).eps
+    assert zoo.distance(expected, base) > 1e-3
+
+
+@pytest.mark.parametrize("tracer", ["trace", "export", "strict"])
+def test_a_cast_weight_is_not_untied(tracer: str) -> None:
+    forward, shape, _ = READ_TWICE["cast"]
+    gm = zoo.trace_with(tracer, model_of(forward, *shape), (torch.randn(3, 7),), {})
+    adapted = lora_fx.inject(gm, LoraConfig(target_modules=["w"]))
+    assert not lora_fx.compare_graphs(gm, lora_fx.fold(adapted))  # and without a warning

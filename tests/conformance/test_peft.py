@@ -226,6 +226,35 @@ def test_other_dtypes(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert distance(merged, run(lora_fx.fold(ours), x)) <= tolerance(case, dtype)
 
 
+def test_modules_to_save_are_written_so_that_peft_means_the_same(tmp_path: Path) -> None:
+    """PEFT's rule for modules_to_save has no dot: `norm` would take every `…layernorm` too."""
+    case = BY_NAME["llama"]
+    ours = randomise(injected(case, traced(case), targets=["q_proj"], modules_to_save=["norm"]))
+    with torch.no_grad():
+        ours.get_parameter("model.norm.weight").add_(0.3)
+    lora_fx.save_adapter(ours, tmp_path)
+    with talkative():
+        model = peft.PeftModel.from_pretrained(case.model(), tmp_path).eval()
+    assert distance(run(model, case.arguments()), run(ours, case.arguments())) <= tolerance(case, torch.float32)
+
+
+def test_another_bases_head_in_the_file_is_refused(tmp_path: Path) -> None:
+    """PEFT adds the head's base weight to the file, and writes it into whatever base it finds (faults 22)."""
+    case, options = full("llama", {"target_modules": ["q_proj", "lm_head"]})
+    model = peft_model(case, options)
+    with talkative():
+        model.save_pretrained(tmp_path / "own")
+    assert distance(run(model, case.arguments()), run(load(case, tmp_path / "own"), case.arguments())) <= tolerance(
+        case, torch.float32
+    )
+    with torch.no_grad():
+        model.base_model.model.lm_head.base_layer.weight.add_(0.1)
+    with talkative():
+        model.save_pretrained(tmp_path / "other")
+    with pytest.raises(LoraFxError, match="lm_head"):
+        load(case, tmp_path / "other")
+
+
 def test_an_adapter_that_is_not_default(tmp_path: Path) -> None:
     case, options = full("mlp", {})
     with talkative():
