@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,7 +26,7 @@ from .adapter_files import (
     weights_path,
 )
 from .config import LoraConfig
-from .errors import AdapterError, LoraFxWarning, closest
+from .errors import AdapterError, closest, warn
 from .graph_module import LoraGraphModule, checked_graph_module, get_attribute, record_of
 from .injection import Adapter, inject
 from .matching import matches_names, matches_suffix
@@ -243,11 +242,9 @@ def _plan_for(gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.T
                 "another rank (see r and rank_pattern in adapter_config.json) or another model"
             )
     if any(t.shares_with and not _is_shared(t.site.path, t.shares_with, tensors) for t in plan.targets):
-        warnings.warn(
+        warn(
             "the file holds different adapters for sites that share one tied weight; each keeps its own, and "
-            "folding will untie them",
-            LoraFxWarning,
-            stacklevel=3,
+            "folding will untie them"
         )
         return plan_adapters(gm, config, every_pattern_hits=False, share_tied=False)
     return plan

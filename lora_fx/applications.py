@@ -17,7 +17,7 @@ from torch import fx, nn
 from .errors import GraphError
 from .graph_module import ROLE, get_attribute, record_of
 from .ops import Use, uses_of
-from .ops.use import argument
+from .ops.use import argument, operands_of, writer_of
 
 _aten = torch.ops.aten
 
@@ -295,7 +295,7 @@ def _final_users(node: fx.Node) -> Iterator[fx.Node]:
                         yield from _final_users(placeholders[index])
         elif _undone(user) is not None:
             yield from _final_users(user)
-        else:
+        elif user.target is not _aten._assert_tensor_metadata.default:  # says what a cast was traced with
             yield user
 
 
@@ -319,9 +319,43 @@ def _application(
         return Refusal(_path_of(weight), f"{attribute} has {parameter.ndim} dimensions") if use.is_certain else None
     if not parameter.is_floating_point():
         return Refusal(_path_of(weight), f"{attribute} is {parameter.dtype}, which LoRA cannot be added to")
-    if scope.reason is not None:
-        return Refusal(_path_of(weight), scope.reason)
+    if reason := scope.reason or _reason_not_plain(use, scope, parameters, parameter):
+        return Refusal(_path_of(weight), reason)
     return Application(scope, use, _path_of(weight), weight, attribute, use.takes_in_out != flipped, mode)
+
+
+def _reason_not_plain(
+    use: Use, scope: Scope, parameters: dict[str, nn.Parameter], parameter: nn.Parameter
+) -> str | None:
+    """Why W + ΔW in this one operand would not be W + ΔW in the model, or None."""
+    if use.node.op == "call_module":
+        return None
+    storage = storage_of(parameter)
+    origins = [_origin(arg, scope, parameters) for arg in operands_of(use.node)]
+    if sum(isinstance(o, _Origin) and storage_of(parameters[o.name]) == storage for o in origins) > 1:
+        return f"{use.node.name} reads its weight in two of its operands"
+    if isinstance(use.weight, fx.Node) and (writer := _writer(use.weight, scope)) is not None:
+        return f"its weight is written into in the graph (by {writer.name})"
+    return None
+
+
+def _writer(weight: fx.Node, scope: Scope) -> fx.Node | None:
+    """The node that changes a weight, a copy of it on the way to its use, or a view of these, in place."""
+    for node in [*undone_steps(weight), _read_of(weight)]:
+        if (writer := writer_of(node)) is not None:
+            return writer
+    read = _read_of(weight)
+    if read.op != "placeholder" or scope.parent is None:
+        return None
+    placeholders = [n for n in scope.graph.nodes if n.op == "placeholder"]
+    return _writer(scope.operands[placeholders.index(read)], scope.parent)
+
+
+def _read_of(weight: fx.Node) -> fx.Node:
+    """The read of a parameter behind its transposes and copies."""
+    while (step := _undone(weight)) is not None:
+        weight = step[0]
+    return weight
 
 
 def _module_reason(module: nn.Module) -> str | None:

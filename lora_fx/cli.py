@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .errors import AdapterError, ExportError, LoraFxError, LoraFxWarning
+from .errors import AdapterError, ExportError, LoraFxError, LoraFxWarning, warn
 
 if TYPE_CHECKING:
     from torch import nn
@@ -306,11 +306,9 @@ def _trace(model: Path, adapter: Path | None) -> tuple[nn.Module, LoraGraphModul
     trained = () if config is None else tuple(config.modules_to_save or ())
     random = [name for name in missing if not set(name.split(".")) & set(trained)]
     if random:
-        warnings.warn(
+        warn(
             f"{str(model)!r} lacks {len(random)} weights of {type(loaded).__name__}, which are random now and in "
-            f"every later run: {', '.join(map(repr, random[:4]))}. Outputs that need them mean nothing",
-            LoraFxWarning,
-            stacklevel=2,
+            f"every later run: {', '.join(map(repr, random[:4]))}. Outputs that need them mean nothing"
         )
     import lora_fx
 

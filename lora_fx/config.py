@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -134,8 +135,7 @@ class LoraConfig(metaclass=_OptionsChecked):
         for name in ("base_model_name_or_path", "revision"):
             if getattr(self, name) is not None:
                 self._set(name, _text(name, getattr(self, name)))
-        if not isinstance(self.auto_mapping, Mapping | None):
-            raise ConfigError(f"auto_mapping={self.auto_mapping!r} must be a mapping or None")
+        _check_json("auto_mapping", self.auto_mapping)
         self._check_layers()
 
     def _set(self, name: str, value: Any) -> None:
@@ -297,6 +297,16 @@ def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{name}={value!r} must be a string")
     return value
+
+
+def _check_json(name: str, value: Any) -> None:
+    """A note that goes into adapter_config.json as it stands."""
+    if not isinstance(value, dict | None):
+        raise ConfigError(f"{name}={value!r} must be a dict or None")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}={value!r} cannot be written as JSON: {error}") from error
 
 
 def _check_bool(name: str, value: Any) -> None:

@@ -14,6 +14,8 @@ Each message states the fact, its context and the call that mends it.
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -47,6 +49,21 @@ class ExportError(LoraFxError, RuntimeError):
 
 class LoraFxWarning(UserWarning):
     """The result is right, but it is probably not what was hoped for."""
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's own code that called in, however deep it was noticed.
+
+    (`skip_file_prefixes` of `warnings.warn` does this from Python 3.12 on.)
+    """
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OWN_PACKAGES:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, LoraFxWarning, stacklevel=level)
+
+
+# torch stands between a user's gm.train() and ours.
+_OWN_PACKAGES = ("lora_fx", "exporters", "torch")
 
 
 def closest(word: str, possibilities: Iterable[str], n: int = 3) -> str:

@@ -7,7 +7,6 @@ product is accumulated in at least float32 and rounded once to the weight's dtyp
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from .applications import Application, Reading, is_same_view, read_applications, storage_of
-from .errors import FoldError, LoraFxWarning
+from .errors import FoldError, warn
 from .graph import erase_low_rank_paths, finish, rebind_weight, rename_reads
 from .graph_module import (
     LoraGraphModule,
@@ -461,18 +460,14 @@ def _warn(report: FoldReport) -> None:
     if lossy:
         worst = min(lossy, key=lambda site: site.kept)
         keeps = "torch.float32" if worst.dtype in (torch.bfloat16, torch.float16) else "torch.float64"
-        warnings.warn(
+        warn(
             f"{worst.dtype} keeps only {worst.kept:.0%} of the delta of {worst.path!r} "
             f"({len(lossy)} of {len(report.sites)} sites lose more than a tenth to rounding); "
-            f"{keeps} weights would keep it: convert the model before folding",
-            LoraFxWarning,
-            stacklevel=3,
+            f"{keeps} weights would keep it: convert the model before folding"
         )
     for site in report.sites:
         if site.untied_from:
-            warnings.warn(
+            warn(
                 f"{site.weight!r} was tied with {', '.join(site.untied_from)}, which is not adapted: folding "
-                f"untied it, which costs one more parameter of that size ({site.path!r})",
-                LoraFxWarning,
-                stacklevel=3,
+                f"untied it, which costs one more parameter of that size ({site.path!r})"
             )

@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .errors import GraphError, LoraFxWarning
+from .errors import GraphError, warn
 from .literals import find_dtype_literal, move_literals
 
 if TYPE_CHECKING:
@@ -359,11 +359,9 @@ def _check_literal_mode(graph: fx.Graph, mode: bool) -> None:
                 f"this graph was exported in train mode, and {node.name} stays in it for good; export the model "
                 "in eval mode, or use lora_fx.trace(model, args), which keeps both"
             )
-        warnings.warn(
+        warn(
             f"this graph was exported in eval mode: {node.name} and whatever else depends on the mode stay as "
-            "they are in training. lora_fx.trace(model, args) keeps both modes",
-            LoraFxWarning,
-            stacklevel=4,
+            "they are in training. lora_fx.trace(model, args) keeps both modes"
         )
         return
 

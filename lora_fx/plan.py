@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,7 @@ from torch import fx
 
 from .applications import Reading, Refusal, is_same_view, names_by_storage, read_applications, storage_of
 from .config import ALL_LINEAR, LoraConfig, scaling_of
-from .errors import LoraFxWarning, TargetError, closest
+from .errors import TargetError, closest, warn
 from .graph_module import checked_graph_module
 from .matching import layer_index, matches_names, matches_suffix, matches_target, matching_key
 from .sites import Site, Sites, sites_of
@@ -268,7 +267,7 @@ def _check_refused(config: LoraConfig, targets: tuple[str, ...] | str, refusals:
     if targets == ALL_LINEAR:
         for refusal in refusals:
             if not (config.exclude_modules and matches_names(refusal.path, config.exclude_modules)):
-                warnings.warn(f"all-linear leaves out {refusal.path!r}: {refusal.reason}", LoraFxWarning, stacklevel=5)
+                warn(f"all-linear leaves out {refusal.path!r}: {refusal.reason}")
         return
     for refusal in refusals:
         excluded = config.exclude_modules and matches_names(refusal.path, config.exclude_modules)
@@ -359,16 +358,10 @@ def _nothing_chosen(config: LoraConfig, sites: Sites, skipped: list[Skipped], re
 def _warn(config: LoraConfig, chosen: list[Site]) -> None:
     for site in chosen:
         if not site.gets_gradient:
-            warnings.warn(
-                f"{site.path!r} runs under torch.no_grad: its adapter counts, but no gradient will reach it",
-                LoraFxWarning,
-                stacklevel=4,
-            )
+            warn(f"{site.path!r} runs under torch.no_grad: its adapter counts, but no gradient will reach it")
     if config.fan_in_fan_out and not any(site.fan_in_fan_out for site in chosen):
-        warnings.warn(
-            "fan_in_fan_out=True, but the graph shows that the targeted weights are stored (out, in); the graph counts",
-            LoraFxWarning,
-            stacklevel=4,
+        warn(
+            "fan_in_fan_out=True, but the graph shows that the targeted weights are stored (out, in); the graph counts"
         )
 
 

@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
-from .errors import GraphError, LoraFxWarning
+from .errors import GraphError, warn
 from .graph_module import (
     LoraGraphModule,
     TraceRecord,
@@ -159,11 +159,9 @@ def _export_shown_mode(
             first = first or error
             continue
         if first is not None:
-            warnings.warn(
+            warn(
                 f"{type(model).__name__} could not be traced with every dimension free "
-                f"({_reason(first)}); traced with {_spelled(shapes)}. Pass dynamic_shapes to decide",
-                LoraFxWarning,
-                stacklevel=4,
+                f"({_reason(first)}); traced with {_spelled(shapes)}. Pass dynamic_shapes to decide"
             )
         return program, shapes
     assert first is not None

@@ -90,3 +90,64 @@ def dialect_of(node: fx.Node) -> Dialect:
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a call, given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def operands_of(node: fx.Node) -> list[fx.Node]:
+    """All nodes that a node takes, each as often as it takes it."""
+    found: list[fx.Node] = []
+
+    def note(arg: fx.Node) -> fx.Node:
+        found.append(arg)
+        return arg
+
+    fx.map_arg((node.args, node.kwargs), note)
+    return found
+
+
+# In symbolic_trace's graphs: what gives a view of its first argument. aten's schemas say so themselves.
+_VIEWS = {
+    operator.getitem, getattr, torch.transpose, torch.permute, torch.reshape, torch.squeeze, torch.unsqueeze,
+    torch.t, torch.narrow, torch.select, torch.flatten, torch.chunk, torch.split, torch.unbind, torch.diagonal,
+    "view", "reshape", "t", "transpose", "permute", "squeeze", "unsqueeze", "narrow", "select", "flatten", "chunk",
+    "split", "unbind", "diagonal", "detach", "contiguous", "expand", "view_as", "swapaxes", "__getitem__",
+}  # fmt: skip
+
+
+def writer_of(node: fx.Node) -> fx.Node | None:
+    """The first node that writes into the node's value, or into a view of it; None if it stays as it is."""
+    for user in node.users:
+        if _writes(user, node):
+            return user
+        if _views(user, node) and (writer := writer_of(user)) is not None:
+            return writer
+    return None
+
+
+def _writes(user: fx.Node, node: fx.Node) -> bool:
+    if isinstance(user.target, torch._ops.OpOverload):
+        return any(info.is_write for info in _alias_infos(user, node))
+    if node is user.kwargs.get("out"):
+        return True
+    if not user.args or user.args[0] is not node:
+        return False
+    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__") and user.op != "call_module"
+    return in_place or user.target is operator.setitem or bool(user.kwargs.get("inplace"))
+
+
+def _views(user: fx.Node, node: fx.Node) -> bool:
+    if isinstance(user.target, torch._ops.OpOverload):
+        return bool(_alias_infos(user, node))
+    return user.target in _VIEWS and bool(user.args) and user.args[0] is node
+
+
+def _alias_infos(user: fx.Node, node: fx.Node) -> list[Any]:
+    """What the schema of an aten op says about the arguments that are, or hold, `node`."""
+    assert isinstance(user.target, torch._ops.OpOverload)
+    infos = []
+    for position, argument_schema in enumerate(user.target._schema.arguments):
+        value = argument(user, position, argument_schema.name)
+        held = value if isinstance(value, (list, tuple)) else (value,)
+        if argument_schema.alias_info is not None and any(each is node for each in held):
+            infos.append(argument_schema.alias_info)
+    return infos
