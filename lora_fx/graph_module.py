@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import copy
 import gc
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from .copying import copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, share_tensors
 from .errors import GraphError, warn
 from .literals import find_dtype_literal, move_literals
 
@@ -34,16 +34,6 @@ ROLE = "lora_fx"
 
 # What GraphModule.recompile leaves on the instance; together with the class's `forward` it is one view.
 _COMPILED = ("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec")
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
 
 # Set while a pass copies a module that it will edit and compile anyway: compiling is most of a copy's cost.
 _UNCOMPILED: ContextVar[bool] = ContextVar("_UNCOMPILED", default=False)
@@ -96,6 +86,17 @@ class GraphRecord:
     reinsert: Callable[[LoraGraphModule], None] | None = None
     folded: Any = None
     report: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphRecord:
+        """Graphs are copied, values shared. What an in-place fold needs to take itself back stays with the original."""
+        return replace(
+            self,
+            views={mode: copy_graph(graph, memo) for mode, graph in self.views.items()},
+            adapters=dict(self.adapters),
+            requires_grad=dict(self.requires_grad),
+            originals=copy.deepcopy(self.originals, memo),
+            folded=None,
+        )
 
 
 class LoraGraphModule(fx.GraphModule):
@@ -192,12 +193,10 @@ class LoraGraphModule(fx.GraphModule):
         return super().recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoraGraphModule:
-        with warnings.catch_warnings():  # copying a pytree spec calls what torch itself deprecated
-            warnings.simplefilter("ignore", FutureWarning)
-            result: LoraGraphModule = super().__deepcopy__(memo)  # type: ignore[assignment]
-        _restore_what_fx_drops(self, result)
+        result: LoraGraphModule = copy_graph_module(self, memo)
         for graph in record_of(result).views.values():
             graph.owning_module = result
+        result.recompile()
         return result
 
 
@@ -263,19 +262,19 @@ def copy_sharing_tensors(gm: fx.GraphModule) -> LoraGraphModule:
     Parameters are new `nn.Parameter` objects on the old storage, so that freezing the copy leaves the
     original's `requires_grad` alone; ties stay ties. Buffers and constants are the same tensors.
     """
-    memo = _memo_of_tensors(gm)
+    memo = share_tensors(gm)
     for parameter in gm.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-    for child in gm.children():
-        _copy_container(child, memo)
+    memo |= {id(tensor): tensor for tensor in record_of(gm).originals.values()}
     token = _UNCOMPILED.set(True)
     try:
-        clone = _deepcopy(gm, memo)
-        if not isinstance(clone, LoraGraphModule):
-            clone = _from_foreign(gm, clone)
+        if isinstance(gm, LoraGraphModule):
+            return copy.deepcopy(gm, memo)
+        with quiet_deepcopy():
+            clone = _from_foreign(gm, copy.deepcopy(gm, memo))
     finally:
         _UNCOMPILED.reset(token)
-    _copy_hooks(gm, clone)
+    copy_hooks(gm, clone)
     return clone
 
 
@@ -289,50 +288,13 @@ def _from_foreign(original: fx.GraphModule, clone: fx.GraphModule) -> LoraGraphM
     return gm
 
 
-def _copy_container(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Put a copy of a plain container, as exported graphs hold them by the thousand, into a deepcopy memo."""
-    if type(module) is not nn.Module or id(module) in memo:
-        return
-    twin = nn.Module().train(module.training)
-    twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
-    memo[id(module)] = twin
-    for name, child in module._modules.items():
-        if child is not None:
-            _copy_container(child, memo)
-        twin._modules[name] = _deepcopy(child, memo)
-    for kind in ("_parameters", "_buffers"):
-        for name, tensor in getattr(module, kind).items():
-            getattr(twin, kind)[name] = None if tensor is None else memo[id(tensor)]
-    for name, value in module.__dict__.items():
-        if name not in twin.__dict__:
-            twin.__dict__[name] = _deepcopy(value, memo)
-
-
-def _copy_hooks(source: fx.GraphModule, target: fx.GraphModule) -> None:
-    """The user's hooks go along; torch.export's own check of inputs stays, as the graph has its guards."""
-    for name in _HOOKS:
-        for key, hook in source.__dict__[name].items():
-            if not str(getattr(hook, "__module__", "")).startswith("torch.export"):
-                target.__dict__[name][key] = hook
-
-
 def copy_modules(views: dict[bool | None, fx.GraphModule]) -> dict[bool | None, fx.GraphModule]:
     """The graph modules over copies of their submodules, one copy for all views; the tensors stay the same objects."""
     memo: dict[int, Any] = {}
     for gm in views.values():
-        memo |= _memo_of_tensors(gm) | {id(parameter): parameter for parameter in gm.parameters()}
-    return {mode: _deepcopy(gm, memo) for mode, gm in views.items()}
-
-
-def _memo_of_tensors(gm: fx.GraphModule) -> dict[int, Any]:
-    """A deepcopy memo in which buffers and plain tensor attributes stand for themselves."""
-    return {id(tensor): tensor for tensor in (*gm.buffers(), *_plain_tensors(gm))}
-
-
-def _deepcopy(value: Any, memo: dict[int, Any]) -> Any:
-    with warnings.catch_warnings():  # copying a pytree spec calls what torch itself deprecated
-        warnings.simplefilter("ignore", FutureWarning)
-        return copy.deepcopy(value, memo)
+        memo |= share_tensors(gm) | {id(parameter): parameter for parameter in gm.parameters()}
+    with quiet_deepcopy():
+        return {mode: copy.deepcopy(gm, memo) for mode, gm in views.items()}
 
 
 _aten = torch.ops.aten
@@ -419,11 +381,6 @@ def delete_attribute(root: nn.Module, target: str) -> None:
         delattr(owner, name)
 
 
-def _plain_tensors(root: nn.Module) -> Iterator[torch.Tensor]:
-    for module in root.modules():
-        yield from (value for value in module.__dict__.values() if isinstance(value, torch.Tensor))
-
-
 def _restore_what_fx_drops(source: nn.Module, target: nn.Module) -> None:
     """fx registers every tensor it copies as a persistent buffer; keep state_dict's keys the source's."""
     for name, module in source.named_modules():
@@ -440,7 +397,7 @@ def _has_submodule(root: nn.Module, name: str) -> bool:
 
 def _adopt(gm: LoraGraphModule, other: fx.GraphModule, *, suffix: str) -> fx.Graph:
     """Bring the graph of `other` over to `gm`; what has the same name but another value is renamed."""
-    graph: fx.Graph = _deepcopy(other.graph, {})
+    graph = copy_graph(other.graph, {})
     renamed: dict[str, str] = {}
     for node in graph.nodes:
         if node.op not in ("get_attr", "call_module"):
@@ -458,7 +415,7 @@ def _over_own_tensors(gm: LoraGraphModule, other: fx.GraphModule, *, suffix: str
 
     What is no tensor of the model (constants, sub-graphs, guards) comes along under a name of its own.
     """
-    graph: fx.Graph = _deepcopy(other.graph, {})
+    graph = copy_graph(other.graph, {})
     tensors = {*dict(gm.named_parameters(remove_duplicate=False)), *dict(gm.named_buffers(remove_duplicate=False))}
     for node in graph.nodes:
         target = str(node.target)
