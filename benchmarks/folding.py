@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -160,8 +161,13 @@ def _ways(subject: Subject) -> dict[str, Variant]:
     return {
         "PEFT merge_and_unload": Variant(_merge, prepare=fresh),
         "PEFT safe_merge": Variant(lambda model: _merge(model, safe_merge=True), prepare=fresh),
+        "PEFT deepcopy, merge_and_unload": Variant(lambda model: _merge(copy.deepcopy(model)), prepare=fresh),
         "lora_fx.fold": Variant(lambda _: lora_fx.fold(subject.injected)),
         "lora_fx.fold inplace": Variant(lambda _: lora_fx.fold(subject.injected, inplace=True), restore=lora_fx.unfold),
+        "lora_fx.fold inplace, irreversible": Variant(
+            lambda gm: lora_fx.fold(gm, inplace=True, reversible=False),
+            prepare=lambda: copy.deepcopy(subject.injected),
+        ),
     }
 
 

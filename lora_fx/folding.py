@@ -6,7 +6,6 @@ product is accumulated in at least float32 and rounded once to the weight's dtyp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +26,7 @@ from .graph_module import (
     set_attribute,
 )
 from .injection import Adapter, AdapterSite
+from .merging import Delta, Merged, merge, norm_if_finite
 from .parameters import find_adapter
 from .tables import format_table
 
@@ -110,6 +110,7 @@ def fold(
     *,
     adapters: Sequence[str] | str | None = None,
     inplace: bool = False,
+    reversible: bool = True,
     accumulate: torch.dtype = torch.float32,
 ) -> LoraGraphModule:
     """Merge the adapters into the weights and take every LoRA node out of the graph.
@@ -123,6 +124,8 @@ def fold(
         adapters: names to fold; None for all. Others stay injected.
         inplace: write into the base weights, so that the model they came from is the merged model;
             `gm` itself becomes the folded graph, and `unfold` takes both back bit for bit.
+        reversible: with inplace, keep copies of the overwritten weights, which `unfold` needs. False takes no
+            memory but one temporary at most; that is what PEFT's merge does.
         accumulate: torch.float32 or torch.float64; at least the weight's own dtype is used.
 
     Raises:
@@ -134,12 +137,16 @@ def fold(
     chosen = _chosen(gm, adapters)
     if accumulate not in (torch.float32, torch.float64):
         raise FoldError(f"accumulate={accumulate!r} must be torch.float32 or torch.float64")
+    if not (inplace or reversible):
+        raise FoldError("reversible=False goes with inplace=True: without inplace, fold leaves `gm` as it was")
     assert isinstance(gm, LoraGraphModule)
     with paused_gc():
         tasks = _tasks(gm, read_applications(gm), chosen)
+        _check_has_values(gm, tasks)
         if inplace:
             _check_not_tied(gm, tasks)
-        result, sites = (_fold_in_place if inplace else _fold_anew)(gm, tasks, chosen, accumulate)
+        way = _fold_anew if not inplace else _fold_in_place if reversible else _fold_for_good
+        result, sites = way(gm, tasks, chosen, accumulate)
     report = FoldReport(tuple(adapter.name for adapter in chosen), tuple(sites))
     record_of(result).report = report
     _warn(report)
@@ -150,13 +157,17 @@ def _fold_anew(
     gm: LoraGraphModule, tasks: list[_Task], chosen: list[Adapter], accumulate: torch.dtype
 ) -> tuple[LoraGraphModule, list[FoldedSite]]:
     """A new graph module with new tensors for the folded weights; the others are shared."""
-    folded = [_folded(gm, task, accumulate) for task in tasks]
+    values, sites = [], []
+    for task in tasks:
+        weight = gm.get_parameter(task.attribute).detach()
+        values.append(torch.empty_like(weight))
+        sites.append(_merge(gm, task, weight, values[-1], accumulate))
     result = copy_sharing_tensors(gm)
     _remove_adapters(result, chosen)
-    for task, (value, _) in zip(tasks, folded, strict=True):
+    for task, value in zip(tasks, values, strict=True):
         _replace_weight(result, task, value)
     finish(result)
-    return result, [site for _, site in folded]
+    return result, sites
 
 
 def _fold_in_place(
@@ -171,12 +182,14 @@ def _fold_in_place(
     originals: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for task in tasks:
-            value, site = _folded(gm, task, accumulate)
-            _overwrite(gm.get_parameter(task.attribute).detach(), value, originals)
-            sites.append(site)
+            weight = gm.get_parameter(task.attribute).detach()
+            original = _backed_up(weight, originals)
+            sites.append(_merge(gm, task, original, weight, accumulate))
         for adapter in chosen:
             for name in adapter.trained:
-                _overwrite(record_of(gm).originals[name], get_attribute(gm, name).detach(), originals)
+                weight = record_of(gm).originals[name]
+                _backed_up(weight, originals)
+                weight.copy_(get_attribute(gm, name).detach())
     except BaseException:
         _restore(originals)
         raise
@@ -185,9 +198,36 @@ def _fold_in_place(
     return gm, sites
 
 
-def _overwrite(tensor: torch.Tensor, value: torch.Tensor, originals: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    originals.append((tensor, tensor.clone()))
-    tensor.copy_(value)
+def _fold_for_good(
+    gm: LoraGraphModule, tasks: list[_Task], chosen: list[Adapter], accumulate: torch.dtype
+) -> tuple[LoraGraphModule, list[FoldedSite]]:
+    """Write into the base's tensors and keep nothing: all is checked before the first write."""
+    weights = [gm.get_parameter(task.attribute).detach() for task in tasks]
+    deltas = [
+        _deltas(gm, task, torch.promote_types(weight.dtype, accumulate))
+        for task, weight in zip(tasks, weights, strict=True)
+    ]
+    norms = []
+    for task, weight, factors in zip(tasks, weights, deltas, strict=True):
+        norms.append(norm_if_finite(weight, factors))
+        if norms[-1] is None and not merge(weight, factors, torch.empty_like(weight)).is_finite:
+            raise FoldError(_why_not_finite(gm, task, weight))
+    trained = [(record_of(gm).originals[n], get_attribute(gm, n).detach()) for a in chosen for n in a.trained]
+    _keep_base_tensors(gm, gm, chosen)
+    _remove_adapters(gm, chosen)
+    finish(gm)
+    for base, value in trained:
+        base.copy_(value)
+    return gm, [
+        _folded_site(task, weight, merge(weight, factors, weight, weight_norm=norm))
+        for task, weight, factors, norm in zip(tasks, weights, deltas, norms, strict=True)
+    ]
+
+
+def _backed_up(tensor: torch.Tensor, originals: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    original = tensor.clone()
+    originals.append((tensor, original))
+    return original
 
 
 def _restore(originals: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -278,93 +318,60 @@ def _task(
     return _Task(tuple(paths), tuple(sites), attribute, tuple(aliases), tuple(readers))
 
 
-def _folded(gm: LoraGraphModule, task: _Task, accumulate: torch.dtype) -> tuple[torch.Tensor, FoldedSite]:
-    """W + Σ scaling · B @ A in the weight's dtype and strides, rounded once, and what that did."""
-    weight = gm.get_parameter(task.attribute).detach()
-    if weight.is_meta:
-        raise FoldError(
-            f"{task.sites[0].weight!r} is on the meta device and holds no values to fold; load the weights first"
-        )
-    dtype = torch.promote_types(weight.dtype, accumulate)
-    total = weight.to(dtype)
-    factors = []
-    for site in task.sites:
-        a, b = gm.get_parameter(site.lora_a).detach().to(dtype), gm.get_parameter(site.lora_b).detach().to(dtype)
-        factors.append((a, b, site.scaling))
-        left, right = (a.T, b.T) if site.fan_in_fan_out else (b, a)
-        total = torch.addmm(total, left, right, alpha=site.scaling)  # (out, r) @ (r, in) -> (out, in)
-    rounded = total
-    if total.dtype != weight.dtype or total.stride() != weight.stride():
-        rounded = torch.empty_like(weight).copy_(total)
-    # One pass tells both: a norm is finite only if every element is.
-    norm = float(torch.linalg.vector_norm(rounded, dtype=dtype))
-    if not math.isfinite(norm) and not bool(torch.isfinite(rounded).all()):
-        raise FoldError(_why_not_finite(task, weight, total, factors))
-    delta_norm = _delta_norm(factors)
-    kept = _kept(weight, total, rounded, norm, factors, task.sites, delta_norm)
-    return rounded, FoldedSite(
+def _merge(
+    gm: LoraGraphModule, task: _Task, weight: torch.Tensor, into: torch.Tensor, accumulate: torch.dtype
+) -> FoldedSite:
+    """Write the folded weight of one task to `into`, and say what that did.
+
+    Raises:
+        FoldError: if it would not be finite.
+    """
+    merged = merge(weight, _deltas(gm, task, torch.promote_types(weight.dtype, accumulate)), into)
+    if not merged.is_finite:
+        raise FoldError(_why_not_finite(gm, task, weight))
+    return _folded_site(task, weight, merged)
+
+
+def _folded_site(task: _Task, weight: torch.Tensor, merged: Merged) -> FoldedSite:
+    return FoldedSite(
         path=task.paths[0],
         weight=task.sites[0].weight,
         dtype=weight.dtype,
-        weight_norm=float(torch.linalg.vector_norm(weight, dtype=dtype)),
-        delta_norm=delta_norm,
-        kept=kept,
+        weight_norm=merged.weight_norm,
+        delta_norm=merged.delta_norm,
+        kept=merged.kept,
         untied_from=task.twins,
     )
 
 
-_Factors = list[tuple[torch.Tensor, torch.Tensor, float]]
+def _deltas(gm: LoraGraphModule, task: _Task, dtype: torch.dtype) -> list[Delta]:
+    deltas = []
+    for site in task.sites:
+        a, b = gm.get_parameter(site.lora_a).detach().to(dtype), gm.get_parameter(site.lora_b).detach().to(dtype)
+        left, right = (a.T, b.T) if site.fan_in_fan_out else (b, a)
+        deltas.append(Delta(left, right, site.scaling))
+    return deltas
 
 
-def _delta_norm(factors: _Factors) -> float:
-    """‖Σ s B A‖ without forming it: ⟨s B A, t D C⟩ = s t · tr((Bᵀ D)(C Aᵀ)), r × r products."""
-    squared = 0.0
-    for a, b, s in factors:
-        for c, d, t in factors:
-            squared += s * t * float(((b.T @ d).double() * (a @ c.T).double()).sum())
-    return math.sqrt(max(squared, 0.0))
+def _check_has_values(gm: LoraGraphModule, tasks: list[_Task]) -> None:
+    for task in tasks:
+        if gm.get_parameter(task.attribute).is_meta:
+            raise FoldError(
+                f"{task.sites[0].weight!r} is on the meta device and holds no values to fold; load the weights first"
+            )
 
 
-def _kept(
-    weight: torch.Tensor,
-    total: torch.Tensor,
-    rounded: torch.Tensor,
-    norm: float,
-    factors: _Factors,
-    sites: tuple[AdapterSite, ...],
-    delta_norm: float,
-) -> float:
-    """The share of the delta that survives. Exact where it matters, a bound where nothing can be lost."""
-    if delta_norm == 0:
-        return 1.0
-    if total.dtype == weight.dtype:
-        # Rounding moves each weight by at most eps / 2 of itself: measured only if that could show.
-        bound = torch.finfo(weight.dtype).eps / 2 * norm / delta_norm
-        if bound < 1e-3 or weight.dtype == torch.float64:
-            return max(0.0, 1 - bound)
-        exact = weight.double()
-        for (a, b, s), site in zip(factors, sites, strict=True):
-            delta = s * (b.double() @ a.double())
-            exact = exact + (delta.T if site.fan_in_fan_out else delta)
-        total = exact
-    lost = float(torch.linalg.vector_norm(total - rounded.to(total.dtype)))
-    return max(0.0, 1 - lost / delta_norm)
-
-
-def _why_not_finite(task: _Task, weight: torch.Tensor, total: torch.Tensor, factors: _Factors) -> str:
+def _why_not_finite(gm: LoraGraphModule, task: _Task, weight: torch.Tensor) -> str:
     where = f"{task.paths[0]!r} ({task.sites[0].weight})"
     if not bool(torch.isfinite(weight).all()):
         return f"the base weight of {where} holds NaN or Inf before folding; mend the model, not the adapter"
-    for (a, b, _), site in zip(factors, task.sites, strict=True):
-        for name, factor in ((site.lora_a, a), (site.lora_b, b)):
-            if not bool(torch.isfinite(factor).all()):
-                return (
-                    f"folding {where}: {name} holds NaN or Inf, so the adapter is broken; train it again or reload it"
-                )
-    limit = torch.finfo(weight.dtype).max
+    for name in (name for site in task.sites for name in (site.lora_a, site.lora_b)):
+        if not bool(torch.isfinite(gm.get_parameter(name)).all()):
+            return f"folding {where}: {name} holds NaN or Inf, so the adapter is broken; train it again or reload it"
+    total = sum((d.scaling * (d.left @ d.right) for d in _deltas(gm, task, torch.float64)), start=weight.double())
     return (
         f"folding {where}: |W + ΔW| reaches {float(total.abs().max()):.4g}, beyond {weight.dtype}'s largest number "
-        f"{limit:.4g}; fold a float32 copy of the model, gm.float()"
+        f"{torch.finfo(weight.dtype).max:.4g}; fold a float32 copy of the model, gm.float()"
     )
 
 

@@ -33,7 +33,10 @@ _META_KEY = "lora_fx"
 ROLE = "lora_fx"
 
 # What GraphModule.recompile leaves on the instance; together with the class's `forward` it is one view.
-_COMPILED = ("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec")
+_COMPILED = ("_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec")
+
+# How many compiled graphs a graph module and its copies remember.
+_KNOWN_GRAPHS = 16
 
 # Set while a pass copies a module that it will edit and compile anyway: compiling is most of a copy's cost.
 _UNCOMPILED: ContextVar[bool] = ContextVar("_UNCOMPILED", default=False)
@@ -62,6 +65,14 @@ class TraceRecord:
         return self  # frozen, and nobody writes into the examples
 
 
+@dataclass(frozen=True)
+class Written:
+    """A graph as values: its calling convention, and (name, op, target, type, args, kwargs) of each node."""
+
+    convention: tuple[Any, ...]
+    nodes: list[tuple[Any, ...]]
+
+
 @dataclass
 class GraphRecord:
     """What the passes know about one graph module beyond its graph. It lives in `gm.meta`.
@@ -75,6 +86,9 @@ class GraphRecord:
         originals: base tensors that an adapter trains in full, as they were: {fqn: tensor}.
         reinsert: writes the adapters' nodes into views that have none; set by `inject`.
         folded: what an in-place fold needs to take itself back (see folding.py).
+        report: what the last fold did.
+        compiled: graphs as they were written, with what they were compiled to. Copies share it, so that a copy, and
+            a fold, which gives the traced graph again, need not write and compile the code once more.
     """
 
     trace: TraceRecord | None = None
@@ -86,6 +100,7 @@ class GraphRecord:
     reinsert: Callable[[LoraGraphModule], None] | None = None
     folded: Any = None
     report: Any = None
+    compiled: list[tuple[Written, dict[str, Any]]] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphRecord:
         """Graphs are copied, values shared. What an in-place fold needs to take itself back stays with the original."""
@@ -132,15 +147,23 @@ class LoraGraphModule(fx.GraphModule):
     def _show(self, mode: bool) -> None:
         """Exchange the shown view; a view keeps its compiled forward, so torch.compile meets it again."""
         cache: dict[fx.Graph, dict[str, Any]] = self.__dict__.setdefault("_compiled_views", {})
-        shown = {name: self.__dict__[name] for name in _COMPILED if name in self.__dict__}
-        cache[self._graph] = shown | {"forward": type(self).forward}
+        cache[self._graph] = self._compiled()
         graph = record_of(self).views[mode]
         if graph not in cache:
             self.graph = graph
             return
-        compiled = dict(cache[graph])
-        type(self).forward = compiled.pop("forward")
-        self.__dict__.update(compiled)
+        self._graph = graph
+        self._install(cache[graph])
+
+    def _compiled(self) -> dict[str, Any]:
+        """What the shown graph was compiled to."""
+        return {name: self.__dict__[name] for name in _COMPILED if name in self.__dict__} | {
+            "forward": type(self).forward
+        }
+
+    def _install(self, compiled: dict[str, Any]) -> None:
+        type(self).forward = compiled["forward"]
+        self.__dict__.update({name: value for name, value in compiled.items() if name != "forward"})
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraGraphModule:
         """What `.to()`, `.half()`, `.cuda()` and the like go through: the graph's literals must follow."""
@@ -187,10 +210,18 @@ class LoraGraphModule(fx.GraphModule):
             return None
         self.__dict__.pop("_compiled_views", None)
         record = self.__dict__.get("meta", {}).get(_META_KEY)
-        if record is not None:
-            mode = self.training if self.training in record.views else None
-            record.views[mode] = self._graph
-        return super().recompile()
+        if record is None:
+            return super().recompile()
+        mode = self.training if self.training in record.views else None
+        record.views[mode] = self._graph
+        written = _as_written(self._graph)
+        known = next((compiled for graph, compiled in record.compiled if graph == written), None)
+        if known is not None:
+            return self._install(known)
+        code = super().recompile()
+        record.compiled.append((written, self._compiled()))
+        del record.compiled[:-_KNOWN_GRAPHS]
+        return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoraGraphModule:
         result: LoraGraphModule = copy_graph_module(self, memo)
@@ -246,6 +277,8 @@ def make_graph_module(
     source = views[shown]
     gm = LoraGraphModule(source, source.graph, class_name="LoraGraphModule")
     record = GraphRecord(trace=trace, views={shown: gm.graph})
+    if not _UNCOMPILED.get():
+        record.compiled.append((_as_written(gm.graph), gm._compiled()))
     gm.meta.update(copy.copy(source.meta))
     gm.meta[_META_KEY] = record
     _restore_what_fx_drops(source, gm)
@@ -306,6 +339,23 @@ _MODE_FLAGS: dict[Any, tuple[int | None, int]] = {
     _aten.alpha_dropout.default: (1, 2),
     _aten.batch_norm.default: (None, 5),
 }
+
+
+def _as_written(graph: fx.Graph) -> Written:
+    """All that the code of a graph is generated from, to be compared by value."""
+    nodes = [
+        (node.name, node.op, node.target, node.type, fx.node.map_aggregate((node.args, node.kwargs), _as_value))
+        for node in graph.nodes
+    ]
+    codegen = graph._codegen
+    return Written((type(codegen), getattr(codegen, "pytree_info", None)), nodes)
+
+
+def _as_value(leaf: Any) -> tuple[Any, Any]:
+    """An argument so that 1, 1.0 and True differ, and 0.0 and −0.0."""
+    if isinstance(leaf, fx.Node):
+        return fx.Node, leaf.name
+    return type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else leaf
 
 
 def _check_literal_mode(graph: fx.Graph, mode: bool) -> None:

@@ -409,3 +409,81 @@ def test_a_cast_weight_is_not_untied(tracer: str) -> None:
     gm = zoo.trace_with(tracer, model_of(forward, *shape), (torch.randn(3, 7),), {})
     adapted = lora_fx.inject(gm, LoraConfig(target_modules=["w"]))
     assert not lora_fx.compare_graphs(gm, lora_fx.fold(adapted))  # and without a warning
+
+
+# For good -------------------------------------------------------------------------------------------
+
+
+def own_model(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, lora_fx.LoraGraphModule]:
+    model = nn.Sequential(nn.Linear(7, 11), nn.ReLU(), nn.Linear(11, 5)).to(dtype).eval()
+    config = LoraConfig(target_modules=["0"], modules_to_save=["2"], r=3, lora_alpha=5, bias="lora_only")
+    return model, randomise(lora_fx.inject(lora_fx.trace(model, torch.randn(3, 7, dtype=dtype)), config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_folding_for_good_gives_what_folding_gives(dtype: torch.dtype) -> None:
+    model, gm = own_model(dtype)
+    with torch.no_grad():
+        gm.get_parameter("2.weight").add_(0.25)
+    x = torch.randn(3, 7, dtype=dtype)
+    expected = lora_fx.fold(gm)
+    result = lora_fx.fold(gm, inplace=True, reversible=False)
+    assert result is gm
+    assert not lora_fx.compare_graphs(expected, result)
+    assert torch.equal(model(x), expected(x))  # the model itself is the merged model
+    report, wanted = lora_fx.fold_report(result).sites[0], lora_fx.fold_report(expected).sites[0]
+    assert report.weight_norm == pytest.approx(wanted.weight_norm, rel=1e-5)
+    assert report.kept == pytest.approx(wanted.kept, abs=1e-3)
+    with pytest.raises(FoldError, match="not folded in place"):
+        lora_fx.unfold(result)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 6e4])
+def test_folding_for_good_refuses_before_it_writes(value: float) -> None:
+    model, gm = own_model(torch.float16)
+    with torch.no_grad():
+        gm.get_parameter("0.lora_B.default.weight").fill_(value)
+        gm.get_parameter("0.lora_A.default.weight").fill_(3)
+    before, code = copy.deepcopy(model.state_dict()), gm.code
+    with pytest.raises(FoldError, match="'0'"):
+        lora_fx.fold(gm, inplace=True, reversible=False)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert gm.code == code
+
+
+def test_folding_for_good_takes_what_only_looking_can_tell() -> None:
+    """|W + ΔW| stays below the dtype's end, though no bound from norms says so."""
+    model, gm = own_model(torch.float16)
+    with torch.no_grad():
+        gm.get_parameter("0.weight").fill_(3e4)
+        gm.get_parameter("0.lora_B.default.weight").mul_(1e-2)
+    lora_fx.fold(gm, inplace=True, reversible=False)
+    assert bool(torch.isfinite(model[0].weight).all())
+
+
+def test_irreversible_goes_with_inplace() -> None:
+    with pytest.raises(FoldError, match="goes with inplace=True"):
+        lora_fx.fold(own_model()[1], reversible=False)
+
+
+def test_folding_is_exact_whatever_products_training_may_use() -> None:
+    """torch.set_float32_matmul_precision("medium") lets bfloat16 into float32 products; folding does not follow."""
+    gm = own_model()[1]
+    expected = lora_fx.fold(gm).state_dict()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        result = lora_fx.fold(gm).state_dict()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(value, result[name]) for name, value in expected.items())
+
+
+def test_a_copy_of_a_graph_folded_in_place_is_a_folded_graph() -> None:
+    gm = lora_fx.fold(own_model()[1], inplace=True)
+    twin = copy.deepcopy(gm)
+    assert not lora_fx.compare_graphs(gm, twin)
+    with pytest.raises(FoldError, match="not folded in place"):
+        lora_fx.unfold(twin)
+    lora_fx.unfold(gm)
+    assert lora_fx.compare_graphs(gm, twin)

@@ -379,3 +379,33 @@ def test_a_trace_survives_deepcopy_with_its_modes() -> None:
     for mode in (True, False):
         assert_same_bits(run(gm.train(mode), case.arguments()), run(twin.train(mode), case.arguments()))
     assert bits(gm.get_parameter("fc1.weight")) == bits(twin.get_parameter("fc1.weight"))
+
+
+# Code that is compiled already ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 1.0), (1, True), (0.0, -0.0), (2, 3)])
+def test_a_graph_edited_by_hand_is_compiled_anew(old: object, new: object) -> None:
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return x * old
+
+    gm = copy.deepcopy(lora_fx.trace(Scaled(), torch.ones(2, dtype=torch.int64)))
+    node = next(node for node in gm.graph.nodes if old in node.args)
+    node.args = (node.args[0], new)
+    gm.recompile()
+    assert repr(new) in gm.code
+    x = torch.ones(2, dtype=torch.int64)
+    assert gm(x).dtype == (x * new).dtype
+    assert torch.equal(gm(x), x * new)
+
+
+def test_a_copy_is_not_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = lora_fx.trace(nn.Linear(3, 4), torch.randn(2, 3))
+    calls: list[str] = []
+    real = torch.fx.Graph.python_code
+    monkeypatch.setattr(torch.fx.Graph, "python_code", lambda *a, **k: calls.append("") or real(*a, **k))
+    twin = copy.deepcopy(gm)
+    assert not calls
+    assert twin.code == gm.code
+    assert type(twin).forward is type(gm).forward
