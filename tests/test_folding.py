@@ -456,8 +456,8 @@ def test_folding_for_good_takes_what_only_looking_can_tell() -> None:
     model, gm = own_model(torch.float16)
     with torch.no_grad():
         gm.get_parameter("0.weight").fill_(3e4)
-        gm.get_parameter("0.lora_B.default.weight").mul_(1e-2)
-    lora_fx.fold(gm, inplace=True, reversible=False)
+    with pytest.warns(LoraFxWarning, match="float16 keeps only"):
+        lora_fx.fold(gm, inplace=True, reversible=False)
     assert bool(torch.isfinite(model[0].weight).all())
 
 
