@@ -22,6 +22,7 @@ PREFIX = "base_model.model."
 
 # The last lora_A or lora_B counts: a module may be called that itself.
 _HALF = re.compile(r"^((?P<path>.*)\.)?lora_(?P<half>[AB])(\.(?P<adapter>[^.]+))?\.weight$")
+_SAVED_COPY = re.compile(r"\.modules_to_save\.([^.]+\.)?(?=[^.]+$)")
 _OTHER_LORA = re.compile(r"\blora_(embedding_[AB]|magnitude_vector|diag|[AB]\.bias)|token_adapter")
 
 
@@ -46,7 +47,7 @@ def find_adapter_directory(directory: str | os.PathLike[str], adapter_name: str)
     Raises:
         AdapterError: if neither holds an adapter.
     """
-    root = Path(directory)
+    root = checked_path(directory)
     for candidate in (root, root / adapter_name):
         if (candidate / CONFIG_FILE).is_file():
             return candidate
@@ -56,6 +57,17 @@ def find_adapter_directory(directory: str | os.PathLike[str], adapter_name: str)
         f"{str(root)!r} holds no {CONFIG_FILE}, so it is no adapter directory; "
         "lora_fx.save_adapter and PEFT's save_pretrained write one"
     )
+
+
+def checked_path(directory: object) -> Path:
+    """The path that `directory` says.
+
+    Raises:
+        AdapterError: if it says none.
+    """
+    if not isinstance(directory, (str, os.PathLike)) or "\0" in os.fspath(directory):
+        raise AdapterError(f"directory={directory!r} must be the path of an adapter's directory")
+    return Path(directory)
 
 
 def weights_path(directory: Path) -> Path:
@@ -118,7 +130,13 @@ def parse_key(key: str, file: str) -> TensorKey:
     match = _HALF.match(name)
     if match:
         return TensorKey(key, match["path"] or "", match["half"])
-    return TensorKey(key, name.replace(".base_layer.", ".").removeprefix("base_layer."), None)
+    name = name.replace(".base_layer.", ".").removeprefix("base_layer.")
+    return TensorKey(key, _SAVED_COPY.sub(".", name), None)
+
+
+def is_left_behind(key: str) -> bool:
+    """Whether the tensor is the base's own, which a module trained in full does not use; bias="all" writes it too."""
+    return ".original_module." in key
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

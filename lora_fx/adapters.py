@@ -19,22 +19,24 @@ from .adapter_files import (
     PREFIX,
     WEIGHTS_FILE,
     TensorKey,
+    checked_path,
     config_text,
     find_adapter_directory,
+    is_left_behind,
     parse_key,
     read_config,
     weights_path,
 )
+from .attributes import get_attribute
 from .config import LoraConfig
 from .errors import AdapterError, closest, warn
-from .graph_module import LoraGraphModule, checked_graph_module, get_attribute, record_of
-from .injection import Adapter, inject
+from .graph_module import LoraGraphModule, checked_graph_module, record_of
+from .injection import ADAPTER_DTYPES, Adapter, check_adapter_name, inject
 from .matching import matches_names, matches_suffix
 from .parameters import find_adapter
-from .plan import Plan, plan_adapters
+from .plan import Plan, module_paths, plan_adapters
 from .sites import find_sites
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -59,8 +61,8 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{key!r} of adapter {adapter_name!r} holds NaN or Inf and is not saved")
-    path = Path(directory)
-    config = config_text(adapter.config, **_exact_targets(gm, adapter), **_exact_modules(adapter))
+    path = checked_path(directory)
+    config = config_text(adapter.config, **_exact_targets(gm, adapter), **_exact_modules(gm, adapter))
     try:
         path.mkdir(parents=True, exist_ok=True)
         weights = save(tensors, metadata={"format": "pt"})
@@ -91,6 +93,7 @@ def load_adapter(
         ConfigError, TargetError: if the configuration cannot be followed in this graph.
     """
     gm = checked_graph_module(gm)
+    check_adapter_name(adapter_name)
     folder = find_adapter_directory(directory, adapter_name)
     config = read_config(folder)
     tensors = _read_tensors(weights_path(folder))
@@ -134,15 +137,20 @@ def _exact_targets(gm: fx.GraphModule, adapter: Adapter) -> dict[str, object]:
     return {"target_modules": sorted(paths), "exclude_modules": None}
 
 
-def _exact_modules(adapter: Adapter) -> dict[str, object]:
+def _exact_modules(gm: fx.GraphModule, adapter: Adapter) -> dict[str, object]:
     """modules_to_save by whole names: PEFT takes an entry for every module whose name ends with it."""
     if not adapter.config.modules_to_save:
         return {}
     entries = adapter.config.modules_to_save
     paths = dict.fromkeys(name.rpartition(".")[0] for name in adapter.trained)
-    return {
-        "modules_to_save": [path for path in paths if any(matches_suffix(path, entry) for entry in entries)] or None
-    }
+    saved = [path for path in paths if any(matches_suffix(path, entry) for entry in entries)]
+    clashes = [other for other in module_paths(gm) if other not in saved and other.endswith(tuple(saved))]
+    if clashes:
+        warn(
+            f"PEFT takes an entry of modules_to_save for every module whose name ends with it, so it will look for "
+            f"{clashes[0]!r} in the file too, and refuse it; lora_fx.load_adapter reads it. Rename one of the modules"
+        )
+    return {"modules_to_save": saved or None}
 
 
 def _replace_all(files: dict[Path, bytes]) -> None:
@@ -190,13 +198,14 @@ def _write_beside(path: Path, data: bytes) -> Path:
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(str(path), framework="pt") as file:
-            tensors: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            keys = [key for key in file.keys() if not is_left_behind(key)]  # noqa: SIM118
+            tensors: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{str(path)!r} is no readable safetensors file: {error}") from error
     if not tensors:
         raise AdapterError(f"{str(path)!r} holds no tensor")
     for key, tensor in tensors.items():
-        if ".lora_" in key and tensor.dtype not in _DTYPES:
+        if ".lora_" in key and tensor.dtype not in ADAPTER_DTYPES:
             raise AdapterError(f"{str(path)!r}: {key!r} is {tensor.dtype}; adapters are float32, float16 or bfloat16")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{str(path)!r}: {key!r} holds NaN or Inf")
@@ -204,7 +213,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     spelled: dict[str, str] = {}
     for key, tensor in tensors.items():
         name = _normalised(parse_key(key, str(path)))
-        if name in normalised:
+        if name in normalised and not torch.equal(normalised[name], tensor):
             raise AdapterError(f"{str(path)!r}: {spelled[name]!r} and {key!r} mean the same tensor; keep one of them")
         normalised[name], spelled[name] = tensor, key
     return normalised
@@ -241,7 +250,7 @@ def _plan_for(gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.T
                 f"{key!r} has the shape {tuple(tensors[key].shape)}, but this graph takes {shape}: "
                 "another rank (see r and rank_pattern in adapter_config.json) or another model"
             )
-    if any(t.shares_with and not _is_shared(t.site.path, t.shares_with, tensors) for t in plan.targets):
+    if any(t.shares_with is not None and not _is_shared(t.site.path, t.shares_with, tensors) for t in plan.targets):
         warn(
             "the file holds different adapters for sites that share one tied weight; each keeps its own, and "
             "folding will untie them"

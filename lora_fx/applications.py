@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .aliasing import is_same_view, overlapping_names
+from .attributes import get_attribute
 from .errors import GraphError
-from .graph_module import ROLE, get_attribute, record_of
+from .graph_module import ROLE, record_of
 from .ops import Use, uses_of
 from .ops.use import argument, operands_of, writer_of
 
@@ -118,14 +120,14 @@ class Reading:
     Attributes:
         applications: in graph order, the views one after the other.
         refusals: linear nodes that cannot be adapted.
-        names: storage → all parameter names that view it.
+        names: parameter name → all names whose memory overlaps it, its own among them.
         users: parameter name → nodes that read it, dead reads left out.
         aliases: other module paths of a shared module → the path that stands for all.
     """
 
     applications: list[Application] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
-    names: dict[int, list[str]] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
     users: dict[str, list[fx.Node]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
 
@@ -137,7 +139,7 @@ def read_applications(gm: fx.GraphModule) -> Reading:
         GraphError: if the graph was decomposed, so that its linears are no longer there.
     """
     parameters = dict(gm.named_parameters(remove_duplicate=False))
-    reading = Reading(names=names_by_storage(parameters), aliases=_module_aliases(gm, parameters))
+    reading = Reading(names=overlapping_names(parameters), aliases=_module_aliases(gm, parameters))
     for mode, graph in record_of(gm).views.items():
         _check_not_decomposed(graph)
         for node, scope in _nodes(Scope(graph, gm)):
@@ -164,28 +166,6 @@ def _module_aliases(gm: fx.GraphModule, parameters: dict[str, nn.Parameter]) -> 
             if found != path:
                 aliases[path] = found
     return aliases
-
-
-def names_by_storage(parameters: dict[str, nn.Parameter]) -> dict[int, list[str]]:
-    """Parameter names by the storage that they view: tied and overlapping ones stand together."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
-        names.setdefault(storage_of(parameter), []).append(name)
-    return names
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    """An identity for the tensor's storage that also works on the meta device."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # wrapper subclasses have no storage of their own
-        return id(tensor)
-
-
-def is_same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are the same elements of the same storage."""
-    layout = (a.storage_offset(), a.shape, a.stride()) == (b.storage_offset(), b.shape, b.stride())
-    return a is b or (storage_of(a) == storage_of(b) and layout)
 
 
 def module_stack(node: fx.Node) -> list[tuple[str, str]]:
@@ -286,8 +266,10 @@ def _note_users(node: fx.Node, scope: Scope, parameters: dict[str, nn.Parameter]
 def _final_users(node: fx.Node) -> Iterator[fx.Node]:
     """The users of a weight, looking through transposes and into the bodies that it is an operand of."""
     for user in node.users:
-        bodies, operands, _ = bodies_of(user)
-        if bodies:
+        bodies, operands, reason = bodies_of(user)
+        if reason is None and bodies:
+            if node not in operands:
+                yield user
             for body in bodies:
                 placeholders = [n for n in body_module(body).graph.nodes if n.op == "placeholder"]
                 for index, operand in enumerate(operands):
@@ -319,20 +301,17 @@ def _application(
         return Refusal(_path_of(weight), f"{attribute} has {parameter.ndim} dimensions") if use.is_certain else None
     if not parameter.is_floating_point():
         return Refusal(_path_of(weight), f"{attribute} is {parameter.dtype}, which LoRA cannot be added to")
-    if reason := scope.reason or _reason_not_plain(use, scope, parameters, parameter):
+    if reason := scope.reason or _reason_not_plain(use, scope, parameters, reading.names[attribute]):
         return Refusal(_path_of(weight), reason)
     return Application(scope, use, _path_of(weight), weight, attribute, use.takes_in_out != flipped, mode)
 
 
-def _reason_not_plain(
-    use: Use, scope: Scope, parameters: dict[str, nn.Parameter], parameter: nn.Parameter
-) -> str | None:
+def _reason_not_plain(use: Use, scope: Scope, parameters: dict[str, nn.Parameter], names: list[str]) -> str | None:
     """Why W + ΔW in this one operand would not be W + ΔW in the model, or None."""
     if use.node.op == "call_module":
         return None
-    storage = storage_of(parameter)
     origins = [_origin(arg, scope, parameters) for arg in operands_of(use.node)]
-    if sum(isinstance(o, _Origin) and storage_of(parameters[o.name]) == storage for o in origins) > 1:
+    if sum(isinstance(o, _Origin) and o.name in names for o in origins) > 1:
         return f"{use.node.name} reads its weight in two of its operands"
     if isinstance(use.weight, fx.Node) and (writer := _writer(use.weight, scope)) is not None:
         return f"its weight is written into in the graph (by {writer.name})"
@@ -359,6 +338,8 @@ def _read_of(weight: fx.Node) -> fx.Node:
 
 
 def _module_reason(module: nn.Module) -> str | None:
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance, which symbolic_trace hides; lora_fx.trace sees through it"
     if "weight" not in module._parameters:
         return "its weight is computed (parametrised, weight-normed or pruned), not a parameter"
     if module._forward_hooks or module._forward_pre_hooks:
@@ -445,13 +426,13 @@ def _own_name(
     if use.node.op == "call_module" or not stack:
         return attribute
     path, cls = reading.aliases.get(stack[-1][0], stack[-1][0]), stack[-1][1]
-    names = reading.names[storage_of(parameters[attribute])]
-    aliases = [n for n in names if is_same_view(parameters[n], parameters[attribute])]
+    aliases = [n for n in reading.names[attribute] if is_same_view(parameters[n], parameters[attribute])]
     own = [n for n in aliases if n.rpartition(".")[0] == path]
     if own:
         return attribute if attribute in own else own[0]
-    if cls == _LINEAR_CLASS and path:  # strict export drops the second name of a tied weight
-        return f"{path}.weight"
+    lost = f"{path}.weight"
+    if cls == _LINEAR_CLASS and path and lost not in parameters:  # strict export drops the second name of a tied weight
+        return lost
     return attribute
 
 

@@ -234,13 +234,15 @@ def _names(name: str, value: Any) -> tuple[str, ...] | str | None:
         if not isinstance(entry, str):
             raise ConfigError(f"{name} holds {entry!r}, a {type(entry).__name__}; every entry must be a string")
         if name == "layers_pattern":
-            _check_expression(name, entry)
+            _check_expression(name, entry, rf"(?:^|.*?\.){entry}\.(?P<index>\d+)\.")
     return tuple(dict.fromkeys(entries))
 
 
-def _check_expression(name: str, expression: str) -> None:
+def _check_expression(name: str, expression: str, used: str | None = None) -> None:
+    """`used` is the whole expression that this one becomes part of (see matching.py)."""
     try:
         re.compile(expression)
+        re.compile(expression if used is None else used)
     except re.error as error:
         raise ConfigError(
             f"{name}={expression!r} is not a regular expression: {error}. Give a list of names if these are plain names"
@@ -286,7 +288,7 @@ def _pattern(name: str, value: Any, check: Any) -> dict[str, Any]:
     for key, entry in value.items():
         if not isinstance(key, str):
             raise ConfigError(f"{name} has the key {key!r}; keys are regular expressions on module names")
-        _check_expression(f"the key of {name}", key)
+        _check_expression(f"the key of {name}", key, rf"(.*\.)?({key})$")
         checked[key] = check(f"{name}[{key!r}]", entry)
     return checked
 

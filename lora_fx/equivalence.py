@@ -10,8 +10,9 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from .attributes import get_attribute
 from .errors import GraphError
-from .graph_module import checked_graph_module, get_attribute, record_of
+from .graph_module import checked_graph_module, record_of
 
 
 @dataclass(frozen=True)

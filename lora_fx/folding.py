@@ -6,25 +6,18 @@ product is accumulated in at least float32 and rounded once to the weight's dtyp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from .applications import Application, Reading, is_same_view, read_applications, storage_of
+from .aliasing import is_same_view, storage_of, view_of
+from .applications import Reading, read_applications
+from .attributes import delete_attribute, get_attribute, set_attribute
 from .errors import FoldError, warn
 from .graph import erase_low_rank_paths, finish, rebind_weight, rename_reads
-from .graph_module import (
-    LoraGraphModule,
-    checked_graph_module,
-    copy_sharing_tensors,
-    delete_attribute,
-    get_attribute,
-    paused_gc,
-    record_of,
-    set_attribute,
-)
+from .graph_module import LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
 from .injection import Adapter, AdapterSite
 from .merging import Delta, Merged, merge, norm_if_finite
 from .parameters import find_adapter
@@ -163,9 +156,9 @@ def _fold_anew(
         values.append(torch.empty_like(weight))
         sites.append(_merge(gm, task, weight, values[-1], accumulate))
     result = copy_sharing_tensors(gm)
+    _detach_trained(result, chosen)
     _remove_adapters(result, chosen)
-    for task, value in zip(tasks, values, strict=True):
-        _replace_weight(result, task, value)
+    _replace_weights(result, tasks, values)
     finish(result)
     return result, sites
 
@@ -275,10 +268,13 @@ def _chosen(gm: fx.GraphModule, names: Sequence[str] | str | None) -> list[Adapt
         raise FoldError("there is nothing to fold: the graph has no adapter. inject(gm, config) adds one")
     if names is None:
         return list(record.adapters.values())
-    wanted = [names] if isinstance(names, str) else list(names)
+    wanted = [names] if isinstance(names, str) else names
+    if not isinstance(wanted, (list, tuple, set, frozenset)):
+        raise FoldError(f"adapters={names!r} must be a list of adapter names, one name, or None")
     if not wanted:
         raise FoldError("adapters=[] names nothing to fold; leave it out to fold all")
-    return [find_adapter(gm, name) for name in dict.fromkeys(wanted)]
+    chosen = {adapter.name: adapter for adapter in (find_adapter(gm, name) for name in wanted)}
+    return list(chosen.values())
 
 
 def _tasks(gm: LoraGraphModule, reading: Reading, chosen: list[Adapter]) -> list[_Task]:
@@ -295,10 +291,9 @@ def _tasks(gm: LoraGraphModule, reading: Reading, chosen: list[Adapter]) -> list
         attributes[application.path] = application.attribute
     for path, sites in by_path.items():
         weight = gm.get_parameter(attributes[path])
-        view = (storage_of(weight), weight.storage_offset(), weight.shape, weight.stride())
         # Sites that share A and B hold the same Parameter objects.
         values = tuple((id(gm.get_parameter(site.lora_a)), site.scaling) for site in sites)
-        groups.setdefault((view, values), []).append(path)
+        groups.setdefault((view_of(weight), values), []).append(path)
     return [_task(gm, reading, paths, by_path[paths[0]], attributes[paths[0]], nodes) for paths in groups.values()]
 
 
@@ -311,7 +306,7 @@ def _task(
     nodes: dict[str, list[fx.Node]],
 ) -> _Task:
     weight = gm.get_parameter(attribute)
-    names = reading.names[storage_of(weight)]
+    names = reading.names[attribute]
     adapted = {node for path in paths for node in nodes[path]}
     readers = [name for name in names if any(node not in adapted for node in reading.users.get(name, ()))]
     aliases = [name for name in names if is_same_view(gm.get_parameter(name), weight)]
@@ -376,6 +371,9 @@ def _why_not_finite(gm: LoraGraphModule, task: _Task, weight: torch.Tensor) -> s
 
 
 def _check_not_tied(gm: LoraGraphModule, tasks: list[_Task]) -> None:
+    reads = (node for graph in record_of(gm).views.values() for node in graph.nodes if node.op == "get_attr")
+    read = {str(node.target): get_attribute(gm, str(node.target)) for node in reads}
+    others = [(n, t) for n, t in read.items() if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter)]
     for task in tasks:
         if task.other_readers:
             raise FoldError(
@@ -383,6 +381,12 @@ def _check_not_tied(gm: LoraGraphModule, tasks: list[_Task]) -> None:
                 f"{', '.join(task.twins)}, which is not adapted. fold(gm) unties it in a new graph"
             )
         weight = gm.get_parameter(task.attribute)
+        views = [name for name, tensor in others if storage_of(tensor) == storage_of(weight)]
+        if views:
+            raise FoldError(
+                f"fold(inplace=True) cannot write {task.attribute!r}: {', '.join(map(repr, views))} views its memory "
+                "and would change too; fold(gm) writes a new tensor"
+            )
         if any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
             raise FoldError(f"fold(inplace=True) cannot write {task.attribute!r}: its elements overlap in memory")
 
@@ -398,6 +402,17 @@ def _keep_base_tensors(result: LoraGraphModule, gm: LoraGraphModule, chosen: lis
             set_attribute(result, name, value)
 
 
+def _detach_trained(gm: LoraGraphModule, chosen: list[Adapter]) -> None:
+    """Give the folded graph its own copies of what the adapters train in full, which may go on being trained."""
+    copies: dict[int, torch.Tensor] = {}
+    for name in (name for adapter in chosen for name in adapter.trained):
+        value = get_attribute(gm, name)
+        if id(value) not in copies:
+            copy = value.detach().clone()
+            copies[id(value)] = nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
+        set_attribute(gm, name, copies[id(value)])
+
+
 def _remove_adapters(gm: LoraGraphModule, chosen: list[Adapter]) -> None:
     record = record_of(gm)
     erase_low_rank_paths(gm, {adapter.name for adapter in chosen})
@@ -409,6 +424,8 @@ def _remove_adapters(gm: LoraGraphModule, chosen: list[Adapter]) -> None:
                 delete_attribute(gm, site.dropout)
         for name in adapter.trained:
             record.originals.pop(name, None)
+            if isinstance(value := get_attribute(gm, name), nn.Parameter):
+                value.requires_grad_(False)  # part of the frozen base now
         del record.adapters[adapter.name]
     if not record.adapters:
         flags = record.requires_grad
@@ -416,40 +433,69 @@ def _remove_adapters(gm: LoraGraphModule, chosen: list[Adapter]) -> None:
             parameter.requires_grad_(flags.get(name, parameter.requires_grad))
 
 
-def _replace_weight(gm: LoraGraphModule, task: _Task, value: torch.Tensor) -> None:
-    """Put the folded weight in place of the base's, for the adapted applications only."""
-    flag = gm.get_parameter(task.attribute).requires_grad
-    parameter = nn.Parameter(value, requires_grad=flag)
-    if not task.other_readers:
-        for name in task.aliases:
-            set_attribute(gm, name, parameter)
-        return
-    own = _untied_name(gm, task)
-    for application in _applications(gm, task.paths):
-        if isinstance(application.use.weight, str):
-            set_attribute(gm, f"{application.use.node.target}.weight", parameter)
-        else:
-            set_attribute(gm, own, parameter)
-            rebind_weight(application, own)
+def _replace_weights(gm: LoraGraphModule, tasks: list[_Task], values: list[torch.Tensor]) -> None:
+    """Put the folded weights in place of the base's, for the adapted applications only."""
+    parameters = [
+        nn.Parameter(value, requires_grad=gm.get_parameter(task.attribute).requires_grad)
+        for task, value in zip(tasks, values, strict=True)
+    ]
+    tied: dict[Hashable, list[tuple[_Task, nn.Parameter]]] = {}
+    for task, parameter in zip(tasks, parameters, strict=True):
+        if task.other_readers:
+            tied.setdefault(view_of(gm.get_parameter(task.attribute)), []).append((task, parameter))
+    if tied:
+        reading = read_applications(gm)  # before any name changes
+        for group in tied.values():
+            _untie(gm, reading, group)
+    for task, parameter in zip(tasks, parameters, strict=True):
+        if not task.other_readers:
+            for name in task.aliases:
+                set_attribute(gm, name, parameter)
 
 
-def _untied_name(gm: LoraGraphModule, task: _Task) -> str:
-    """The name of an untied weight: its own, once those who read the base under it read another of its names."""
-    own = task.sites[0].weight
-    if own != task.attribute and own not in task.other_readers:
-        return own
-    others = [name for name in task.aliases if name != own]
-    if others:
-        rename_reads(gm, own, others[0])
-        return own
-    name = f"{own}_folded"
-    if get_attribute(gm, name) is not None:
-        raise FoldError(f"untying {own!r} needs the name {name!r}, which is taken; rename it in the model")
-    return name
+def _untie(gm: LoraGraphModule, reading: Reading, group: list[tuple[_Task, nn.Parameter]]) -> None:
+    """Give each task on one tied weight a name of its own, and let whoever else reads the weight keep the base."""
+    aliases = group[0][0].aliases
+    sites = {path: [a for a in reading.applications if a.path == path] for task, _ in group for path in task.paths}
+    adapted = {application.use.node for applications in sites.values() for application in applications}
+    others = {name for name in aliases if any(node not in adapted for node in reading.users.get(name, ()))}
+    fixed = {  # a module that is not adapted reads its own parameter, whatever we call others
+        name for name in others if any(node.op == "call_module" and node not in adapted for node in reading.users[name])
+    }
+    names = _untied_names(gm, group, fixed, keep_base=bool(others))
+    keeper = next((name for name in aliases if name not in names), None)
+    if keeper is not None:
+        for name in names:
+            rename_reads(gm, name, keeper)
+    for (task, parameter), name in zip(group, names, strict=True):
+        for application in (application for path in task.paths for application in sites[path]):
+            if isinstance(application.use.weight, str):
+                set_attribute(gm, f"{application.use.node.target}.weight", parameter)
+            else:
+                set_attribute(gm, name, parameter)
+                rebind_weight(application, name)
 
 
-def _applications(gm: LoraGraphModule, paths: Iterable[str]) -> list[Application]:
-    return [a for a in read_applications(gm).applications if a.path in paths]
+def _untied_names(
+    gm: LoraGraphModule, group: list[tuple[_Task, nn.Parameter]], fixed: set[str], *, keep_base: bool
+) -> list[str]:
+    """Each task's own name where it is free, with one of the aliases left for the base if something reads it."""
+    aliases = set(group[0][0].aliases)
+    names: list[str] = []
+    for task, _ in group:
+        own = task.sites[0].weight
+        left = aliases - {*names, own}
+        name = own if own not in fixed and own not in names and (left or not keep_base) else f"{own}_folded"
+        if name != own and get_attribute(gm, name) is not None:
+            raise FoldError(f"untying {own!r} needs the name {name!r}, which is taken; rename it in the model")
+        still_there = [a.name for a in record_of(gm).adapters.values() if task.sites[0].path in a.sites]
+        if name != own and task.sites[0].path == own and still_there:  # its site is named after it
+            raise FoldError(
+                f"folding would untie {own!r} under the name {name!r}, where {', '.join(map(repr, still_there))} would "
+                "not find it; fold all adapters at once"
+            )
+        names.append(name)
+    return names
 
 
 def _exchange(a: LoraGraphModule, b: LoraGraphModule) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from .applications import Application, Scope, bodies_of, body_module, is_undone, undone_steps
-from .graph_module import ROLE, LoraGraphModule, get_attribute, record_of
+from .attributes import get_attribute
+from .graph_module import ROLE, LoraGraphModule, record_of
 from .ops.use import dialect_of
 
 

@@ -20,9 +20,10 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from .attributes import get_attribute, set_attribute
 from .copying import copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, share_tensors
 from .errors import GraphError, warn
-from .literals import find_dtype_literal, move_literals
+from .literals import find_dtype_literal, move_literals, plan_literals
 
 if TYPE_CHECKING:
     from .injection import Adapter
@@ -84,7 +85,6 @@ class GraphRecord:
         adapters: what was injected, by adapter name, in the order of injection.
         requires_grad: the flags the base parameters had before the first injection froze them.
         originals: base tensors that an adapter trains in full, as they were: {fqn: tensor}.
-        reinsert: writes the adapters' nodes into views that have none; set by `inject`.
         folded: what an in-place fold needs to take itself back (see folding.py).
         report: what the last fold did.
         compiled: graphs as they were written, with what they were compiled to. Copies share it, so that a copy, and
@@ -97,7 +97,6 @@ class GraphRecord:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
-    reinsert: Callable[[LoraGraphModule], None] | None = None
     folded: Any = None
     report: Any = None
     compiled: list[tuple[Written, dict[str, Any]]] = field(default_factory=list)
@@ -167,20 +166,23 @@ class LoraGraphModule(fx.GraphModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraGraphModule:
         """What `.to()`, `.half()`, `.cuda()` and the like go through: the graph's literals must follow."""
-        old = next((p for p in self.parameters() if p.is_floating_point()), None)
-        if old is None:
+        first = next((p for p in self.parameters() if p.is_floating_point()), None)
+        if first is None:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
-        new = fn(torch.empty(0, dtype=old.dtype, device=old.device))
-        device = old.device
-        if new.dtype != old.dtype:
-            self._follow_dtype(old.dtype, new.dtype)
+        device = first.device
+        new = fn(torch.empty(0, dtype=first.dtype, device=device))
+        dtypes = {p.dtype for p in self.parameters() if p.is_floating_point()}
+        if any(fn(torch.empty(0, dtype=dtype, device=device)).dtype != dtype for dtype in dtypes):
+            self._follow_dtype(new.dtype)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        record = record_of(self)
+        record.originals = {name: fn(tensor) for name, tensor in record.originals.items()}
         if new.device != device:
             move_literals(self._all_graphs(), device, new.device)
             self.recompile()
         return self
 
-    def _follow_dtype(self, old: torch.dtype, new: torch.dtype) -> None:
+    def _follow_dtype(self, new: torch.dtype) -> None:
         """Let the graph's own dtypes be those of the model in the new dtype, which only the model can tell."""
         node = find_dtype_literal(self._all_graphs())
         if node is None:
@@ -190,14 +192,15 @@ class LoraGraphModule(fx.GraphModule):
         if views is None or set(views) != set(record.views):
             raise GraphError(
                 f"the graph holds dtypes as literals ({node.format_node()}), and the model that could tell which of "
-                f"them follow the parameters from {old} to {new} is gone. Convert the model and trace it again: "
+                f"them follow the parameters to {new} is gone. Convert the model and trace it again: "
                 f"lora_fx.trace(model.to({new}), args); adapters take their own with inject(..., adapter_dtype=...)"
             )
+        edits = []
         for mode, view in views.items():
-            record.views[mode] = _over_own_tensors(self, view, suffix=f"{new}_{mode}")
-        self._graph = record.views[self.training if self.training in views else None]
-        if record.reinsert is not None:
-            record.reinsert(self)
+            suffix = f"{new}_{mode}".removeprefix("torch.")
+            edits += plan_literals(self, record.views[mode], view, view.graph, lambda n: ROLE in n.meta, suffix)
+        for edit in edits:
+            edit()
         self.recompile()
 
     def _all_graphs(self) -> Iterator[fx.Graph]:
@@ -394,43 +397,6 @@ def paused_gc() -> Iterator[None]:
             gc.enable()
 
 
-def get_attribute(root: nn.Module, target: str) -> Any:
-    """The object behind a dotted name, or None."""
-    value: Any = root
-    for part in target.split("."):
-        value = getattr(value, part, None)
-        if value is None:
-            return None
-    return value
-
-
-def set_attribute(root: nn.Module, target: str, value: Any, *, persistent: bool = True) -> None:
-    """Put a parameter, tensor or module at a dotted name, making the containers on the way."""
-    *containers, name = target.split(".")
-    owner = root
-    for part in containers:
-        if not hasattr(owner, part):
-            owner.add_module(part, nn.Module())
-        owner = getattr(owner, part)
-    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-        owner.register_buffer(name, value, persistent=persistent)
-    else:
-        setattr(owner, name, value)
-
-
-def delete_attribute(root: nn.Module, target: str) -> None:
-    """Remove what stands at a dotted name, and the plain containers that are empty without it."""
-    parts = target.split(".")
-    owners = [root]
-    for part in parts[:-1]:
-        owners.append(getattr(owners[-1], part))
-    delattr(owners[-1], parts[-1])
-    for owner, container, name in zip(owners[-2::-1], owners[:0:-1], parts[-2::-1], strict=True):
-        if type(container) is not nn.Module or next(container.named_children(), None) or container.state_dict():
-            break
-        delattr(owner, name)
-
-
 def _restore_what_fx_drops(source: nn.Module, target: nn.Module) -> None:
     """fx registers every tensor it copies as a persistent buffer; keep state_dict's keys the source's."""
     for name, module in source.named_modules():
@@ -456,23 +422,6 @@ def _adopt(gm: LoraGraphModule, other: fx.GraphModule, *, suffix: str) -> fx.Gra
         if target not in renamed:
             renamed[target] = _adopt_attribute(gm, other, target, suffix)
         node.target = renamed[target]
-    graph.owning_module = gm
-    return graph
-
-
-def _over_own_tensors(gm: LoraGraphModule, other: fx.GraphModule, *, suffix: str) -> fx.Graph:
-    """The graph of `other`, a trace of the same model in another dtype, over the tensors of `gm`.
-
-    What is no tensor of the model (constants, sub-graphs, guards) comes along under a name of its own.
-    """
-    graph = copy_graph(other.graph, {})
-    tensors = {*dict(gm.named_parameters(remove_duplicate=False)), *dict(gm.named_buffers(remove_duplicate=False))}
-    for node in graph.nodes:
-        target = str(node.target)
-        if node.op not in ("get_attr", "call_module") or target in tensors:
-            continue
-        node.target = f"{target}_{suffix.removeprefix('torch.')}"
-        set_attribute(gm, node.target, get_attribute(other, target), persistent=False)
     graph.owning_module = gm
     return graph
 

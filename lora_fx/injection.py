@@ -10,23 +10,17 @@ import torch
 from torch import fx, nn
 
 from .applications import Application, read_applications
+from .attributes import get_attribute, set_attribute
 from .config import LoraConfig
 from .errors import AdapterError, GraphError, TargetError
 from .graph import LowRankPath, finish, insert_low_rank_path
-from .graph_module import (
-    LoraGraphModule,
-    checked_graph_module,
-    copy_sharing_tensors,
-    get_attribute,
-    paused_gc,
-    record_of,
-    set_attribute,
-)
+from .graph_module import LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
 from .initialization import initialize
 from .plan import Plan, PlannedSite, make_plan
 from .sites import sites_of
 
 _HALVES = (torch.float16, torch.bfloat16)
+ADAPTER_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -125,8 +119,10 @@ def check_adapter_name(name: object) -> None:
 
 
 def _check_dtype(dtype: object) -> None:
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise GraphError(f"adapter_dtype={dtype!r} must be a floating point torch.dtype, for instance torch.bfloat16")
+    if dtype not in (None, *ADAPTER_DTYPES):
+        raise GraphError(
+            f"adapter_dtype={dtype!r} must be a floating point torch.dtype of 16 bits or more, such as torch.bfloat16"
+        )
 
 
 def _check_plan(gm: fx.GraphModule, plan: Plan) -> None:
@@ -146,6 +142,10 @@ def _check_plan(gm: fx.GraphModule, plan: Plan) -> None:
                 f"the plan is of another graph: {here.path!r} maps {theirs.in_features} → {theirs.out_features} "
                 f"there and {here.in_features} → {here.out_features} here; make_plan(gm, config) makes one for it"
             )
+
+    for name in plan.trained:
+        if get_attribute(gm, name) is None:
+            raise TargetError(f"the plan is of another graph: it trains {name!r} in full, which this one has not")
 
 
 def _check_trained_once(gm: fx.GraphModule, plan: Plan) -> None:
@@ -173,13 +173,11 @@ def _add_adapter(gm: LoraGraphModule, plan: Plan, name: str, dtype: torch.dtype 
     by_path = _applications_by_path(gm)
     sites: dict[str, AdapterSite] = {}
     for target in plan.targets:
-        owner = sites.get(target.shares_with or "")
+        owner = None if target.shares_with is None else sites[target.shares_with]
         first = by_path[target.site.path][0]
         sites[target.site.path] = _add_parameters(gm, first, target, plan.config, name, dtype, owner)
     adapter = Adapter(name, plan, sites, _train_in_full(gm, plan.trained))
-    record = record_of(gm)
-    record.adapters[name] = adapter
-    record.reinsert = _insert_all
+    record_of(gm).adapters[name] = adapter
     _insert(gm, adapter, by_path)
     finish(gm)
 
@@ -188,12 +186,6 @@ def _insert(gm: LoraGraphModule, adapter: Adapter, by_path: dict[str, list[Appli
     for path, site in adapter.sites.items():
         for application in by_path[path]:
             insert_low_rank_path(application, _low_rank_path(gm, application, site, adapter.name))
-
-
-def _insert_all(gm: LoraGraphModule) -> None:
-    """Write every adapter's nodes into views that have none yet."""
-    for adapter in record_of(gm).adapters.values():
-        _insert(gm, adapter, _applications_by_path(gm))
 
 
 def _applications_by_path(gm: LoraGraphModule) -> dict[str, list[Application]]:

@@ -58,6 +58,8 @@ def merge(
     """
     before = after = lost = 0.0
     accumulate = deltas[0].left.dtype
+    if not any(bool(delta.left.any()) and bool(delta.right.any()) for delta in deltas):
+        deltas = ()  # the same bits, −0.0 among them, which adding 0.0 would change
     with _full_precision():
         for rows, block in _blocks(weight, accumulate):
             rounded = into[rows]
@@ -98,7 +100,7 @@ def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, t
 
 
 def _sum(block: torch.Tensor, deltas: Sequence[Delta], rows: slice, out: torch.Tensor) -> torch.Tensor:
-    total = block
+    total = block if deltas else out.copy_(block)
     for delta in deltas:  # (rows, r) @ (r, columns) -> (rows, columns)
         total = torch.addmm(total, delta.left[rows], delta.right, alpha=delta.scaling, out=out)
     return total

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
+from .attributes import get_attribute
 from .errors import AdapterError, closest
-from .graph_module import checked_graph_module, get_attribute, record_of
+from .graph_module import checked_graph_module, record_of
 from .injection import Adapter
 
 
@@ -37,7 +38,7 @@ def find_adapter(gm: fx.GraphModule, name: str) -> Adapter:
         AdapterError: naming those that there are.
     """
     adapters = record_of(gm).adapters
-    if name in adapters:
+    if isinstance(name, str) and name in adapters:
         return adapters[name]
     have = f"it has {', '.join(map(repr, adapters))}" if adapters else "it has none; inject one first"
     raise AdapterError(f"the graph has no adapter {name!r}; {have}.{closest(str(name), adapters)}")

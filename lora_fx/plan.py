@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import fx
 
-from .applications import Reading, Refusal, is_same_view, names_by_storage, read_applications, storage_of
+from .aliasing import overlapping_names, view_of
+from .applications import Reading, Refusal, read_applications
+from .attributes import get_attribute
 from .config import ALL_LINEAR, LoraConfig, scaling_of
 from .errors import TargetError, closest, warn
-from .graph_module import checked_graph_module
+from .graph_module import checked_graph_module, record_of
 from .matching import layer_index, matches_names, matches_suffix, matches_target, matching_key
 from .sites import Site, Sites, sites_of
 from .tables import format_table
@@ -36,7 +39,7 @@ class PlannedSite:
     @property
     def parameters(self) -> int:
         """How many numbers A (r, in) and B (out, r) add."""
-        return 0 if self.shares_with else self.r * (self.site.in_features + self.site.out_features)
+        return 0 if self.shares_with is not None else self.r * (self.site.in_features + self.site.out_features)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,8 @@ def plan_adapters(
     refusals = list(dict.fromkeys(reading.refusals))
     if every_pattern_hits:
         _check_refused(config, targets, refusals)
-        _check_patterns(config, targets, sites, chosen, refusals)
+        _check_patterns(config, targets, sites, chosen, refusals, module_paths(gm))
+        _check_not_linear(gm, config, targets, reading, [*sites, *refusals], saved)
     if not chosen:
         raise _nothing_chosen(config, sites, skipped, refusals)
     skipped.extend(Skipped(refusal.path, f"cannot be adapted: {refusal.reason}") for refusal in refusals)
@@ -175,19 +179,14 @@ def _planned(site: Site, config: LoraConfig) -> PlannedSite:
 def _shared(gm: fx.GraphModule, reading: Reading, planned: list[PlannedSite]) -> list[PlannedSite]:
     """One weight has one adapter: of several sites on it, the first owns A and B."""
     attribute = {a.path: a.attribute for a in reading.applications}
-    owners: dict[int, list[PlannedSite]] = {}
+    owners: dict[Hashable, list[PlannedSite]] = {}
     result: list[PlannedSite] = []
     for target in planned:
-        weight = gm.get_parameter(attribute[target.site.path])
-        on_storage = owners.setdefault(storage_of(weight), [])
-        for owner in on_storage:
-            same = is_same_view(gm.get_parameter(attribute[owner.site.path]), weight)
-            if same and _adapts_alike(owner, target):
-                target = replace(target, shares_with=owner.site.path)
-                break
-        else:
-            on_storage.append(target)
-        result.append(target)
+        on_weight = owners.setdefault(view_of(gm.get_parameter(attribute[target.site.path])), [])
+        owner = next((owner for owner in on_weight if _adapts_alike(owner, target)), None)
+        if owner is None:
+            on_weight.append(target)
+        result.append(target if owner is None else replace(target, shares_with=owner.site.path))
     return result
 
 
@@ -201,7 +200,7 @@ def _adapts_alike(a: PlannedSite, b: PlannedSite) -> bool:
 
 def _saved_modules(gm: fx.GraphModule, config: LoraConfig, every_pattern_hits: bool) -> list[str]:
     """Paths of the modules that modules_to_save means: exact or dotted suffix."""
-    paths = _module_paths(gm)
+    paths = module_paths(gm)
     saved: list[str] = []
     # In a file of PEFT's, an entry means every module whose name ends with it, dotted or not.
     means = matches_suffix if every_pattern_hits else str.endswith
@@ -222,18 +221,28 @@ _TASK_HEADS = {
 }
 
 
-def _module_paths(gm: fx.GraphModule) -> list[str]:
+def module_paths(gm: fx.GraphModule) -> list[str]:
+    """Names of the base's modules that hold parameters or buffers, themselves or in their parts."""
     paths: dict[str, None] = {}
-    for name in (*dict(gm.named_parameters(remove_duplicate=False)), *dict(gm.named_buffers())):
+    named = (*dict(gm.named_parameters(remove_duplicate=False)), *dict(gm.named_buffers()))
+    adapters = _names_of_adapters(gm)
+    for name in (name for name in named if name not in adapters):
         parts = name.split(".")
         paths |= dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts)))
     return list(paths)
 
 
 def _saved_tensors(gm: fx.GraphModule, saved: list[str]) -> Iterator[str]:
+    adapters = _names_of_adapters(gm)
     for name in gm.state_dict():  # parameters and buffers, under each of their names
-        if any(name.startswith(f"{module}.") for module in saved):
+        if name not in adapters and any(name.startswith(f"{module}.") for module in saved):
             yield name
+
+
+def _names_of_adapters(gm: fx.GraphModule) -> set[str]:
+    """A and B of adapters that are there already, which belong to no module of the base."""
+    sites = (site for adapter in record_of(gm).adapters.values() for site in adapter.sites.values())
+    return {name for site in sites for name in (site.lora_a, site.lora_b)}
 
 
 def _biases(gm: fx.GraphModule, config: LoraConfig, chosen: list[Site]) -> Iterator[str]:
@@ -247,11 +256,11 @@ def _biases(gm: fx.GraphModule, config: LoraConfig, chosen: list[Site]) -> Itera
 def _check_trained(gm: fx.GraphModule, trained: tuple[str, ...]) -> None:
     """Tied tensors are trained together or not at all."""
     parameters = dict(gm.named_parameters(remove_duplicate=False))
-    names = names_by_storage(parameters)
+    names = overlapping_names(parameters)
     for name in trained:
         if name not in parameters:
             continue
-        twins = [n for n in names[storage_of(parameters[name])] if n not in trained]
+        twins = [n for n in names[name] if n not in trained]
         if twins:
             raise TargetError(
                 f"{name} is to be trained in full, but is tied with {', '.join(twins)}, which is not. Train both, "
@@ -278,18 +287,45 @@ def _check_refused(config: LoraConfig, targets: tuple[str, ...] | str, refusals:
             )
 
 
+def _check_not_linear(
+    gm: fx.GraphModule,
+    config: LoraConfig,
+    targets: tuple[str, ...] | str,
+    reading: Reading,
+    known: Sequence[Site | Refusal],
+    saved: list[str],
+) -> None:
+    """Targets that are modules with a weight and no linear are refused by name, as long as none is adapted."""
+    if targets == ALL_LINEAR:
+        return
+    names = {name for each in known for name in (each.names if isinstance(each, Site) else (each.path,))}
+    for path in module_paths(gm):
+        weight = get_attribute(gm, f"{path}.weight")
+        is_matrix = isinstance(weight, torch.Tensor) and weight.ndim >= 2
+        if not is_matrix or path in names or path in saved or not matches_target(path, targets):
+            continue
+        if config.exclude_modules and matches_names(path, config.exclude_modules):
+            continue
+        users = {str(node.target) for node in reading.users.get(f"{path}.weight", ())}
+        what = f"applied by {', '.join(sorted(users))}, which lora_fx cannot adapt yet" if users else "not used"
+        raise TargetError(
+            f"target_modules means {path!r}, whose weight is {what}. Leave it out with exclude_modules=[{path!r}]"
+        )
+
+
 def _check_patterns(
     config: LoraConfig,
     targets: tuple[str, ...] | str,
     sites: Sites,
     chosen: list[Site],
     refusals: list[Refusal],
+    modules: list[str],
 ) -> None:
     names = [name for site in sites for name in site.names]
     if targets != ALL_LINEAR:
         _check_entries("target_modules", targets, names, len(sites))
     if config.exclude_modules:
-        known = [*names, *(refusal.path for refusal in refusals)]
+        known = [*names, *(refusal.path for refusal in refusals), *modules]
         entries = config.exclude_modules if isinstance(config.exclude_modules, str) else tuple(config.exclude_modules)
         _check_entries("exclude_modules", entries, known, len(sites))
     for field, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
@@ -368,7 +404,7 @@ def _warn(config: LoraConfig, chosen: list[Site]) -> None:
 def _target_row(target: PlannedSite) -> tuple[str, ...]:
     site = target.site
     remarks = []
-    if target.shares_with:
+    if target.shares_with is not None:
         remarks.append(f"same adapter as {target.shares_with}")
     if site.fan_in_fan_out:
         remarks.append("stored (in, out)")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .applications import Application, Reading, read_applications, storage_of
+from .applications import Application, Reading, read_applications
 from .graph_module import checked_graph_module
 from .heads import is_output_head
 from .matching import shortest_suffix
@@ -103,24 +103,23 @@ def find_all_linear_names(gm: fx.GraphModule) -> list[str]:
 def sites_of(gm: fx.GraphModule, reading: Reading) -> Sites:
     """`find_sites` on a graph that was read already."""
     by_path: dict[str, list[Application]] = {}
-    weights: dict[int, dict[str, None]] = {}  # storage → the weights that are applied from it
+    weights: dict[str, dict[str, None]] = {}  # parameter → the names of weights that are applied from it
     for application in reading.applications:
         by_path.setdefault(application.path, []).append(application)
-        storage = storage_of(gm.get_parameter(application.attribute))
-        weights.setdefault(storage, {})[application.weight] = None
+        weights.setdefault(application.attribute, {})[application.weight] = None
     paths: dict[str, list[str]] = {}
     for alias, path in reading.aliases.items():
         paths.setdefault(path, []).append(alias)
-    names = {name for names in reading.names.values() for name in names}
     sites = []
     for path, found in by_path.items():
-        storage = storage_of(gm.get_parameter(found[0].attribute))
-        tied = {*reading.names[storage], *weights[storage]} - {found[0].weight}
+        overlapping = reading.names[found[0].attribute]
+        tied = {*overlapping, *(weight for name in overlapping for weight in weights.get(name, ()))}
+        tied -= {found[0].weight}
         # The other names of one shared module are aliases of the site, not further tensors.
         aliases = paths.get(path, [])
         tied -= {f"{alias}.weight" for alias in aliases}
         bias = f"{path}.bias".lstrip(".")
-        sites.append(_site(gm, found, bias if bias in names else None, tied, aliases))
+        sites.append(_site(gm, found, bias if bias in reading.names else None, tied, aliases))
     return Sites(sites)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -10,26 +11,27 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.utils.checkpoint
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
+from .attributes import get_attribute
+from .call_form import CallForm
+from .equivalence import assert_equivalent
 from .errors import GraphError, warn
-from .graph_module import (
-    LoraGraphModule,
-    TraceRecord,
-    copy_modules,
-    get_attribute,
-    make_graph_module,
-    record_of,
-)
+from .graph_module import LoraGraphModule, TraceRecord, copy_modules, make_graph_module, record_of
 
 logger = logging.getLogger("lora_fx")
+
+# A graph of another branch differs by more than this; kernels for another batch size by less.
+_ROUGHLY = 1e-2
 
 Shapes = Mapping[str, Any] | tuple[Any, ...] | list[Any] | None
 
@@ -46,7 +48,8 @@ def trace(
 
     The model is traced in train and in eval mode; `.train()` and `.eval()` on the result do what they
     do on the model, bit for bit under the same seed (eager's fused fast paths apart). The result starts
-    in the model's mode.
+    in the model's mode. Inputs of another form than the example's (a mask where None was, another flag) are
+    refused when the graph is called.
 
     Args:
         model: any module that torch.export takes. It is left as it was.
@@ -59,27 +62,80 @@ def trace(
         GraphError: if the model cannot be traced, with the reason and what to do about it.
     """
     _check_model(model)
-    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
-    kwargs = dict(kwargs or {})
+    args, kwargs = _checked_inputs(args, kwargs)
+    _warn_of_mixed_modes(model)
     if tracer == "symbolic":
         return _trace_symbolically(model, args, kwargs)
     if tracer != "export":
         raise GraphError(f"tracer={tracer!r} is unknown; use 'export' or 'symbolic'")
-    # A batch of one would be taken for a constant, so the tracer sees it doubled.
-    examples = _doubled_batch(args, kwargs) if dynamic_shapes == "auto" else (args, kwargs)
-    program, shapes = _export_shown_mode(model, *examples, dynamic_shapes)
-    views, untraceable = _both_modes(model, program, *examples, shapes)
+    with _noting_functions() as functions:
+        traced = _traced(model, args, kwargs, dynamic_shapes)
+    _warn_of_functions(functions)
     record = TraceRecord(
         args=_copied(args),
         kwargs=_copied(kwargs),
-        dimension_names=_dimension_names(program, model, args, kwargs, dynamic_shapes),
+        dimension_names=_dimension_names(traced.program, model, args, kwargs, dynamic_shapes),
         model_class=type(model).__name__,
-        retrace=_retracer(model, _copied(examples), shapes),
+        retrace=_retracer(model, traced.examples, traced.shapes),
         module_aliases=_module_aliases(model),
     )
-    gm = make_graph_module(views, training=model.training, trace=record)
-    record_of(gm).untraceable = untraceable
+    gm = make_graph_module(traced.views, training=model.training, trace=record)
+    record_of(gm).untraceable = traced.untraceable
+    gm.register_forward_pre_hook(
+        CallForm(_input_names(model, args, kwargs), record.args, record.kwargs), with_kwargs=True
+    )
     return gm
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What tracing gave: the program of the shown mode, the graph of each, and how that was asked for."""
+
+    program: ExportedProgram
+    views: dict[bool | None, fx.GraphModule]
+    untraceable: dict[bool, str]
+    examples: tuple[tuple[Any, ...], dict[str, Any]]
+    shapes: Any
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> _Traced:
+    """The graphs of the model. A batch of one would be taken for a constant, so the tracer sees it doubled.
+
+    Where doubled inputs do not fit the model, or the graph of a batch of two is not that of a batch of one, the
+    batch stays one.
+    """
+    given = _copied((args, kwargs))  # one tensor given twice would be one input of the graph
+    doubled = _doubled_batch(*given) if dynamic_shapes == "auto" else None
+    if doubled is not None:
+        with contextlib.suppress(GraphError):
+            traced = _traced_with(model, doubled, dynamic_shapes)
+            if _agrees(model, traced.views, given):
+                return traced
+    return _traced_with(model, given, dynamic_shapes)
+
+
+def _traced_with(model: nn.Module, examples: tuple[tuple[Any, ...], dict[str, Any]], dynamic_shapes: Any) -> _Traced:
+    with _in_mode(model, model.training):
+        program, shapes = _export_shown_mode(model, *examples, dynamic_shapes)
+    views, untraceable = _both_modes(model, program, *examples, shapes)
+    return _Traced(program, views, untraceable, examples, shapes)
+
+
+def _agrees(
+    model: nn.Module, views: dict[bool | None, fx.GraphModule], inputs: tuple[tuple[Any, ...], dict[str, Any]]
+) -> bool:
+    """Whether the graph of eval mode gives what the model gives there."""
+    graph = views.get(False, views.get(None))
+    if graph is None:
+        return True
+    args, kwargs = inputs
+    try:
+        with _in_mode(model, False), torch.random.fork_rng():
+            assert_equivalent(lambda: model(*args, **kwargs), lambda: graph(*args, **kwargs), (), rtol=_ROUGHLY)
+    except Exception as error:
+        logger.info("traced with a batch of one: %s", _reason(error))
+        return False
+    return True
 
 
 def _both_modes(
@@ -117,6 +173,26 @@ def _retracer(
         return _both_modes(twin, _export(twin, args, kwargs, shapes), args, kwargs, shapes)[0]
 
     return retrace
+
+
+def _checked_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args = (args,) if isinstance(args, torch.Tensor) else args
+    if not isinstance(args, (tuple, list)):
+        raise GraphError(f"args={args!r} must be a tuple of example inputs, or one tensor")
+    if not isinstance(kwargs, Mapping | None) or any(not isinstance(name, str) for name in kwargs or {}):
+        raise GraphError(f"kwargs={kwargs!r} must map names of inputs to example inputs")
+    return tuple(args), dict(kwargs or {})
+
+
+def _input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Names of the positional inputs in the graph's own forward, which spells out *args."""
+    names: list[str] = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{i}" for i in range(len(args) - len(names))]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(parameter.name)
+    return names
 
 
 def _check_model(model: object) -> None:
@@ -169,13 +245,67 @@ def _export_shown_mode(
 
 
 def _export_other_mode(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    with _in_mode(model, not model.training):
+        return _export(model, args, kwargs, shapes)
+
+
+@contextmanager
+def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """As after `model.train(training)`; every module's own flag is as before afterwards."""
     flags = {module: module.training for module in model.modules()}
     try:
-        model.train(not model.training)
-        return _export(model, args, kwargs, shapes)
+        model.train(training)
+        yield
     finally:
         for module, flag in flags.items():
             module.training = flag
+
+
+def _warn_of_mixed_modes(model: nn.Module) -> None:
+    """A graph shows what `model.train()` and `model.eval()` set, not what single modules were set to afterwards."""
+    flags = {name: module.training for name, module in model.named_modules()}
+    with _in_mode(model, model.training):
+        other = [name for name, module in model.named_modules() if module.training != flags[name]]
+    if other:
+        mode, word = ("train", "eval") if model.training else ("eval", "train")
+        warn(
+            f"{', '.join(map(repr, other[:3]))}{', …' if other[3:] else ''} in {word} mode while the model is in "
+            f"{mode} mode: the graph has what model.{mode}() sets. To keep a module in {word} mode in both, let its "
+            "own `train` method do so"
+        )
+
+
+@contextmanager
+def _noting_functions() -> Iterator[list[type]]:
+    """The autograd Functions that are called meanwhile: tracing writes their forward into the graph, and only that."""
+    called: dict[type, None] = {}
+    found: list[type] = []
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        called[cls] = None
+        return original.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield found
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        found.extend(called)
+
+
+def _warn_of_functions(functions: list[type]) -> None:
+    for function in functions:
+        if function is torch.utils.checkpoint.CheckpointFunction:
+            warn(
+                "torch.utils.checkpoint(use_reentrant=True) runs under no_grad, and so does everything in its graph: "
+                "no gradient will pass. Use use_reentrant=False"
+            )
+        elif function.__module__.partition(".")[0] != "torch":
+            warn(
+                f"{function.__qualname__} has a backward of its own, which a graph cannot hold: outputs are right, but "
+                "gradients are those of its forward"
+            )
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
@@ -192,9 +322,15 @@ def _module_of(program: ExportedProgram) -> fx.GraphModule:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """torch.export's notes about its own internals; its errors still come through."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    specialised = logging.getLogger("torch._export.non_strict_utils")
+    level = specialised.level
+    specialised.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        specialised.setLevel(level)
 
 
 def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -216,11 +352,12 @@ def _free(bound: dict[str, Any], is_free: Callable[[int], bool]) -> dict[str, An
     return {name: pytree.tree_map(shapes, value) for name, value in bound.items()}
 
 
-def _doubled_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _doubled_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The inputs with their first dimension doubled, if it is one everywhere."""
     leaves = pytree.tree_leaves((args, kwargs))
     sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim}
     if sizes != {1}:
-        return args, kwargs
+        return None
 
     def doubled(leaf: Any) -> Any:
         return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf
@@ -259,7 +396,10 @@ def _module_aliases(model: nn.Module) -> dict[str, str]:
 
 
 def _copied(value: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, value)
+    def copied(leaf: Any) -> Any:
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.tree_map(copied, value)
 
 
 def _dimension_names(
@@ -334,20 +474,18 @@ def _specs(value: Any, spec: Any) -> list[Any]:
 
 
 def _trace_symbolically(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LoraGraphModule:
-    flags = {module: module.training for module in model.modules()}
     views: dict[bool | None, fx.GraphModule] = {}
     try:
-        for mode in (True, False):
-            model.train(mode)
-            views[mode] = fx.symbolic_trace(model)
+        with _noting_functions() as functions:
+            for mode in (True, False):
+                with _in_mode(model, mode):
+                    views[mode] = fx.symbolic_trace(model)
     except Exception as error:
         raise GraphError(
             f"torch.fx.symbolic_trace cannot trace {type(model).__name__}: {_reason(error)}. "
             "Use torch.export instead: lora_fx.trace(model, args, kwargs)"
         ) from error
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
+    _warn_of_functions(functions)
     if views[True].code == views[False].code:
         views = {None: views[model.training]}
     leaves = pytree.tree_leaves((args, kwargs))

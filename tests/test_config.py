@@ -141,6 +141,8 @@ REFUSED = [
     ({"layer_replication": [(0, 2)]}, ["layer_replication", "leave it out"]),
     ({"trainable_token_indices": [1]}, ["trainable_token_indices", "leave it out"]),
     ({"ensure_weight_tying": True}, ["ensure_weight_tying", "leave it out"]),
+    ({"rank_pattern": {"(?i)q": 3}}, ["rank_pattern", "(?i)q"]),
+    ({"layers_to_transform": 1, "target_modules": ["q"], "layers_pattern": ["(?P<index>h)"]}, ["layers_pattern"]),
     ({"auto_mapping": {"class": b"x"}}, ["auto_mapping", "b'x'", "as JSON"]),
     ({"auto_mapping": [1]}, ["auto_mapping=[1]", "must be a dict"]),
 ]

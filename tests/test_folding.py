@@ -487,3 +487,48 @@ def test_a_copy_of_a_graph_folded_in_place_is_a_folded_graph() -> None:
         lora_fx.unfold(twin)
     lora_fx.unfold(gm)
     assert lora_fx.compare_graphs(gm, twin)
+
+
+def test_what_was_trained_in_full_reaches_the_model_with_two_adapters() -> None:
+    model = nn.Sequential(nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 3)).eval()
+    x = torch.randn(3, 7)
+    one = LoraConfig(target_modules=["0"], modules_to_save=["4"])
+    gm = lora_fx.inject(lora_fx.trace(model, (x,)), one, adapter_name="one")
+    gm = lora_fx.inject(gm, LoraConfig(target_modules=["2"]), adapter_name="two")
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(gm):
+            parameter.normal_(std=0.3)
+    expected = lora_fx.fold(gm)(x)
+    lora_fx.fold(gm, inplace=True)
+    assert torch.equal(model(x), expected)
+
+
+def test_folding_in_place_after_a_move_to_another_dtype_leaves_the_model_alone() -> None:
+    model, gm = own_model()
+    before = copy.deepcopy(model.state_dict())
+    gm = gm.to(torch.bfloat16)
+    folded = lora_fx.fold(gm, inplace=True)
+    assert {parameter.dtype for parameter in folded.parameters()} == {torch.bfloat16}
+    folded(torch.randn(3, 7, dtype=torch.bfloat16))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def test_a_folded_graph_owns_what_was_trained_in_full() -> None:
+    _, gm = own_model()
+    gm = lora_fx.inject(gm, LoraConfig(target_modules=["2"], exclude_modules=["0"]), adapter_name="two")
+    part = lora_fx.fold(gm, adapters="default")
+    assert not any(parameter.requires_grad for name, parameter in part.named_parameters() if "lora_" not in name)
+    before = part.get_parameter("2.weight").clone()
+    with torch.no_grad():
+        gm.get_parameter("2.weight").add_(1)
+    assert torch.equal(part.get_parameter("2.weight"), before)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_adapter_of_zeros_changes_no_bit_of_a_negative_zero(inplace: bool) -> None:
+    model = nn.Sequential(nn.Linear(7, 5)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(-torch.zeros(5, 7))
+    gm = lora_fx.inject(lora_fx.trace(model, torch.randn(3, 7)), LoraConfig(target_modules=["0"]))
+    folded = lora_fx.fold(gm, inplace=inplace)
+    assert bool(torch.signbit(folded.get_parameter("0.weight")).all())

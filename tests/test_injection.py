@@ -434,3 +434,47 @@ def test_injecting_keeps_the_users_graph_usable() -> None:
         gm.graph.lint()
         gm.recompile()
         assert len(run(gm, STACK.arguments())) == 1
+
+
+def test_modules_to_save_leaves_another_adapters_parameters_to_it(tmp_path) -> None:
+    model = nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 3)).eval()
+    gm = lora_fx.trace(model, torch.randn(3, 7))
+    one = lora_fx.inject(gm, LoraConfig(target_modules=["1"]), adapter_name="one")
+    two = LoraConfig(target_modules=["0"], modules_to_save=["1"])
+    both = lora_fx.inject(one, two, adapter_name="two")
+    trained = {id(p) for p in lora_fx.lora_parameters(both, "two")}
+    assert id(both.get_parameter("1.weight")) in trained
+    assert id(both.get_parameter("1.lora_A.one.weight")) not in trained
+    lora_fx.save_adapter(both, tmp_path, adapter_name="two")
+    lora_fx.load_adapter(gm, tmp_path)
+
+
+def test_a_plan_of_another_graph_is_refused_for_what_it_trains_in_full() -> None:
+    def traced(*names: str) -> lora_fx.LoraGraphModule:
+        model = nn.Sequential()
+        for name in names:
+            model.add_module(name, nn.Linear(7, 7))
+        return lora_fx.trace(model.eval(), torch.randn(3, 7))
+
+    plan = lora_fx.make_plan(traced("a", "head"), LoraConfig(target_modules=["a"], modules_to_save=["head"]))
+    with pytest.raises(lora_fx.TargetError, match=r"trains 'head.weight' in full"):
+        lora_fx.inject(traced("a", "other"), plan)
+
+
+def test_a_target_that_is_no_linear_is_refused_by_name() -> None:
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.attn, self.unused = nn.Conv1d(3, 7, 1), nn.Module(), nn.Linear(7, 7)
+            self.attn.proj, self.patch.proj, self.unused.proj = nn.Linear(7, 7), nn.Conv1d(7, 7, 1), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.attn.proj(self.patch.proj(self.patch(x)).transpose(1, 2))
+
+    gm = lora_fx.trace(Patches().eval(), torch.randn(2, 3, 5))
+    with pytest.raises(lora_fx.TargetError, match=r"'patch.proj', whose weight is applied by aten.conv1d"):
+        lora_fx.make_plan(gm, LoraConfig(target_modules=["proj"]))
+    with pytest.raises(lora_fx.TargetError, match=r"'unused.proj', whose weight is not used"):
+        lora_fx.make_plan(gm, LoraConfig(target_modules=["proj"], exclude_modules=["patch.proj"]))
+    plan = lora_fx.make_plan(gm, LoraConfig(target_modules=["proj"], exclude_modules=["patch.proj", "unused.proj"]))
+    assert [target.site.path for target in plan.targets] == ["attn.proj"]

@@ -85,19 +85,20 @@ def test_ties_and_aliases() -> None:
     )
 
 
-def test_views_of_one_storage_are_tied() -> None:
+@pytest.mark.parametrize(("start", "tied"), [(5, ((), ())), (4, (("k",), ("q",)))])
+def test_views_of_one_storage_are_tied_if_they_overlap(start: int, tied: tuple[tuple[str, ...], ...]) -> None:
     class Fused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             storage = torch.randn(12, 7)
-            self.q, self.k = nn.Parameter(storage[:5]), nn.Parameter(storage[5:])
+            self.q, self.k = nn.Parameter(storage[:5]), nn.Parameter(storage[start:])
 
         def forward(self, x):
             return F.linear(x, self.q), F.linear(x, self.k)
 
     for tracer in zoo.TRACERS:
         q, k = lora_fx.find_sites(zoo.trace_with(tracer, Fused().eval(), (torch.randn(3, 7),), {}))
-        assert (q.tied_with, k.tied_with) == (("k",), ("q",))
+        assert (q.tied_with, k.tied_with) == tied
 
 
 def test_layer_numbers_biases_and_heads() -> None:

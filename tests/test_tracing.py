@@ -90,7 +90,8 @@ def test_a_mixed_model_keeps_its_modes_and_its_flags() -> None:
     model.norm.eval()
     model.fc1.weight.requires_grad_(False)
     before = fingerprint(model)
-    gm = lora_fx.trace(model, torch.randn(5, 7))
+    with pytest.warns(lora_fx.LoraFxWarning, match=r"'norm' in eval mode .* what model.train\(\) sets"):
+        gm = lora_fx.trace(model, torch.randn(5, 7))
     assert fingerprint(model) == before
     assert not gm.get_parameter("fc1.weight").requires_grad
     assert gm.get_parameter("fc2.weight").requires_grad
@@ -316,6 +317,7 @@ def test_a_model_that_cannot_be_traced_gets_an_error_that_says_what_to_do(call, 
     assert len(str(caught.value)) < 1200
 
 
+@pytest.mark.filterwarnings("ignore:.*in eval mode while:lora_fx.LoraFxWarning", "ignore:.*in train mode while")
 def test_a_failed_trace_leaves_the_model_as_it_was() -> None:
     for model in (Branch().train(), Opaque().eval(), TrainBranch().train()):
         model.fc.training = False
@@ -409,3 +411,110 @@ def test_a_copy_is_not_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not calls
     assert twin.code == gm.code
     assert type(twin).forward is type(gm).forward
+
+
+# The form of a call ---------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(7, 7)
+
+    def forward(self, x, mask=None, flag=False, extras=None):
+        y = self.fc(x) if mask is None else self.fc(x) * mask
+        y = y * 2 if flag else y
+        return y if extras is None else y + sum(extras.values())
+
+
+def test_an_input_without_a_place_in_the_graph_is_refused() -> None:
+    x, mask = torch.randn(3, 7), torch.rand(3, 7)
+    gm = lora_fx.inject(lora_fx.trace(Masked().eval(), (x, None), {"flag": False}), LoraConfig(target_modules=["fc"]))
+    gm = lora_fx.fold(copy.deepcopy(gm))  # passes and copies keep the check
+    gm(x, None, flag=False)
+    with pytest.raises(GraphError, match="traced with None for input 'mask' and has no place for a tensor"):
+        gm(x, mask, flag=False)
+    with pytest.raises(GraphError, match="traced with False for input 'flag' and has no place for True"):
+        gm(x, None, flag=True)
+    gm = lora_fx.trace(Masked().eval(), (x, None), {"extras": {"a": x}})
+    with pytest.raises(GraphError, match="input 'extras' has another structure"):
+        gm(x, None, extras={"a": x, "b": x})
+
+
+def test_one_tensor_given_for_two_inputs_is_two_inputs() -> None:
+    model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    gm = lora_fx.trace(model, (x, x, x))
+    q, k, v = torch.randn(3, 2, 3, 8)
+    torch.testing.assert_close(gm(q, k, v)[0], model(q, k, v)[0])
+
+
+def test_a_batch_of_one_that_is_another_branch_stays_one() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(7, 7)
+
+        def forward(self, x):
+            return self.fc(x) * 100 if x.shape[0] == 1 else self.fc(x)
+
+    model, x = Single().eval(), torch.randn(1, 7)
+    assert torch.equal(lora_fx.trace(model, (x,))(x), model(x))
+
+
+def test_inputs_that_cannot_be_doubled_are_traced_as_they_are() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.fc = nn.GRU(7, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x, h):
+            return self.fc(self.gru(x, h)[0])
+
+    model, inputs = Recurrent().eval(), (torch.randn(1, 4, 7), torch.randn(1, 1, 5))
+    torch.testing.assert_close(lora_fx.trace(model, inputs)(*inputs), model(*inputs))
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+@pytest.mark.parametrize("tracer", ["export", "symbolic"])
+def test_a_backward_that_the_graph_cannot_hold_is_told(tracer: str) -> None:
+    class Reversed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(7, 5)
+
+        def forward(self, x):
+            return Reverse.apply(self.fc(x))
+
+    apply = torch.autograd.Function.__dict__["apply"]
+    with pytest.warns(lora_fx.LoraFxWarning, match="Reverse has a backward of its own"):
+        lora_fx.trace(Reversed().eval(), torch.randn(3, 7), tracer=tracer)
+    assert torch.autograd.Function.__dict__["apply"] is apply
+
+
+def test_reentrant_checkpointing_is_told() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(7, 5)
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.fc, x, use_reentrant=True)
+
+    with pytest.warns(lora_fx.LoraFxWarning, match="use_reentrant=False"):
+        lora_fx.trace(Checkpointed().eval(), torch.randn(3, 7).requires_grad_())
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [(5, None), ((torch.ones(2, 7),), 5), ((torch.ones(2, 7),), {1: 2})])
+def test_inputs_that_are_none_are_refused(args, kwargs) -> None:
+    with pytest.raises(GraphError, match="must"):
+        lora_fx.trace(nn.Linear(7, 5), args, kwargs)

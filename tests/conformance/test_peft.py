@@ -414,3 +414,23 @@ def test_embeddings_are_refused_by_name(tmp_path: Path) -> None:
         peft_model(case, {"r": 3, "target_modules": ["embed"]}).save_pretrained(tmp_path)
     with pytest.raises(LoraFxError, match="embed"):
         lora_fx.load_adapter(traced(case), tmp_path)
+
+
+def test_biases_and_saved_modules_in_one_file(tmp_path: Path) -> None:
+    """With bias="all", PEFT writes a saved module's bias three times, under three names."""
+    case, options = full("mlp", {"target_modules": ["fc1"], "bias": "all", "modules_to_save": ["fc2"]})
+    model = peft_model(case, options)
+    with talkative():
+        model.save_pretrained(tmp_path)
+    assert distance(run(model, case.arguments()), run(load(case, tmp_path), case.arguments())) <= tolerance(
+        case, torch.float32
+    )
+
+
+def test_a_saved_module_that_peft_would_not_tell_from_another_is_told(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(7, 7) for name in ("a", "head", "aux_head")})
+    model.forward = lambda x: model["head"](model["aux_head"](model["a"](x)))
+    gm = lora_fx.trace(model.eval(), torch.randn(3, 7))
+    gm = lora_fx.inject(gm, lora_fx.LoraConfig(target_modules=["a"], modules_to_save=["head"]))
+    with pytest.warns(lora_fx.LoraFxWarning, match=r"'aux_head'.*lora_fx.load_adapter reads it"):
+        lora_fx.save_adapter(gm, tmp_path)

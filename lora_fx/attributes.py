@@ -1,0 +1,45 @@
+"""Attributes of modules by dotted name: get, set, delete."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def get_attribute(root: nn.Module, target: str) -> Any:
+    """The object behind a dotted name, or None."""
+    value: Any = root
+    for part in target.split("."):
+        value = getattr(value, part, None)
+        if value is None:
+            return None
+    return value
+
+
+def set_attribute(root: nn.Module, target: str, value: Any, *, persistent: bool = True) -> None:
+    """Put a parameter, tensor or module at a dotted name, making the containers on the way."""
+    *containers, name = target.split(".")
+    owner = root
+    for part in containers:
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        owner.register_buffer(name, value, persistent=persistent)
+    else:
+        setattr(owner, name, value)
+
+
+def delete_attribute(root: nn.Module, target: str) -> None:
+    """Remove what stands at a dotted name, and the plain containers that are empty without it."""
+    parts = target.split(".")
+    owners = [root]
+    for part in parts[:-1]:
+        owners.append(getattr(owners[-1], part))
+    delattr(owners[-1], parts[-1])
+    for owner, container, name in zip(owners[-2::-1], owners[:0:-1], parts[-2::-1], strict=True):
+        if type(container) is not nn.Module or next(container.named_children(), None) or container.state_dict():
+            break
+        delattr(owner, name)
