@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lora_fx
+from lora_fx.graph_module import record_of
 
 from . import workloads
 from .checks import assert_effect, assert_same, copy_adapter, first_tensor, require
@@ -56,7 +57,9 @@ def inject_times(workload: Workload, gm: Any, rounds: int) -> Times:
     peft_config = peft.LoraConfig(**workload.fields())
     return interleave(
         {
-            "lora_fx": Variant(lambda _: lora_fx.inject(gm, config)),
+            "lora_fx": Variant(
+                lambda graph: lora_fx.inject(graph, config), prepare=lambda: workloads.without_code_of_copies(gm)
+            ),
             "PEFT": Variant(lambda model: peft.get_peft_model(model, peft_config), prepare=workload.make),
             "floor": Variant(lambda model: _only_a_and_b(model, workload), prepare=workload.make),
         },
@@ -68,8 +71,10 @@ def inject_visits(workload: Workload, gm: Any) -> tuple[int, int]:
     """(graph nodes visited, Python and C functions called) by one inject. Exact."""
     config = lora_fx.LoraConfig(**workload.fields())
     lora_fx.inject(gm, config)  # what is cached on first use is no site's cost
+    workloads.without_code_of_copies(gm)
     with node_visits() as count:
         lora_fx.inject(gm, config)
+    workloads.without_code_of_copies(gm)
     return count.visits, python_calls(lambda: lora_fx.inject(gm, config))
 
 
@@ -165,7 +170,11 @@ def _with_adapters(gm: Any, config: lora_fx.LoraConfig, count: int) -> Any:
 
 
 def _inject_next(graph: Any, config: lora_fx.LoraConfig) -> Variant:
-    return Variant(lambda _: lora_fx.inject(graph, config, adapter_name="next"))
+    known = len(record_of(graph).compiled)
+    return Variant(
+        lambda given: lora_fx.inject(given, config, adapter_name="next"),
+        prepare=lambda: workloads.without_code_of_copies(graph, known),
+    )
 
 
 def _peft_next(workload: Workload, before: int) -> Variant:

@@ -222,3 +222,14 @@ def randomise(model: nn.Module, *, relative: float, seed: int = 2) -> None:
 def unmerged_copy(peft_model: nn.Module) -> nn.Module:
     """A copy that `merge_and_unload` may consume."""
     return copy.deepcopy(peft_model)
+
+
+def without_code_of_copies(gm: Any, known: int = 1) -> Any:
+    """`gm`, forgetting what its copies compiled: a second injection like the first would find its code there.
+
+    The first `known` graphs stay: the traced one, and those of adapters that are there before the clock starts.
+    """
+    from lora_fx.graph_module import record_of
+
+    del record_of(gm).compiled[known:]
+    return gm

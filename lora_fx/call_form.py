@@ -20,22 +20,36 @@ class CallForm:
     """A forward pre-hook that refuses inputs of another form than the traced ones.
 
     Args:
-        names: of the parameters of forward, positional ones first.
+        names: of the parameters of the graph's forward, in their order.
         args, kwargs: the inputs the graph was traced with.
     """
 
     def __init__(self, names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._names = names
         values = dict(zip(names, args, strict=False)) | dict(kwargs)
-        self._traced = {name: pytree.tree_flatten(value) for name, value in values.items()}
+        self._traced = {name: pytree.tree_flatten(values[name]) for name in names}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise GraphError if the inputs have no place in the graph; torch.compile checks them with its own guards."""
         if torch.compiler.is_compiling():
             return
-        for name, value in (dict(zip(self._names, args, strict=False)) | kwargs).items():
-            if name in self._traced:
-                self._check(name, value, *self._traced[name])
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        self._check_names(given, len(args))
+        for name, value in given.items():
+            self._check(name, value, *self._traced[name])
+
+    def _check_names(self, given: Mapping[str, Any], positional: int) -> None:
+        takes = f"it takes {', '.join(self._names)}"
+        if positional > len(self._names):
+            raise GraphError(f"the graph was called with {positional} positional inputs; {takes}")
+        for name in given:
+            if name not in self._traced:
+                raise GraphError(
+                    f"the graph was traced without input {name!r}; {takes}. Trace the model again with such an input"
+                )
+        missing = [name for name in self._names if name not in given]
+        if missing:
+            raise GraphError(f"the graph was called without input {missing[0]!r}, which it was traced with; {takes}")
 
     def _check(self, name: str, value: Any, examples: list[Any], traced: pytree.TreeSpec) -> None:
         leaves, structure = pytree.tree_flatten(value)

@@ -81,9 +81,8 @@ def trace(
     )
     gm = make_graph_module(traced.views, training=model.training, trace=record)
     record_of(gm).untraceable = traced.untraceable
-    gm.register_forward_pre_hook(
-        CallForm(_input_names(model, args, kwargs), record.args, record.kwargs), with_kwargs=True
-    )
+    names = list(gm.graph._codegen.pytree_info.orig_args)  # type: ignore[attr-defined]
+    gm.register_forward_pre_hook(CallForm(names, record.args, record.kwargs), with_kwargs=True)
     return gm
 
 
@@ -182,17 +181,6 @@ def _checked_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, 
     if not isinstance(kwargs, Mapping | None) or any(not isinstance(name, str) for name in kwargs or {}):
         raise GraphError(f"kwargs={kwargs!r} must map names of inputs to example inputs")
     return tuple(args), dict(kwargs or {})
-
-
-def _input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """Names of the positional inputs in the graph's own forward, which spells out *args."""
-    names: list[str] = []
-    for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            names += [f"{parameter.name}_{i}" for i in range(len(args) - len(names))]
-        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            names.append(parameter.name)
-    return names
 
 
 def _check_model(model: object) -> None:

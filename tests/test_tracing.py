@@ -436,6 +436,12 @@ def test_an_input_without_a_place_in_the_graph_is_refused() -> None:
         gm(x, mask, flag=False)
     with pytest.raises(GraphError, match="traced with False for input 'flag' and has no place for True"):
         gm(x, None, flag=True)
+    with pytest.raises(GraphError, match="traced without input 'labels'; it takes x, mask, flag"):
+        gm(x, None, flag=False, labels=x)
+    with pytest.raises(GraphError, match="without input 'flag', which it was traced with"):
+        gm(x, None)
+    with pytest.raises(GraphError, match="4 positional inputs; it takes x, mask, flag"):
+        gm(x, None, False, x)
     gm = lora_fx.trace(Masked().eval(), (x, None), {"extras": {"a": x}})
     with pytest.raises(GraphError, match="input 'extras' has another structure"):
         gm(x, None, extras={"a": x, "b": x})
