@@ -297,8 +297,34 @@ def _warn_of_functions(functions: list[type]) -> None:
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    with _quiet():
+    with _quiet(), _spelled_out(model, kwargs):
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _spelled_out(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Let forward's signature name what `**kwargs` would collect, for which torch.export takes no dynamic shapes."""
+    signature = inspect.signature(model.forward)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    extra = [name for name in kwargs if name not in signature.parameters]
+    if len(parameters) == len(signature.parameters) or not extra:
+        yield
+        return
+    own, original = model.__dict__.get("forward"), model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    forward.__signature__ = signature.replace(parameters=[*parameters, *keywords])  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
 
 
 def _module_of(program: ExportedProgram) -> fx.GraphModule:
@@ -323,7 +349,8 @@ def _quiet() -> Iterator[None]:
 
 def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     try:
-        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+        with _spelled_out(model, kwargs):
+            return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     except TypeError as error:
         raise GraphError(
             f"the example inputs do not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: "

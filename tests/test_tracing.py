@@ -524,3 +524,22 @@ def test_reentrant_checkpointing_is_told() -> None:
 def test_inputs_that_are_none_are_refused(args, kwargs) -> None:
     with pytest.raises(GraphError, match="must"):
         lora_fx.trace(nn.Linear(7, 5), args, kwargs)
+
+
+def test_dimensions_of_inputs_that_kwargs_collects_are_free() -> None:
+    class Collects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(7, 5)
+
+        def forward(self, x, *rest, scale=1.0, **others):
+            return self.fc(x + sum(rest) + sum(others.values())) * scale
+
+    model, x = Collects().eval(), torch.randn(3, 7)
+    forward = model.forward
+    gm = lora_fx.trace(model, (x, x), {"scale": 2.0, "more": x, "and_more": x})
+    assert model.forward == forward
+    y = torch.randn(11, 7)
+    torch.testing.assert_close(gm(y, y, scale=2.0, more=y, and_more=y), model(y, y, scale=2.0, more=y, and_more=y))
+    names = lora_fx.trace_record(gm).dimension_names
+    assert [free for free in names if free] == [{0: "batch"}] * 4
