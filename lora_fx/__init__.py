@@ -28,7 +28,8 @@ if TYPE_CHECKING:
         LoraFxWarning,
         TargetError,
     )
-    from .folding import FoldReport, fold, fold_report, unfold
+    from .fold_results import FoldReport
+    from .folding import fold, fold_report, unfold
     from .graph_module import LoraGraphModule, TraceRecord, adapter_names, trace_record
     from .injection import inject
     from .parameters import lora_parameters, print_trainable_parameters, trainable_parameters
@@ -52,7 +53,8 @@ _HOMES = {
         "LoraFxWarning",
         "TargetError",
     ),
-    "folding": ("FoldReport", "fold", "fold_report", "unfold"),
+    "fold_results": ("FoldReport",),
+    "folding": ("fold", "fold_report", "unfold"),
     "graph_module": ("LoraGraphModule", "TraceRecord", "adapter_names", "trace_record"),
     "injection": ("inject",),
     "parameters": ("lora_parameters", "print_trainable_parameters", "trainable_parameters"),

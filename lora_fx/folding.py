@@ -6,70 +6,22 @@ product is accumulated in at least float32 and rounded once to the weight's dtyp
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from .aliasing import is_same_view, storage_of, view_of
-from .applications import Reading, read_applications
+from .applications import read_applications
 from .attributes import delete_attribute, get_attribute, set_attribute
-from .errors import FoldError, warn
-from .graph import erase_low_rank_paths, finish, rebind_weight, rename_reads
+from .errors import FoldError
+from .fold_results import FoldedSite, FoldReport, warn_of_losses
+from .fold_tasks import FoldTask, check_not_tied, fold_tasks, replace_weights
+from .graph import erase_low_rank_paths, finish
 from .graph_module import LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
-from .injection import Adapter, AdapterSite
+from .injection import Adapter
 from .merging import Delta, Merged, merge, norm_if_finite
 from .parameters import find_adapter
-from .tables import format_table
-
-# Below this share of the delta, folding says that much of what was trained is lost to rounding.
-_KEPT_ENOUGH = 0.9
-
-
-@dataclass(frozen=True)
-class FoldedSite:
-    """What folding did to one weight.
-
-    Attributes:
-        path, weight, dtype: which.
-        weight_norm, delta_norm: Frobenius norms of the base weight and of scaling · B @ A.
-        kept: 1 − ‖rounding error‖ / ‖delta‖: the share of the delta that the weight's dtype keeps. 1 for
-            a delta of zero.
-        untied_from: other names of the weight that keep the base's value; empty for weights not tied.
-    """
-
-    path: str
-    weight: str
-    dtype: torch.dtype
-    weight_norm: float
-    delta_norm: float
-    kept: float
-    untied_from: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class FoldReport:
-    """What a fold did, site by site; prints as a table."""
-
-    adapters: tuple[str, ...]
-    sites: tuple[FoldedSite, ...]
-
-    def __str__(self) -> str:
-        rows = [
-            (
-                site.path or "(root)",
-                str(site.dtype).removeprefix("torch."),
-                f"{site.weight_norm:.4g}",
-                f"{site.delta_norm:.4g}",
-                f"{site.delta_norm / site.weight_norm:.2%}" if site.weight_norm else "",
-                f"{site.kept:.2%}",
-                f"untied from {', '.join(site.untied_from)}" if site.untied_from else "",
-            )
-            for site in self.sites
-        ]
-        header = ("site", "dtype", "‖W‖", "‖ΔW‖", "‖ΔW‖/‖W‖", "kept", "remarks")
-        return f"folded {', '.join(self.adapters)} into {len(rows)} weights\n\n{format_table(header, rows)}"
 
 
 @dataclass
@@ -78,24 +30,6 @@ class InPlaceFold:
 
     injected: LoraGraphModule
     originals: list[tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One weight to fold: all the adapters' sites on it that fold into the same tensor."""
-
-    paths: tuple[str, ...]
-    sites: tuple[AdapterSite, ...]
-    attribute: str
-    aliases: tuple[str, ...]
-    other_readers: tuple[str, ...]
-
-    @property
-    def twins(self) -> tuple[str, ...]:
-        """Other names of a tied weight that keep the base's value; empty where nothing else reads it."""
-        own = self.sites[0].weight
-        names = [name for name in self.aliases if name != own] or [n for n in self.other_readers if n != own]
-        return tuple(names or (own,)) if self.other_readers else ()
 
 
 def fold(
@@ -134,20 +68,20 @@ def fold(
         raise FoldError("reversible=False goes with inplace=True: without inplace, fold leaves `gm` as it was")
     assert isinstance(gm, LoraGraphModule)
     with paused_gc():
-        tasks = _tasks(gm, read_applications(gm), chosen)
+        tasks = fold_tasks(gm, read_applications(gm), chosen)
         _check_has_values(gm, tasks)
         if inplace:
-            _check_not_tied(gm, tasks)
+            check_not_tied(gm, tasks)
         way = _fold_anew if not inplace else _fold_in_place if reversible else _fold_for_good
         result, sites = way(gm, tasks, chosen, accumulate)
     report = FoldReport(tuple(adapter.name for adapter in chosen), tuple(sites))
     record_of(result).report = report
-    _warn(report)
+    warn_of_losses(report)
     return result
 
 
 def _fold_anew(
-    gm: LoraGraphModule, tasks: list[_Task], chosen: list[Adapter], accumulate: torch.dtype
+    gm: LoraGraphModule, tasks: list[FoldTask], chosen: list[Adapter], accumulate: torch.dtype
 ) -> tuple[LoraGraphModule, list[FoldedSite]]:
     """A new graph module with new tensors for the folded weights; the others are shared."""
     values, sites = [], []
@@ -158,13 +92,13 @@ def _fold_anew(
     result = copy_sharing_tensors(gm)
     _detach_trained(result, chosen)
     _remove_adapters(result, chosen)
-    _replace_weights(result, tasks, values)
+    replace_weights(result, tasks, values)
     finish(result)
     return result, sites
 
 
 def _fold_in_place(
-    gm: LoraGraphModule, tasks: list[_Task], chosen: list[Adapter], accumulate: torch.dtype
+    gm: LoraGraphModule, tasks: list[FoldTask], chosen: list[Adapter], accumulate: torch.dtype
 ) -> tuple[LoraGraphModule, list[FoldedSite]]:
     """Write into the base's tensors, one at a time, and let `gm` become the folded graph."""
     folded = copy_sharing_tensors(gm)
@@ -192,7 +126,7 @@ def _fold_in_place(
 
 
 def _fold_for_good(
-    gm: LoraGraphModule, tasks: list[_Task], chosen: list[Adapter], accumulate: torch.dtype
+    gm: LoraGraphModule, tasks: list[FoldTask], chosen: list[Adapter], accumulate: torch.dtype
 ) -> tuple[LoraGraphModule, list[FoldedSite]]:
     """Write into the base's tensors and keep nothing: all is checked before the first write."""
     weights = [gm.get_parameter(task.attribute).detach() for task in tasks]
@@ -277,44 +211,8 @@ def _chosen(gm: fx.GraphModule, names: Sequence[str] | str | None) -> list[Adapt
     return list(chosen.values())
 
 
-def _tasks(gm: LoraGraphModule, reading: Reading, chosen: list[Adapter]) -> list[_Task]:
-    """One task per resulting tensor: sites that share weight and adapters fold together."""
-    by_path: dict[str, list[AdapterSite]] = {}
-    for adapter in chosen:
-        for path, site in adapter.sites.items():
-            by_path.setdefault(path, []).append(site)
-    groups: dict[object, list[str]] = {}
-    nodes: dict[str, list[fx.Node]] = {}
-    attributes: dict[str, str] = {}
-    for application in reading.applications:
-        nodes.setdefault(application.path, []).append(application.use.node)
-        attributes[application.path] = application.attribute
-    for path, sites in by_path.items():
-        weight = gm.get_parameter(attributes[path])
-        # Sites that share A and B hold the same Parameter objects.
-        values = tuple((id(gm.get_parameter(site.lora_a)), site.scaling) for site in sites)
-        groups.setdefault((view_of(weight), values), []).append(path)
-    return [_task(gm, reading, paths, by_path[paths[0]], attributes[paths[0]], nodes) for paths in groups.values()]
-
-
-def _task(
-    gm: LoraGraphModule,
-    reading: Reading,
-    paths: list[str],
-    sites: list[AdapterSite],
-    attribute: str,
-    nodes: dict[str, list[fx.Node]],
-) -> _Task:
-    weight = gm.get_parameter(attribute)
-    names = reading.names[attribute]
-    adapted = {node for path in paths for node in nodes[path]}
-    readers = [name for name in names if any(node not in adapted for node in reading.users.get(name, ()))]
-    aliases = [name for name in names if is_same_view(gm.get_parameter(name), weight)]
-    return _Task(tuple(paths), tuple(sites), attribute, tuple(aliases), tuple(readers))
-
-
 def _merge(
-    gm: LoraGraphModule, task: _Task, weight: torch.Tensor, into: torch.Tensor, accumulate: torch.dtype
+    gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor, into: torch.Tensor, accumulate: torch.dtype
 ) -> FoldedSite:
     """Write the folded weight of one task to `into`, and say what that did.
 
@@ -327,7 +225,7 @@ def _merge(
     return _folded_site(task, weight, merged)
 
 
-def _folded_site(task: _Task, weight: torch.Tensor, merged: Merged) -> FoldedSite:
+def _folded_site(task: FoldTask, weight: torch.Tensor, merged: Merged) -> FoldedSite:
     return FoldedSite(
         path=task.paths[0],
         weight=task.sites[0].weight,
@@ -339,7 +237,7 @@ def _folded_site(task: _Task, weight: torch.Tensor, merged: Merged) -> FoldedSit
     )
 
 
-def _deltas(gm: LoraGraphModule, task: _Task, dtype: torch.dtype) -> list[Delta]:
+def _deltas(gm: LoraGraphModule, task: FoldTask, dtype: torch.dtype) -> list[Delta]:
     deltas = []
     for site in task.sites:
         a, b = gm.get_parameter(site.lora_a).detach().to(dtype), gm.get_parameter(site.lora_b).detach().to(dtype)
@@ -348,7 +246,7 @@ def _deltas(gm: LoraGraphModule, task: _Task, dtype: torch.dtype) -> list[Delta]
     return deltas
 
 
-def _check_has_values(gm: LoraGraphModule, tasks: list[_Task]) -> None:
+def _check_has_values(gm: LoraGraphModule, tasks: list[FoldTask]) -> None:
     for task in tasks:
         if gm.get_parameter(task.attribute).is_meta:
             raise FoldError(
@@ -356,7 +254,7 @@ def _check_has_values(gm: LoraGraphModule, tasks: list[_Task]) -> None:
             )
 
 
-def _why_not_finite(gm: LoraGraphModule, task: _Task, weight: torch.Tensor) -> str:
+def _why_not_finite(gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor) -> str:
     where = f"{task.paths[0]!r} ({task.sites[0].weight})"
     if not bool(torch.isfinite(weight).all()):
         return f"the base weight of {where} holds NaN or Inf before folding; mend the model, not the adapter"
@@ -368,27 +266,6 @@ def _why_not_finite(gm: LoraGraphModule, task: _Task, weight: torch.Tensor) -> s
         f"folding {where}: |W + ΔW| reaches {float(total.abs().max()):.4g}, beyond {weight.dtype}'s largest number "
         f"{torch.finfo(weight.dtype).max:.4g}; fold a float32 copy of the model, gm.float()"
     )
-
-
-def _check_not_tied(gm: LoraGraphModule, tasks: list[_Task]) -> None:
-    reads = (node for graph in record_of(gm).views.values() for node in graph.nodes if node.op == "get_attr")
-    read = {str(node.target): get_attribute(gm, str(node.target)) for node in reads}
-    others = [(n, t) for n, t in read.items() if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter)]
-    for task in tasks:
-        if task.other_readers:
-            raise FoldError(
-                f"fold(inplace=True) cannot write {task.sites[0].weight!r}: its tensor is also read as "
-                f"{', '.join(task.twins)}, which is not adapted. fold(gm) unties it in a new graph"
-            )
-        weight = gm.get_parameter(task.attribute)
-        views = [name for name, tensor in others if storage_of(tensor) == storage_of(weight)]
-        if views:
-            raise FoldError(
-                f"fold(inplace=True) cannot write {task.attribute!r}: {', '.join(map(repr, views))} views its memory "
-                "and would change too; fold(gm) writes a new tensor"
-            )
-        if any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
-            raise FoldError(f"fold(inplace=True) cannot write {task.attribute!r}: its elements overlap in memory")
 
 
 def _keep_base_tensors(result: LoraGraphModule, gm: LoraGraphModule, chosen: list[Adapter]) -> None:
@@ -433,71 +310,6 @@ def _remove_adapters(gm: LoraGraphModule, chosen: list[Adapter]) -> None:
             parameter.requires_grad_(flags.get(name, parameter.requires_grad))
 
 
-def _replace_weights(gm: LoraGraphModule, tasks: list[_Task], values: list[torch.Tensor]) -> None:
-    """Put the folded weights in place of the base's, for the adapted applications only."""
-    parameters = [
-        nn.Parameter(value, requires_grad=gm.get_parameter(task.attribute).requires_grad)
-        for task, value in zip(tasks, values, strict=True)
-    ]
-    tied: dict[Hashable, list[tuple[_Task, nn.Parameter]]] = {}
-    for task, parameter in zip(tasks, parameters, strict=True):
-        if task.other_readers:
-            tied.setdefault(view_of(gm.get_parameter(task.attribute)), []).append((task, parameter))
-    if tied:
-        reading = read_applications(gm)  # before any name changes
-        for group in tied.values():
-            _untie(gm, reading, group)
-    for task, parameter in zip(tasks, parameters, strict=True):
-        if not task.other_readers:
-            for name in task.aliases:
-                set_attribute(gm, name, parameter)
-
-
-def _untie(gm: LoraGraphModule, reading: Reading, group: list[tuple[_Task, nn.Parameter]]) -> None:
-    """Give each task on one tied weight a name of its own, and let whoever else reads the weight keep the base."""
-    aliases = group[0][0].aliases
-    sites = {path: [a for a in reading.applications if a.path == path] for task, _ in group for path in task.paths}
-    adapted = {application.use.node for applications in sites.values() for application in applications}
-    others = {name for name in aliases if any(node not in adapted for node in reading.users.get(name, ()))}
-    fixed = {  # a module that is not adapted reads its own parameter, whatever we call others
-        name for name in others if any(node.op == "call_module" and node not in adapted for node in reading.users[name])
-    }
-    names = _untied_names(gm, group, fixed, keep_base=bool(others))
-    keeper = next((name for name in aliases if name not in names), None)
-    if keeper is not None:
-        for name in names:
-            rename_reads(gm, name, keeper)
-    for (task, parameter), name in zip(group, names, strict=True):
-        for application in (application for path in task.paths for application in sites[path]):
-            if isinstance(application.use.weight, str):
-                set_attribute(gm, f"{application.use.node.target}.weight", parameter)
-            else:
-                set_attribute(gm, name, parameter)
-                rebind_weight(application, name)
-
-
-def _untied_names(
-    gm: LoraGraphModule, group: list[tuple[_Task, nn.Parameter]], fixed: set[str], *, keep_base: bool
-) -> list[str]:
-    """Each task's own name where it is free, with one of the aliases left for the base if something reads it."""
-    aliases = set(group[0][0].aliases)
-    names: list[str] = []
-    for task, _ in group:
-        own = task.sites[0].weight
-        left = aliases - {*names, own}
-        name = own if own not in fixed and own not in names and (left or not keep_base) else f"{own}_folded"
-        if name != own and get_attribute(gm, name) is not None:
-            raise FoldError(f"untying {own!r} needs the name {name!r}, which is taken; rename it in the model")
-        still_there = [a.name for a in record_of(gm).adapters.values() if task.sites[0].path in a.sites]
-        if name != own and task.sites[0].path == own and still_there:  # its site is named after it
-            raise FoldError(
-                f"folding would untie {own!r} under the name {name!r}, where {', '.join(map(repr, still_there))} would "
-                "not find it; fold all adapters at once"
-            )
-        names.append(name)
-    return names
-
-
 def _exchange(a: LoraGraphModule, b: LoraGraphModule) -> None:
     """Let two graph modules change places, so that the object the caller holds is the other graph."""
     a_forward, b_forward = type(a).forward, type(b).forward
@@ -506,21 +318,3 @@ def _exchange(a: LoraGraphModule, b: LoraGraphModule) -> None:
     for gm in (a, b):
         for graph in record_of(gm).views.values():
             graph.owning_module = gm
-
-
-def _warn(report: FoldReport) -> None:
-    lossy = [site for site in report.sites if site.kept < _KEPT_ENOUGH]
-    if lossy:
-        worst = min(lossy, key=lambda site: site.kept)
-        keeps = "torch.float32" if worst.dtype in (torch.bfloat16, torch.float16) else "torch.float64"
-        warn(
-            f"{worst.dtype} keeps only {worst.kept:.0%} of the delta of {worst.path!r} "
-            f"({len(lossy)} of {len(report.sites)} sites lose more than a tenth to rounding); "
-            f"{keeps} weights would keep it: convert the model before folding"
-        )
-    for site in report.sites:
-        if site.untied_from:
-            warn(
-                f"{site.weight!r} was tied with {', '.join(site.untied_from)}, which is not adapted: folding "
-                f"untied it, which costs one more parameter of that size ({site.path!r})"
-            )

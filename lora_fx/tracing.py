@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import logging
 import re
 import warnings
@@ -17,9 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from .attributes import get_attribute
@@ -27,6 +24,15 @@ from .call_form import CallForm
 from .equivalence import assert_equivalent
 from .errors import GraphError, warn
 from .graph_module import LoraGraphModule, TraceRecord, copy_modules, make_graph_module, record_of
+from .inputs import (
+    bound_inputs,
+    checked_inputs,
+    copied_inputs,
+    dimension_names,
+    doubled_batch,
+    free_shapes,
+    spelled_out,
+)
 
 logger = logging.getLogger("lora_fx")
 
@@ -62,7 +68,7 @@ def trace(
         GraphError: if the model cannot be traced, with the reason and what to do about it.
     """
     _check_model(model)
-    args, kwargs = _checked_inputs(args, kwargs)
+    args, kwargs = checked_inputs(args, kwargs)
     _warn_of_mixed_modes(model)
     if tracer == "symbolic":
         return _trace_symbolically(model, args, kwargs)
@@ -72,9 +78,9 @@ def trace(
         traced = _traced(model, args, kwargs, dynamic_shapes)
     _warn_of_functions(functions)
     record = TraceRecord(
-        args=_copied(args),
-        kwargs=_copied(kwargs),
-        dimension_names=_dimension_names(traced.program, model, args, kwargs, dynamic_shapes),
+        args=copied_inputs(args),
+        kwargs=copied_inputs(kwargs),
+        dimension_names=dimension_names(traced.program, model, args, kwargs, dynamic_shapes),
         model_class=type(model).__name__,
         retrace=_retracer(model, traced.examples, traced.shapes),
         module_aliases=_module_aliases(model),
@@ -103,8 +109,8 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     Where doubled inputs do not fit the model, or the graph of a batch of two is not that of a batch of one, the
     batch stays one.
     """
-    given = _copied((args, kwargs))  # one tensor given twice would be one input of the graph
-    doubled = _doubled_batch(*given) if dynamic_shapes == "auto" else None
+    given = copied_inputs((args, kwargs))  # one tensor given twice would be one input of the graph
+    doubled = doubled_batch(*given) if dynamic_shapes == "auto" else None
     if doubled is not None:
         with contextlib.suppress(GraphError):
             traced = _traced_with(model, doubled, dynamic_shapes)
@@ -174,15 +180,6 @@ def _retracer(
     return retrace
 
 
-def _checked_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args = (args,) if isinstance(args, torch.Tensor) else args
-    if not isinstance(args, (tuple, list)):
-        raise GraphError(f"args={args!r} must be a tuple of example inputs, or one tensor")
-    if not isinstance(kwargs, Mapping | None) or any(not isinstance(name, str) for name in kwargs or {}):
-        raise GraphError(f"kwargs={kwargs!r} must map names of inputs to example inputs")
-    return tuple(args), dict(kwargs or {})
-
-
 def _check_model(model: object) -> None:
     if isinstance(model, ExportedProgram):
         raise GraphError(
@@ -208,11 +205,11 @@ def _export_shown_mode(
     """The program in the mode the model is in, and the dynamic shapes that worked."""
     candidates: list[Any] = [dynamic_shapes]
     if dynamic_shapes == "auto":
-        bound = _bound(model, args, kwargs)
+        bound = bound_inputs(model, args, kwargs)
         candidates = [
-            _free(bound, lambda i: True),
-            _free(bound, lambda i: i < 2),
-            _free(bound, lambda i: i == 0),
+            free_shapes(bound, lambda i: True),
+            free_shapes(bound, lambda i: i < 2),
+            free_shapes(bound, lambda i: i == 0),
             None,
         ]
     first: Exception | None = None
@@ -297,34 +294,8 @@ def _warn_of_functions(functions: list[type]) -> None:
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    with _quiet(), _spelled_out(model, kwargs):
+    with _quiet(), spelled_out(model, kwargs):
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-
-
-@contextmanager
-def _spelled_out(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Let forward's signature name what `**kwargs` would collect, for which torch.export takes no dynamic shapes."""
-    signature = inspect.signature(model.forward)
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    extra = [name for name in kwargs if name not in signature.parameters]
-    if len(parameters) == len(signature.parameters) or not extra:
-        yield
-        return
-    own, original = model.__dict__.get("forward"), model.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs)
-
-    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
-    forward.__signature__ = signature.replace(parameters=[*parameters, *keywords])  # type: ignore[attr-defined]
-    model.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own
 
 
 def _module_of(program: ExportedProgram) -> fx.GraphModule:
@@ -345,40 +316,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         specialised.setLevel(level)
-
-
-def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    try:
-        with _spelled_out(model, kwargs):
-            return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-    except TypeError as error:
-        raise GraphError(
-            f"the example inputs do not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: "
-            f"{error}. Call lora_fx.trace(model, args, kwargs) with inputs that model(*args, **kwargs) takes"
-        ) from error
-
-
-def _free(bound: dict[str, Any], is_free: Callable[[int], bool]) -> dict[str, Any]:
-    def shapes(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return None
-        return {i: Dim.AUTO for i in range(leaf.ndim) if is_free(i)}
-
-    return {name: pytree.tree_map(shapes, value) for name, value in bound.items()}
-
-
-def _doubled_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The inputs with their first dimension doubled, if it is one everywhere."""
-    leaves = pytree.tree_leaves((args, kwargs))
-    sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim}
-    if sizes != {1}:
-        return None
-
-    def doubled(leaf: Any) -> Any:
-        return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf
-
-    twice: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(doubled, (args, kwargs))
-    return twice
 
 
 def _is_same_graph(a: fx.GraphModule, b: fx.GraphModule) -> bool:
@@ -410,84 +347,6 @@ def _module_aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _copied(value: Any) -> Any:
-    def copied(leaf: Any) -> Any:
-        return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
-
-    return pytree.tree_map(copied, value)
-
-
-def _dimension_names(
-    program: ExportedProgram,
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic_shapes: Any,
-) -> tuple[dict[int, str], ...]:
-    """A name for each free dimension: the caller's `Dim` name, or batch, sequence, height, width, ..."""
-    specs = program.graph_signature.input_specs
-    inputs = {spec.arg.name for spec in specs if spec.kind is InputKind.USER_INPUT}
-    placeholders = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in inputs]
-    given = _given_names(model, args, kwargs, dynamic_shapes)
-    leaves = pytree.tree_leaves((args, kwargs))
-    by_symbol: dict[str, str] = {}
-    sizes: dict[str, int] = {}
-    named: list[dict[int, str]] = []
-    for position, (node, leaf) in enumerate(zip(placeholders, leaves, strict=True)):
-        value = node.meta.get("val")
-        names: dict[int, str] = {}
-        for i, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            if is_concrete_int(size):
-                continue
-            name = given.get((position, i)) or _usual_name(value, i, node.name)
-            # Two symbols may be one dimension to the user (ids and mask); sizes that differ are two.
-            name = name if sizes.get(name, leaf.shape[i]) == leaf.shape[i] else f"{node.name}_dim_{i}"
-            names[i] = by_symbol.setdefault(str(size), name)
-            sizes[names[i]] = leaf.shape[i]
-        named.append(names)
-    return tuple(named)
-
-
-def _usual_name(value: torch.Tensor, dimension: int, input_name: str) -> str:
-    if dimension == 0:
-        return "batch"
-    if dimension == 1 and (not value.is_floating_point() or value.ndim == 3):
-        return "sequence"
-    if value.ndim == 4 and dimension >= 2:
-        return ("height", "width")[dimension - 2]
-    return f"{input_name}_dim_{dimension}"
-
-
-def _given_names(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> dict[tuple[int, int], str]:
-    """{(flattened input, dimension): name} of the `Dim`s in the caller's dynamic_shapes."""
-    if dynamic_shapes is None or dynamic_shapes == "auto":
-        return {}
-    bound = _bound(model, args, kwargs)
-    if not isinstance(dynamic_shapes, Mapping):
-        dynamic_shapes = dict(zip(bound, dynamic_shapes, strict=True))
-    leaves: list[Any] = []
-    for name, value in bound.items():
-        leaves.extend(_specs(value, dynamic_shapes.get(name)))
-    names: dict[tuple[int, int], str] = {}
-    for position, spec in enumerate(leaves):
-        entries = spec.items() if isinstance(spec, Mapping) else enumerate(spec or ())
-        names |= {(position, i): dim.__name__ for i, dim in entries if isinstance(dim, Dim)}
-    return names
-
-
-def _specs(value: Any, spec: Any) -> list[Any]:
-    """The part of a dynamic_shapes tree that belongs to each leaf of `value`."""
-    children, _ = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
-    if len(children) == 1 and children[0] is value:
-        return [spec]
-    if spec is None:
-        return [None] * len(pytree.tree_leaves(value))
-    parts = spec.values() if isinstance(spec, Mapping) else spec
-    return [leaf for child, part in zip(children, parts, strict=True) for leaf in _specs(child, part)]
-
-
 def _trace_symbolically(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LoraGraphModule:
     views: dict[bool | None, fx.GraphModule] = {}
     try:
@@ -506,7 +365,7 @@ def _trace_symbolically(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     leaves = pytree.tree_leaves((args, kwargs))
     names = tuple({0: "batch"} if isinstance(leaf, torch.Tensor) and leaf.ndim else {} for leaf in leaves)
     record = TraceRecord(
-        _copied(args), _copied(kwargs), names, type(model).__name__, module_aliases=_module_aliases(model)
+        copied_inputs(args), copied_inputs(kwargs), names, type(model).__name__, module_aliases=_module_aliases(model)
     )
     # The graph calls the model's own modules: copies keep `.train()` on the graph away from the model.
     return make_graph_module(copy_modules(views), training=model.training, trace=record)

@@ -1,0 +1,77 @@
+"""What a fold did, weight by weight, as plain values that print as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import warn
+from .tables import format_table
+
+# Below this share of the delta, folding says that much of what was trained is lost to rounding.
+_KEPT_ENOUGH = 0.9
+
+
+@dataclass(frozen=True)
+class FoldedSite:
+    """What folding did to one weight.
+
+    Attributes:
+        path, weight, dtype: which.
+        weight_norm, delta_norm: Frobenius norms of the base weight and of scaling · B @ A.
+        kept: 1 − ‖rounding error‖ / ‖delta‖: the share of the delta that the weight's dtype keeps. 1 for
+            a delta of zero.
+        untied_from: other names of the weight that keep the base's value; empty for weights not tied.
+    """
+
+    path: str
+    weight: str
+    dtype: torch.dtype
+    weight_norm: float
+    delta_norm: float
+    kept: float
+    untied_from: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What a fold did, site by site; prints as a table."""
+
+    adapters: tuple[str, ...]
+    sites: tuple[FoldedSite, ...]
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                site.path or "(root)",
+                str(site.dtype).removeprefix("torch."),
+                f"{site.weight_norm:.4g}",
+                f"{site.delta_norm:.4g}",
+                f"{site.delta_norm / site.weight_norm:.2%}" if site.weight_norm else "",
+                f"{site.kept:.2%}",
+                f"untied from {', '.join(site.untied_from)}" if site.untied_from else "",
+            )
+            for site in self.sites
+        ]
+        header = ("site", "dtype", "‖W‖", "‖ΔW‖", "‖ΔW‖/‖W‖", "kept", "remarks")
+        return f"folded {', '.join(self.adapters)} into {len(rows)} weights\n\n{format_table(header, rows)}"
+
+
+def warn_of_losses(report: FoldReport) -> None:
+    """Warn where rounding lost more than a tenth of a delta, and where a tied weight had to be untied."""
+    lossy = [site for site in report.sites if site.kept < _KEPT_ENOUGH]
+    if lossy:
+        worst = min(lossy, key=lambda site: site.kept)
+        keeps = "torch.float32" if worst.dtype in (torch.bfloat16, torch.float16) else "torch.float64"
+        warn(
+            f"{worst.dtype} keeps only {worst.kept:.0%} of the delta of {worst.path!r} "
+            f"({len(lossy)} of {len(report.sites)} sites lose more than a tenth to rounding); "
+            f"{keeps} weights would keep it: convert the model before folding"
+        )
+    for site in report.sites:
+        if site.untied_from:
+            warn(
+                f"{site.weight!r} was tied with {', '.join(site.untied_from)}, which is not adapted: folding "
+                f"untied it, which costs one more parameter of that size ({site.path!r})"
+            )

@@ -1,0 +1,158 @@
+"""Which tensors folding writes: one task for each, and the name that each result gets where the weight was tied."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from .aliasing import is_same_view, storage_of, view_of
+from .applications import Reading, read_applications
+from .attributes import get_attribute, set_attribute
+from .errors import FoldError
+from .graph import rebind_weight, rename_reads
+from .graph_module import LoraGraphModule, record_of
+from .injection import Adapter, AdapterSite
+
+
+@dataclass(frozen=True)
+class FoldTask:
+    """One weight to fold: all the adapters' sites on it that fold into the same tensor."""
+
+    paths: tuple[str, ...]
+    sites: tuple[AdapterSite, ...]
+    attribute: str
+    aliases: tuple[str, ...]
+    other_readers: tuple[str, ...]
+
+    @property
+    def twins(self) -> tuple[str, ...]:
+        """Other names of a tied weight that keep the base's value; empty where nothing else reads it."""
+        own = self.sites[0].weight
+        names = [name for name in self.aliases if name != own] or [n for n in self.other_readers if n != own]
+        return tuple(names or (own,)) if self.other_readers else ()
+
+
+def fold_tasks(gm: LoraGraphModule, reading: Reading, chosen: list[Adapter]) -> list[FoldTask]:
+    """One task per resulting tensor: sites that share weight and adapters fold together."""
+    by_path: dict[str, list[AdapterSite]] = {}
+    for adapter in chosen:
+        for path, site in adapter.sites.items():
+            by_path.setdefault(path, []).append(site)
+    groups: dict[object, list[str]] = {}
+    nodes: dict[str, list[fx.Node]] = {}
+    attributes: dict[str, str] = {}
+    for application in reading.applications:
+        nodes.setdefault(application.path, []).append(application.use.node)
+        attributes[application.path] = application.attribute
+    for path, sites in by_path.items():
+        weight = gm.get_parameter(attributes[path])
+        # Sites that share A and B hold the same Parameter objects.
+        values = tuple((id(gm.get_parameter(site.lora_a)), site.scaling) for site in sites)
+        groups.setdefault((view_of(weight), values), []).append(path)
+    return [_task(gm, reading, paths, by_path[paths[0]], attributes[paths[0]], nodes) for paths in groups.values()]
+
+
+def _task(
+    gm: LoraGraphModule,
+    reading: Reading,
+    paths: list[str],
+    sites: list[AdapterSite],
+    attribute: str,
+    nodes: dict[str, list[fx.Node]],
+) -> FoldTask:
+    weight = gm.get_parameter(attribute)
+    names = reading.names[attribute]
+    adapted = {node for path in paths for node in nodes[path]}
+    readers = [name for name in names if any(node not in adapted for node in reading.users.get(name, ()))]
+    aliases = [name for name in names if is_same_view(gm.get_parameter(name), weight)]
+    return FoldTask(tuple(paths), tuple(sites), attribute, tuple(aliases), tuple(readers))
+
+
+def check_not_tied(gm: LoraGraphModule, tasks: list[FoldTask]) -> None:
+    """Raise FoldError if writing a weight where it lies would change what something else reads."""
+    reads = (node for graph in record_of(gm).views.values() for node in graph.nodes if node.op == "get_attr")
+    read = {str(node.target): get_attribute(gm, str(node.target)) for node in reads}
+    others = [(n, t) for n, t in read.items() if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter)]
+    for task in tasks:
+        if task.other_readers:
+            raise FoldError(
+                f"fold(inplace=True) cannot write {task.sites[0].weight!r}: its tensor is also read as "
+                f"{', '.join(task.twins)}, which is not adapted. fold(gm) unties it in a new graph"
+            )
+        weight = gm.get_parameter(task.attribute)
+        views = [name for name, tensor in others if storage_of(tensor) == storage_of(weight)]
+        if views:
+            raise FoldError(
+                f"fold(inplace=True) cannot write {task.attribute!r}: {', '.join(map(repr, views))} views its memory "
+                "and would change too; fold(gm) writes a new tensor"
+            )
+        if any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+            raise FoldError(f"fold(inplace=True) cannot write {task.attribute!r}: its elements overlap in memory")
+
+
+def replace_weights(gm: LoraGraphModule, tasks: list[FoldTask], values: list[torch.Tensor]) -> None:
+    """Put the folded weights in place of the base's, for the adapted applications only."""
+    parameters = [
+        nn.Parameter(value, requires_grad=gm.get_parameter(task.attribute).requires_grad)
+        for task, value in zip(tasks, values, strict=True)
+    ]
+    tied: dict[Hashable, list[tuple[FoldTask, nn.Parameter]]] = {}
+    for task, parameter in zip(tasks, parameters, strict=True):
+        if task.other_readers:
+            tied.setdefault(view_of(gm.get_parameter(task.attribute)), []).append((task, parameter))
+    if tied:
+        reading = read_applications(gm)  # before any name changes
+        for group in tied.values():
+            _untie(gm, reading, group)
+    for task, parameter in zip(tasks, parameters, strict=True):
+        if not task.other_readers:
+            for name in task.aliases:
+                set_attribute(gm, name, parameter)
+
+
+def _untie(gm: LoraGraphModule, reading: Reading, group: list[tuple[FoldTask, nn.Parameter]]) -> None:
+    """Give each task on one tied weight a name of its own, and let whoever else reads the weight keep the base."""
+    aliases = group[0][0].aliases
+    sites = {path: [a for a in reading.applications if a.path == path] for task, _ in group for path in task.paths}
+    adapted = {application.use.node for applications in sites.values() for application in applications}
+    others = {name for name in aliases if any(node not in adapted for node in reading.users.get(name, ()))}
+    fixed = {  # a module that is not adapted reads its own parameter, whatever we call others
+        name for name in others if any(node.op == "call_module" and node not in adapted for node in reading.users[name])
+    }
+    names = _untied_names(gm, group, fixed, keep_base=bool(others))
+    keeper = next((name for name in aliases if name not in names), None)
+    if keeper is not None:
+        for name in names:
+            rename_reads(gm, name, keeper)
+    for (task, parameter), name in zip(group, names, strict=True):
+        for application in (application for path in task.paths for application in sites[path]):
+            if isinstance(application.use.weight, str):
+                set_attribute(gm, f"{application.use.node.target}.weight", parameter)
+            else:
+                set_attribute(gm, name, parameter)
+                rebind_weight(application, name)
+
+
+def _untied_names(
+    gm: LoraGraphModule, group: list[tuple[FoldTask, nn.Parameter]], fixed: set[str], *, keep_base: bool
+) -> list[str]:
+    """Each task's own name where it is free, with one of the aliases left for the base if something reads it."""
+    aliases = set(group[0][0].aliases)
+    names: list[str] = []
+    for task, _ in group:
+        own = task.sites[0].weight
+        left = aliases - {*names, own}
+        name = own if own not in fixed and own not in names and (left or not keep_base) else f"{own}_folded"
+        if name != own and get_attribute(gm, name) is not None:
+            raise FoldError(f"untying {own!r} needs the name {name!r}, which is taken; rename it in the model")
+        still_there = [a.name for a in record_of(gm).adapters.values() if task.sites[0].path in a.sites]
+        if name != own and task.sites[0].path == own and still_there:  # its site is named after it
+            raise FoldError(
+                f"folding would untie {own!r} under the name {name!r}, where {', '.join(map(repr, still_there))} would "
+                "not find it; fold all adapters at once"
+            )
+        names.append(name)
+    return names
