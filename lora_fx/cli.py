@@ -1,41 +1,35 @@
 """The command line: `lora-fx demo | inspect | fold | export | verify`.
 
 Exit status: 0 ok, 2 usage, 3 bad input, 4 a check failed, 5 environment (a package, a GPU or disk space is
-missing). Results go to stdout, progress and messages to stderr; with --json, stdout is one JSON object.
+missing), 1 anything else, which is a bug in lora_fx, and 130 interrupted. Results go to stdout, progress and
+messages to stderr; with --json, stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import json
-import os
-import shutil
 import sys
 import tempfile
-import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from .errors import AdapterError, ExportError, LoraFxError, LoraFxWarning, warn
+from .cli_console import complain, print_json, progress, show_warning
+from .cli_paths import check_model_destination, check_onnx_destination, check_writable
+from .errors import ExportError, LoraFxError, warn
 
 if TYPE_CHECKING:
-    from torch import nn
+    from exporters import VerifyReport
 
     from .graph_module import LoraGraphModule
+    from .hf_models import HfModel
     from .plan import Plan
 
-OK, USAGE, BAD_INPUT, CHECK_FAILED, ENVIRONMENT = 0, 2, 3, 4, 5
-
-# What goes along with a folded model. Weights in any other format would be the base's, unfolded, so this is a
-# list of what is copied and not of what is not.
-_COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".bpe"}
+OK, BUG, USAGE, BAD_INPUT, CHECK_FAILED, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
 app = typer.Typer(
     name="lora-fx",
@@ -44,12 +38,36 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-_stderr = Console(stderr=True)
+
+
+class Provider(StrEnum):
+    """Where ONNX Runtime runs."""
+
+    AUTO = "auto"
+    CUDA = "cuda"
+    TENSORRT = "tensorrt"
+    CPU = "cpu"
+
+
+class Dtype(StrEnum):
+    """What weights are loaded as; the names are torch's."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
 
 ModelDir = Annotated[Path, typer.Argument(help="Hugging Face model directory (config.json, safetensors).")]
 AdapterDir = Annotated[Path, typer.Argument(help="PEFT adapter directory (adapter_config.json, safetensors).")]
 OptionalAdapter = Annotated[Path | None, typer.Argument(help="PEFT adapter directory; none: the base alone.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+OnnxDtype = Annotated[
+    Dtype | None,
+    typer.Option(
+        help="Load the model's weights as this. None: as they are stored, but bfloat16, which ONNX Runtime does not "
+        "run on the CPU, as float32. export and verify need the same."
+    ),
+]
 
 
 class CheckFailedError(LoraFxError):
@@ -59,7 +77,7 @@ class CheckFailedError(LoraFxError):
 def main() -> None:
     """The entry point: run a command and turn errors into one line and an exit status."""
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = show_warning
         status = _status(verbose=bool({"-v", "--verbose"} & set(sys.argv[1:])))
     sys.exit(status)
 
@@ -67,45 +85,36 @@ def main() -> None:
 def _status(verbose: bool) -> int:
     try:
         status = app(prog_name="lora-fx", standalone_mode=False)
-    except CheckFailedError as error:
-        return _complain(error, CHECK_FAILED, verbose)
-    except LoraFxError as error:
-        return _complain(error, ENVIRONMENT if _is_disk_full(error) else BAD_INPUT, verbose)
-    except ImportError as error:
-        hint = f"{error}; install what the command needs: pip install 'lora-fx[demo]'"
-        return _complain(ImportError(hint), ENVIRONMENT, verbose)
-    except (OSError, MemoryError) as error:
-        return _complain(error, ENVIRONMENT, verbose)
+        return status if isinstance(status, int) else OK
     except (KeyboardInterrupt, typer.Abort):
-        return _complain(RuntimeError("interrupted"), 130, verbose)
+        complain("interrupted", verbose=verbose)
+        return INTERRUPTED
     except Exception as error:
-        if not hasattr(error, "format_message"):  # click's usage errors format themselves
-            raise
-        error.show()  # type: ignore[attr-defined]
-        return USAGE
-    return status if isinstance(status, int) else OK
+        if hasattr(error, "format_message"):  # click's usage errors format themselves
+            error.show()  # type: ignore[attr-defined]
+            return USAGE
+        message, code = _said(error)
+        complain(message, verbose=verbose)
+        return code
 
 
-def _complain(error: BaseException, status: int, verbose: bool) -> int:
-    if verbose:
-        traceback.print_exc()
-    _stderr.print(f"[bold red]error:[/] {_escaped(str(error) or type(error).__name__)}", soft_wrap=True)
-    return status
+def _said(error: Exception) -> tuple[str, int]:
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, CheckFailedError):
+        return text, CHECK_FAILED
+    if isinstance(error, LoraFxError):
+        return text, ENVIRONMENT if _is_disk_full(error) else BAD_INPUT
+    if isinstance(error, ImportError):
+        return f"{text}; install what the command needs: pip install 'lora-fx[demo]'", ENVIRONMENT
+    if isinstance(error, OSError | MemoryError):
+        return text, ENVIRONMENT
+    bug = "this is a bug, please report it; lora-fx -v shows the traceback"
+    return f"{type(error).__name__}: {text.splitlines()[0]} ({bug})", BUG
 
 
 def _is_disk_full(error: BaseException) -> bool:
     cause = error.__cause__
     return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    """Our own warnings as one line; what other libraries note to themselves helps nobody here."""
-    if issubclass(category, LoraFxWarning):
-        _stderr.print(f"[bold yellow]warning:[/] {_escaped(str(message))}", soft_wrap=True)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 @app.callback()
@@ -126,12 +135,14 @@ def demo(
 
     Example: `lora-fx demo --out lora_fx_demo`
     """
+    if out is not None:
+        check_writable(out)
     from .demo import run_demo
 
     with tempfile.TemporaryDirectory() as temporary:
         result = run_demo(out or Path(temporary), steps=steps, seed=seed, quiet=as_json, is_temporary=out is None)
     if as_json:
-        print(json.dumps(dataclasses.asdict(result)))
+        print_json(dataclasses.asdict(result))
     if result.problems:
         raise CheckFailedError("; ".join(result.problems))
 
@@ -149,35 +160,28 @@ def inspect(
     Examples: `lora-fx inspect MODEL_DIR`, `lora-fx inspect MODEL_DIR ADAPTER_DIR`,
     `lora-fx inspect MODEL_DIR --target query --target value --r 16`
     """
-    import lora_fx
-
     if adapter is not None and (target or r is not None):
         raise typer.BadParameter("an adapter says itself what it adapts; give either ADAPTER_DIR or --target and --r")
     if r is not None and not target:
         raise typer.BadParameter("--r is the rank for --target; name at least one target")
-    gm = _trace(model, adapter)[1]
-    sites = lora_fx.find_sites(gm)
-    plan = None
-    if adapter is not None:
-        plan = _adapter_plan(gm, adapter)
-    elif target:
-        names: Any = target[0] if target == ["all-linear"] else target
-        plan = lora_fx.make_plan(gm, lora_fx.LoraConfig(r=8 if r is None else r, target_modules=names))
-    linear_names = lora_fx.find_all_linear_names(gm)
+    import lora_fx
+
+    gm = _traced(_loaded(model, adapter))
+    with progress("planning"):
+        sites = lora_fx.find_sites(gm)
+        linear_names = lora_fx.find_all_linear_names(gm)
+        plan = _plan(gm, adapter, target, r)
     parameters = lora_fx.trainable_parameters(gm)[1]
     if as_json:
-        rows = [dataclasses.asdict(site) | {"dtype": str(site.dtype)} for site in sites]
-        print(
-            json.dumps(
-                {
-                    "parameters": parameters,
-                    "adapter_parameters": None if plan is None else plan.parameters,
-                    "sites": rows,
-                    "all_linear_names": linear_names,
-                    "targets": None if plan is None else _plan_rows(plan),
-                    "not_adapted": None if plan is None else [dataclasses.asdict(skip) for skip in plan.skipped],
-                }
-            )
+        print_json(
+            {
+                "parameters": parameters,
+                "adapter_parameters": None if plan is None else plan.parameters,
+                "sites": [_row(site) for site in sites],
+                "all_linear_names": linear_names,
+                "targets": None if plan is None else _plan_rows(plan),
+                "not_adapted": None if plan is None else [dataclasses.asdict(skip) for skip in plan.skipped],
+            }
         )
         return
     print(sites if plan is None else plan)
@@ -188,80 +192,114 @@ def inspect(
     print(f"target_modules for every linear but the head: {linear_names}")
 
 
-def _adapter_plan(gm: LoraGraphModule, adapter: Path) -> Plan:
+def _plan(gm: LoraGraphModule, adapter: Path | None, target: list[str] | None, r: int | None) -> Plan | None:
     import lora_fx
 
     from .graph_module import record_of
 
-    with _progress("reading the adapter"):
-        injected = lora_fx.load_adapter(gm, adapter)
-    return record_of(injected).adapters["default"].plan
+    if adapter is not None:
+        return record_of(lora_fx.load_adapter(gm, adapter)).adapters["default"].plan
+    if not target:
+        return None
+    names: Any = target[0] if target == ["all-linear"] else target
+    return lora_fx.make_plan(gm, lora_fx.LoraConfig(r=8 if r is None else r, target_modules=names))
 
 
 def _plan_rows(plan: Plan) -> list[dict[str, Any]]:
     return [{"path": t.site.path, "r": t.r, "scaling": t.scaling, "parameters": t.parameters} for t in plan.targets]
 
 
+def _row(site: Any) -> dict[str, Any]:
+    return dataclasses.asdict(site) | {"dtype": str(site.dtype)}
+
+
 @app.command()
 def fold(
     model: ModelDir,
     adapter: AdapterDir,
-    out: Annotated[Path, typer.Argument(help="New model directory to write.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace what is at OUT.")] = False,
+    out: Annotated[Path, typer.Argument(help="Model directory to write: a new one, or an empty one.")],
+    dtype: Annotated[Dtype | None, typer.Option(help="Load, fold and save as this; none: as it is stored.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the model directory at OUT.")] = False,
     as_json: Json = False,
 ) -> None:
     """Fold an adapter into a model and save it in Hugging Face's layout.
 
-    Nothing is written unless the folded model computes what the adapted one does.
+    Nothing is written unless the folded model computes what the adapted one does. A head that is tied to the
+    embeddings and adapted is untied, in the files and in config.json.
 
     Example: `lora-fx fold MODEL_DIR ADAPTER_DIR OUT_DIR`
     """
+    check_model_destination(out, (model, adapter), overwrite=overwrite)
+    loaded = _loaded(model, adapter, dtype)
+    gm = _traced(loaded)
+    from safetensors import SafetensorError
+
     import lora_fx
 
-    _check_destination(out, (model, adapter), overwrite)
-    base, gm = _trace(model, adapter)
-    injected = lora_fx.load_adapter(gm, adapter)
-    record = lora_fx.trace_record(gm)
-    assert record is not None
-    import torch
+    from .hf_folding import fold_into
+    from .hf_saving import save_folded
 
-    with torch.no_grad(), _progress("folding"):
-        expected = injected(*record.args, **record.kwargs)
-        folded = lora_fx.fold(injected, inplace=True)
-        error = _largest_error(expected, base(*record.args, **record.kwargs))
-    if error > (bound := _fold_bound(base)):
-        raise CheckFailedError(f"the folded model differs from the adapted one by {error:.3g}, allowed {bound:.3g}")
-    with _progress("saving"):
-        _save_model(base, model, out)
-    report = lora_fx.fold_report(folded)
+    with progress("folding and checking"):
+        outcome = fold_into(loaded, lora_fx.load_adapter(gm, adapter))
+    if not outcome.ok:
+        raise CheckFailedError(outcome.problem)
+    try:
+        with progress("saving"):
+            save_folded(loaded, outcome, out, dtype=dtype)
+    except SafetensorError as error:  # how a full disk reads there
+        raise OSError(f"{str(out)!r} cannot be written: {error}") from error
     if as_json:
-        rows = [dataclasses.asdict(site) | {"dtype": str(site.dtype)} for site in report.sites]
-        print(json.dumps({"out": str(out), "error": error, "sites": rows}))
+        sites = [_row(site) for site in outcome.report.sites]
+        said = {"out": str(out), "error": outcome.error, "sites": sites}
+        print_json(said | {"trained_in_full": outcome.trained, "untied": outcome.untied})
         return
-    print(report)
-    print(f"\nwritten to {out}; folded and adapted outputs differ by {error:.2g} of the largest value")
+    print(outcome.report)
+    if outcome.trained:
+        print(f"\nreplaced, because the adapter trained them in full: {', '.join(outcome.trained)}")
+    print(f"\nwritten to {out}; folded and adapted outputs differ by {outcome.error:.2g} of the largest value")
 
 
 @app.command()
 def export(
     model: ModelDir,
     paths: Annotated[list[Path], typer.Argument(metavar="[ADAPTER_DIR] OUT.onnx", help="Adapter, and file to write.")],
-    opset: Annotated[int | None, typer.Option(help="ONNX operator set; none: the exporter's choice.")] = None,
+    opset: Annotated[int | None, typer.Option(min=1, help="ONNX operator set; none: the exporter's choice.")] = None,
+    dtype: OnnxDtype = None,
+    check: Annotated[bool, typer.Option(help="Run the file in ONNX Runtime, on the CPU, before it is kept.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace a file at OUT that is not an ONNX file, too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Export a model, with an adapter folded in, to a checked ONNX file that is op for op the base model's.
 
+    An ONNX file at OUT is replaced; anything else that is there stays, unless --overwrite says otherwise.
+
     Examples: `lora-fx export MODEL_DIR ADAPTER_DIR OUT.onnx`, `lora-fx export MODEL_DIR BASE.onnx`
     """
-    from exporters import export_onnx
-
     if len(paths) > 2:
         raise typer.BadParameter("give an adapter directory and one file to write, or the file alone")
     adapter, out = (paths[0], paths[1]) if len(paths) == 2 else (None, paths[0])
-    gm = _folded(model, adapter)
-    with _progress("exporting and checking"):
-        report = export_onnx(gm, out, opset=opset)
-    print(json.dumps(report.to_dict(), default=str) if as_json else report)
+    if adapter is None and (out.is_dir() or out.suffix.lower() != ".onnx"):
+        what = "a directory" if out.is_dir() else "no .onnx file"
+        raise typer.BadParameter(f"{str(out)!r} is {what}, so OUT.onnx, the file to write, is missing")
+    check_onnx_destination(out, [model, *paths[:-1]], overwrite=overwrite)
+    _check_opset(opset)
+    gm = _folded(model, adapter, dtype)
+    from exporters import export_onnx
+
+    with progress("exporting and checking"):
+        report = export_onnx(gm, out, opset=opset, check=check)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print(report)
+
+
+def _check_opset(opset: int | None) -> None:
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and opset > newest:
+        raise typer.BadParameter(f"--opset {opset}: onnx {onnx.__version__} knows the operator sets 1 to {newest}")
 
 
 @app.command()
@@ -270,127 +308,105 @@ def verify(
     model: ModelDir,
     adapter: OptionalAdapter = None,
     base: Annotated[Path | None, typer.Option(help="The base model's ONNX, to compare op for op.")] = None,
-    provider: Annotated[str, typer.Option(help="auto, cuda, tensorrt or cpu.")] = "auto",
+    provider: Annotated[Provider, typer.Option(help="Where ONNX Runtime runs.")] = Provider.AUTO,
+    dtype: OnnxDtype = None,
     as_json: Json = False,
 ) -> None:
     """Run an ONNX file and the torch model on the same inputs and compare; exit status 4 if they differ.
 
     Example: `lora-fx verify OUT.onnx MODEL_DIR ADAPTER_DIR --base BASE.onnx`
     """
-    from exporters import make_session, verify_onnx
+    _check_runs_on(onnx, provider)
+    gm = _folded(model, adapter, dtype)
+    from exporters import verify_onnx
 
-    if provider != "auto":
+    with progress("verifying"):
+        report = verify_onnx(onnx, gm, base=base, provider=provider)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print(report)
+    if not report.ok:
+        raise CheckFailedError(_disagreement(report, base))
+
+
+def _check_runs_on(onnx: Path, provider: Provider) -> None:
+    """A file that does not open is bad input; one that opens on the CPU and not where it was asked for is not."""
+    from exporters import make_session
+
+    with progress("opening the file"):
+        make_session(onnx, provider="cpu")
+        if provider in (Provider.AUTO, Provider.CPU):
+            return
         try:
             make_session(onnx, provider=provider)
         except ExportError as error:
-            if provider in ("cuda", "tensorrt") and onnx.is_file():
-                raise OSError(str(error)) from error
-            raise
-    gm = _folded(model, adapter)
-    with _progress("verifying"):
-        report = verify_onnx(onnx, gm, base=base, provider=provider)
-    print(json.dumps(report.to_dict(), default=str) if as_json else report)
-    if not report.ok:
-        raise CheckFailedError(f"{onnx} does not compute what the model computes")
+            raise OSError(str(error)) from error
 
 
-def _trace(model: Path, adapter: Path | None) -> tuple[nn.Module, LoraGraphModule]:
-    """The model of a directory and its graph; the adapter's task decides the head."""
+def _disagreement(report: VerifyReport, base: Path | None) -> str:
+    """What disagrees: the model, or the base's graph, or both."""
+    reasons = []
+    try:
+        dataclasses.replace(report, base=None).raise_if_failed()
+    except ExportError as error:
+        reasons.append(str(error).splitlines()[0])
+    if report.base is not None and not report.base.same_graph:
+        agrees = "" if reasons else f"{report.path} computes what the model computes, but "
+        reasons.append(f"{agrees}it is not op for op {base}")
+    return "; ".join(reasons)
+
+
+def _loaded(model: Path, adapter: Path | None, dtype: Dtype | None = None) -> HfModel:
+    """The model of a directory; the adapter's task decides the head."""
     from .adapter_files import find_adapter_directory, read_config
-    from .hf_models import load_model
 
     config = None if adapter is None else read_config(find_adapter_directory(adapter, "default"))
     task = None if config is None else config.task_type
-    with _progress("loading the model"):
-        loaded, inputs, missing = load_model(model, task)
+    with progress("loading the model"):
+        import torch
+
+        from .hf_models import load_model
+
+        loaded = load_model(model, task, None if dtype is None else getattr(torch, dtype))
     trained = () if config is None else tuple(config.modules_to_save or ())
-    random = [name for name in missing if not set(name.split(".")) & set(trained)]
+    random = [name for name in loaded.missing if not set(name.split(".")) & set(trained)]
     if random:
         warn(
-            f"{str(model)!r} lacks {len(random)} weights of {type(loaded).__name__}, which are random now and in "
-            f"every later run: {', '.join(map(repr, random[:4]))}. Outputs that need them mean nothing"
+            f"{str(model)!r} lacks {len(random)} weights of {type(loaded.model).__name__}, which are random now and "
+            f"in every later run: {', '.join(map(repr, random[:4]))}. Outputs that need them mean nothing"
         )
+    return loaded
+
+
+def _traced(loaded: HfModel) -> LoraGraphModule:
     import lora_fx
 
-    with _progress("tracing"):
-        return loaded, lora_fx.trace(loaded, (), inputs)
+    with progress("tracing"):
+        return lora_fx.trace(loaded.model, (), loaded.inputs)
 
 
-def _folded(model: Path, adapter: Path | None) -> LoraGraphModule:
+def _folded(model: Path, adapter: Path | None, dtype: Dtype | None) -> LoraGraphModule:
+    """The graph that an ONNX file is made of, or compared with."""
     import lora_fx
 
-    gm = _trace(model, adapter)[1]
+    loaded = _loaded(model, adapter, dtype)
+    if dtype is None and loaded.is_bfloat16:
+        loaded.model.float()
+        warn(
+            f"{str(model)!r} is bfloat16, which ONNX Runtime does not run on the CPU, so it is taken as float32; "
+            "--dtype float16 halves that, --dtype bfloat16 (with --no-check) keeps it"
+        )
+    if loaded.takes_one_text:
+        warn(
+            f"{str(model)!r} has no pad_token_id in its config.json, without which {type(loaded.model).__name__} "
+            "takes one text at a time, and so does its ONNX file; set it for batches"
+        )
+    gm = _traced(loaded)
     if adapter is None:
         return gm
-    with _progress("folding"):
+    with progress("folding"):
         return lora_fx.fold(lora_fx.load_adapter(gm, adapter))
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[None]:
-    """Say on stderr what is going on, with a spinner on a terminal."""
-    if not _stderr.is_terminal:
-        yield
-        return
-    with _stderr.status(what):
-        yield
-
-
-def _check_destination(out: Path, sources: tuple[Path, ...], overwrite: bool) -> None:
-    for source in sources:
-        if source.resolve().is_relative_to(out.resolve()):
-            raise AdapterError(f"OUT {str(out)!r} is, or holds, {str(source)!r}, which is read; give another directory")
-    if out.exists() and not out.is_dir():
-        raise AdapterError(f"{str(out)!r} is a file; OUT must be a directory")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise AdapterError(f"{str(out)!r} is not empty; --overwrite replaces it")
-
-
-def _largest_error(expected: Any, actual: Any) -> float:
-    import torch
-    from torch.utils import _pytree as pytree
-
-    from .equivalence import relative_error
-
-    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=True)
-    errors = [relative_error(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point()]
-    return max(errors, default=0.0)
-
-
-def _fold_bound(model: nn.Module) -> float:
-    """What a right fold may differ by: rounding of each weight, carried through a deep model."""
-    import torch
-
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return (32 if dtype in (torch.float16, torch.bfloat16) else 1024) * torch.finfo(dtype).eps
-
-
-def _save_model(model: Any, source: Path, out: Path) -> None:
-    """Write a model directory beside OUT and put it in place when it is whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        folder = Path(temporary) / "model"
-        model.save_pretrained(folder)
-        _copy_companions(source, folder)
-        old = Path(temporary) / "old"
-        if out.exists():
-            os.rename(out, old)
-        try:
-            os.rename(folder, out)
-        except BaseException:
-            if old.exists():
-                os.rename(old, out)
-            raise
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, preprocessor and pooling files, also one directory down; the new model's own files stay."""
-    for file in [*source.glob("*"), *source.glob("[!.]*/*")]:
-        target = folder / file.relative_to(source)
-        is_wanted = file.suffix in _COPIED_SUFFIXES and not file.name.endswith(".index.json")
-        if file.is_file() and is_wanted and not target.exists():
-            target.parent.mkdir(exist_ok=True)
-            shutil.copy2(file, target)
 
 
 __all__ = ["app", "main"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import warn
-from .tables import format_table
+from .tables import counted, format_table
 
 # Below this share of the delta, folding says that much of what was trained is lost to rounding.
 _KEPT_ENOUGH = 0.9
@@ -55,7 +55,7 @@ class FoldReport:
             for site in self.sites
         ]
         header = ("site", "dtype", "‖W‖", "‖ΔW‖", "‖ΔW‖/‖W‖", "kept", "remarks")
-        return f"folded {', '.join(self.adapters)} into {len(rows)} weights\n\n{format_table(header, rows)}"
+        return f"folded {', '.join(self.adapters)} into {counted(len(rows), 'weight')}\n\n{format_table(header, rows)}"
 
 
 def warn_of_losses(report: FoldReport) -> None:

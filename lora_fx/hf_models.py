@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import GraphError, LoraFxError
+from .errors import GraphError
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+
+_LONGEST_REASON = 240  # characters of another library's message
 
 # What an architecture's name ends with, or a PEFT adapter's task_type says → transformers' Auto class.
 _HEADS = {
@@ -33,14 +38,42 @@ _TASKS = {
 }
 
 
-def load_model(directory: Path, task_type: str | None = None) -> tuple[nn.Module, dict[str, Any], list[str]]:
-    """The model of a Hugging Face directory in eval mode, keyword arguments to trace it with, and what it lacks.
+@dataclass(frozen=True)
+class HfModel:
+    """A model that a Hugging Face directory holds.
 
-    The third value names the parameters that the directory's files do not hold: they are random.
+    Attributes:
+        directory: where it was read from.
+        model: in eval mode.
+        inputs: keyword arguments to trace it with.
+        missing: parameters that the directory's files do not hold: they are random.
+        task_type: the adapter's task that decided the head, if one did.
+    """
+
+    directory: Path
+    model: Any
+    inputs: dict[str, Any]
+    missing: tuple[str, ...]
+    task_type: str | None
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether the model's weights are."""
+        return str(self.model.dtype) == "torch.bfloat16"
+
+    @property
+    def takes_one_text(self) -> bool:
+        """Whether the model, for want of a padding token, refuses more than one text at a time."""
+        return any(len(value) == 1 for value in self.inputs.values() if hasattr(value, "shape"))
+
+
+def load_model(directory: Path, task_type: str | None = None, dtype: torch.dtype | None = None) -> HfModel:
+    """The model of a Hugging Face directory, and example inputs.
 
     Args:
         directory: holds config.json and safetensors.
         task_type: an adapter's, which decides the head; None reads it from the config's architectures.
+        dtype: to load it in; None takes the directory's.
 
     Raises:
         GraphError: if the directory holds no such model, or one whose inputs are not known here.
@@ -51,22 +84,63 @@ def load_model(directory: Path, task_type: str | None = None) -> tuple[nn.Module
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        auto = getattr(transformers, _auto_class(config, task_type))
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with _telling(directory):
+        config = transformers.AutoConfig.from_pretrained(directory, **options)
+    auto = getattr(transformers, _auto_class(directory, config, task_type))
+    with _telling(directory):
         model, loading = auto.from_pretrained(
-            directory, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            directory,
+            **options,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are told, and refused below by name
         )
-    except LoraFxError:
+    _check_sizes(directory, loading["mismatched_keys"])
+    return HfModel(directory, model.eval(), _example(model), tuple(sorted(loading["missing_keys"])), task_type)
+
+
+@contextmanager
+def _telling(directory: Path) -> Iterator[None]:
+    """Whatever transformers raises about a damaged directory, and it raises many kinds, is bad input."""
+    try:
+        yield
+    except (ImportError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise GraphError(f"{str(directory)!r} cannot be loaded as a Hugging Face model: {first}") from error
-    return model.eval(), _example(model), sorted(loading["missing_keys"])
+    except Exception as error:
+        raise GraphError(f"{str(directory)!r} cannot be loaded as a Hugging Face model: {_reason(error)}") from error
 
 
-def _auto_class(config: Any, task_type: str | None) -> str:
-    architecture = (getattr(config, "architectures", None) or [""])[0]
+def _reason(error: Exception) -> str:
+    """The first sentence of an exception's text."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    said = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return said if len(said) <= _LONGEST_REASON else f"{said[:_LONGEST_REASON]}…"
+
+
+def _check_sizes(directory: Path, mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+    wrong = sorted((name, tuple(stored), tuple(wanted)) for name, stored, wanted in mismatched)
+    if not wrong:
+        return
+    name, stored, wanted = wrong[0]
+    raise GraphError(
+        f"{str(directory)!r}: {name!r} has the shape {stored} in the weights and {wanted} by config.json "
+        f"({len(wrong)} such tensors in all): the two are of different models"
+    )
+
+
+def _auto_class(directory: Path, config: Any, task_type: str | None) -> str:
+    architectures = getattr(config, "architectures", None) or [""]
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise GraphError(
+            f"{str(directory / 'config.json')!r}: 'architectures' is {architectures!r}; it must be a list of class "
+            'names, such as ["BertModel"], or be left out'
+        )
+    architecture = architectures[0]
     if architecture.endswith("ForConditionalGeneration") and hasattr(config, "num_mel_bins"):
         return "AutoModelForSpeechSeq2Seq"
     if task_type is not None:
@@ -105,7 +179,25 @@ def _example(model: Any) -> dict[str, Any]:
         config.use_cache = False
         if getattr(model, "can_generate", lambda: False)():
             inputs["use_cache"] = False
+    if _takes_one_text(model, inputs):
+        inputs |= {name: value[:1] for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     return inputs
+
+
+def _takes_one_text(model: Any, inputs: dict[str, Any]) -> bool:
+    """Whether the model, for want of a padding token, refuses a batch: decoders that classify do."""
+    import torch
+
+    if model.config.get_text_config().pad_token_id is not None:
+        return False
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return False
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except ValueError:
+        return True
+    return False
 
 
 def _pair(size: Any) -> tuple[int, int]:

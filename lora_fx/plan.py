@@ -16,7 +16,7 @@ from .errors import TargetError, closest, warn
 from .graph_module import checked_graph_module, record_of
 from .matching import layer_index, matches_names, matches_suffix, matches_target, matching_key
 from .sites import Site, Sites, sites_of
-from .tables import format_table
+from .tables import counted, format_table
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,10 @@ class Plan:
     def __str__(self) -> str:
         rows = [_target_row(target) for target in self.targets]
         header = ("site", "op", "in → out", "r", "scaling", "parameters", "remarks")
-        text = f"{len(rows)} sites to adapt, {self.parameters:,} parameters\n\n{format_table(header, rows)}"
+        text = f"{counted(len(rows), 'site')} to adapt, {counted(self.parameters, 'parameter')}"
+        text += f"\n\n{format_table(header, rows)}"
         if self.trained:
-            text += f"\n\n{len(self.trained)} tensors of the base trained in full: {', '.join(self.trained)}"
+            text += f"\n\n{counted(len(self.trained), 'tensor')} of the base trained in full: {', '.join(self.trained)}"
         if self.skipped:
             table = format_table(("not adapted", "why"), [(s.path or "(root)", s.reason) for s in self.skipped])
             text += f"\n\n{table}"
@@ -142,7 +143,7 @@ def _target_names(config: LoraConfig, sites: Sites) -> tuple[str, ...] | str:
         return config.target_modules if isinstance(config.target_modules, str) else tuple(config.target_modules)
     raise TargetError(
         "target_modules is not given; name the modules to adapt, for instance target_modules='all-linear'. "
-        f"The graph has {len(sites)} sites: {_some(site.path for site in sites)}"
+        f"The graph has {counted(len(sites), 'site')}: {_some(site.path for site in sites)}"
     )
 
 
@@ -346,7 +347,7 @@ def _check_entries(field: str, entries: tuple[str, ...] | str, names: list[str],
             continue
         how = "as a regular expression on whole names " if isinstance(pattern, str) else ""
         raise TargetError(
-            f"{field} {entry!r} matched none of {count} sites {how}".rstrip()
+            f"{field} {entry!r} matched none of {counted(count, 'site')} {how}".rstrip()
             + f".{closest(entry, names)}{_hint(entry, pattern)} find_sites(gm) lists all: {_some(names)}"
         )
 

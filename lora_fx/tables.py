@@ -12,3 +12,8 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     lines.insert(1, "  ".join("─" * width for width in widths))
     return "\n".join(lines)
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 site`, `2 sites`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -203,7 +203,8 @@ def test_edits_by_hand_are_not_dropped_by_another_dtype() -> None:
         def forward(self, x):
             return torch.tanh(self.fc(x).to(self.fc.weight.dtype))
 
-    gm = copy.deepcopy(lora_fx.trace(Casts().eval(), (X,)))
+    model = Casts().eval()
+    gm = copy.deepcopy(lora_fx.trace(model, (X,)))
     node = next(node for node in gm.graph.nodes if node.target is torch.ops.aten.tanh.default)
     node.target = torch.ops.aten.sin.default
     gm.recompile()

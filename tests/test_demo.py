@@ -54,5 +54,5 @@ def test_the_demo_says_at_once_that_its_directory_is_a_file(tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["lora-fx", "demo", "--out", str(tmp_path / "file")])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
-    assert stopped.value.code == 5
-    assert "exists" in capsys.readouterr().err
+    assert stopped.value.code == 3
+    assert "is a file" in capsys.readouterr().err
