@@ -18,16 +18,19 @@ if TYPE_CHECKING:
     from .onnx_export import export_onnx
     from .onnx_report import OnnxReport
     from .onnx_weights import StoredWeight, read_manifest
+    from .output_check import OutputError
     from .sessions import make_session
-    from .verification import OutputError, ShapeCheck, VerifyReport, verify_onnx
+    from .verification import ShapeCheck, VerifyReport, verify_onnx
+    from .weight_check import WeightCheck
 
 _HOME = {
     "OnnxDiff": "onnx_compare",
     "OnnxReport": "onnx_report",
-    "OutputError": "verification",
+    "OutputError": "output_check",
     "ShapeCheck": "verification",
     "StoredWeight": "onnx_weights",
     "VerifyReport": "verification",
+    "WeightCheck": "weight_check",
     "compare_onnx": "onnx_compare",
     "export_onnx": "onnx_export",
     "make_session": "sessions",
@@ -42,6 +45,7 @@ __all__ = [
     "ShapeCheck",
     "StoredWeight",
     "VerifyReport",
+    "WeightCheck",
     "compare_onnx",
     "export_onnx",
     "make_session",

@@ -8,8 +8,9 @@ program and inputs of the ONNX file all count alike.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,12 +33,14 @@ class Example:
         args, kwargs: what the graph is called with.
         dimensions: per leaf, {free dimension: its name}.
         specs: per leaf, {free dimension: what torch.export shall be told about it}.
+        meant: names given on purpose: dimensions that share one are one, also where torch finds two.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dimensions: tuple[dict[int, str], ...]
     specs: tuple[dict[int, Any], ...]
+    meant: frozenset[str] = frozenset()
 
     @property
     def leaves(self) -> list[Any]:
@@ -50,25 +53,44 @@ class Example:
         return [(leaf, names) for leaf, names in both if isinstance(leaf, torch.Tensor)]
 
     def sizes(self) -> dict[str, int]:
-        """The size of each named dimension."""
-        return {name: leaf.shape[i] for leaf, names in self.tensors() for i, name in names.items()}
+        """The size of each named dimension; of `rows`, where only `2*rows` is there."""
+        named = [(linear(name), leaf.shape[i]) for leaf, names in self.tensors() for i, name in names.items()]
+        return {form.base: (size - form.offset) // form.factor for form, size in named}
 
     def resized(self, sizes: Mapping[str, int]) -> Example:
         """The same inputs with other sizes of named dimensions; tensors are repeated or cut along them."""
         leaves = self.leaves
         for position, names in enumerate(self.dimensions):
-            for dimension, name in names.items():
-                if name in sizes:
-                    leaves[position] = _resized(leaves[position], dimension, sizes[name])
+            for dimension, form in [(i, linear(name)) for i, name in names.items()]:
+                if form.base in sizes:
+                    size = form.factor * sizes[form.base] + form.offset
+                    leaves[position] = _resized(leaves[position], dimension, size)
         _, spec = pytree.tree_flatten((self.args, self.kwargs))
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        return Example(args, kwargs, self.dimensions, self.specs)
+        return replace(self, args=args, kwargs=kwargs)
 
     def on(self, device: torch.device) -> Example:
         """The same inputs on another device."""
         move = lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
         args, kwargs = pytree.tree_map(move, (self.args, self.kwargs))
-        return Example(args, kwargs, self.dimensions, self.specs)
+        return replace(self, args=args, kwargs=kwargs)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The size of a dimension that depends on another: factor * base + offset."""
+
+    base: str
+    factor: int = 1
+    offset: int = 0
+
+
+def linear(name: str) -> Linear:
+    """What torch's spelling of a derived dimension means (`2*rows`, `rows + 3`); any other name is its own base."""
+    found = re.fullmatch(r"(?:([1-9]\d*)\*)?([^\W\d]\w*)(?: ([+-]) (\d+))?", name)
+    if found is None:
+        return Linear(name)
+    return Linear(found[2], int(found[1] or 1), int(f"{found[3] or ''}{found[4] or 0}"))
 
 
 def _resized(tensor: torch.Tensor, dimension: int, size: int) -> torch.Tensor:
@@ -107,18 +129,29 @@ def make_example(
                 'export_onnx(gm, path, args=(x,), dynamic_shapes={"x": {0: "batch"}})'
             )
         args, kwargs = record.args, record.kwargs
+    _check_call(args, kwargs)
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
     kwargs = _in_signature_order(gm, args, dict(kwargs or {}))
     leaves = pytree.tree_leaves((args, kwargs))
+    meant: set[str] = set()
     if dynamic_shapes is not None:
         specs = _caller_specs(gm, args, kwargs, dynamic_shapes)
+        meant = _spoken_names(gm, args, kwargs, specs)
         dimensions = _dimension_names(gm, args, kwargs, specs)
     elif record is not None and len(record.dimension_names) == len(leaves):
         dimensions = _record_names(gm, record, args, kwargs)
         specs = tuple(dict.fromkeys(names, Dim.AUTO) for names in dimensions)
+        meant = {name for names in dimensions for name in names.values()}
     else:
         dimensions = specs = tuple({} for _ in leaves)
-    return Example(args, kwargs, dimensions, specs)
+    return Example(args, kwargs, dimensions, specs, frozenset(meant))
+
+
+def _check_call(args: Any, kwargs: Any) -> None:
+    if not isinstance(args, tuple | list | torch.Tensor | None):
+        raise ExportError(f"args={args!r} must be a tuple of the graph's positional inputs, such as (x,)")
+    if not isinstance(kwargs, Mapping | None) or not all(isinstance(name, str) for name in kwargs or ()):
+        raise ExportError(f'kwargs={kwargs!r} must be a dict of the graph\'s named inputs, such as {{"x": x}}')
 
 
 def with_dimensions(gm: fx.GraphModule, args: Any, kwargs: Any, names: Iterable[dict[int, str]]) -> Example:
@@ -127,6 +160,7 @@ def with_dimensions(gm: fx.GraphModule, args: Any, kwargs: Any, names: Iterable[
     Raises:
         ExportError: if there are more or fewer tensors than entries in `names`.
     """
+    _check_call(args, kwargs)
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     kwargs = _in_signature_order(gm, args, dict(kwargs))
     leaves = pytree.tree_leaves((args, kwargs))
@@ -167,7 +201,7 @@ def second_example(gm: fx.GraphModule, example: Example) -> tuple[Example | None
 
 def _other_sizes(example: Example, sizes: dict[str, int]) -> list[dict[str, int]]:
     """What to try, best first: everything moved by a little, doubled, halved; then the batch alone."""
-    leading = {names[0] for _, names in example.tensors() if 0 in names}
+    leading = {linear(names[0]).base for _, names in example.tensors() if 0 in names}
     batch = {name: size + 1 for name, size in sizes.items() if name in leading}
     rest = {name: size for name, size in sizes.items() if name not in leading}
     moved = [
@@ -223,7 +257,7 @@ def _record_names(
             f"the inputs given ({', '.join(kwargs) or 'positional'}) are not those the graph was traced with "
             f"({', '.join(record.kwargs) or 'positional'}); pass dynamic_shapes= as well"
         )
-    return tuple(record.dimension_names[i] for i in order)
+    return _told_apart(gm, args, kwargs, [record.dimension_names[i] for i in order])
 
 
 def _caller_specs(
@@ -280,21 +314,64 @@ def _is_free(entry: Any) -> bool:
     return not (entry is None or isinstance(entry, int) or entry is Dim.STATIC)
 
 
+def _spoken_names(
+    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], specs: tuple[dict[int, Any], ...]
+) -> set[str]:
+    """The names in the caller's dynamic_shapes.
+
+    Raises:
+        ExportError: if one of them stands for different sizes.
+    """
+    known: dict[str, tuple[int, str]] = {}
+    for (label, leaf), spec in zip(_labelled(gm, args, kwargs), specs, strict=True):
+        for i, name in [(i, _spoken_name(entry)) for i, entry in spec.items() if _spoken_name(entry)]:
+            size, where = known.setdefault(name, (leaf.shape[i], label))
+            if size != leaf.shape[i]:
+                raise ExportError(
+                    f"dimension {name!r} is {size} in {where!r} and {leaf.shape[i]} in {label!r}; "
+                    "give them two names, or inputs of one size"
+                )
+    return set(known)
+
+
 def _dimension_names(
     gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], specs: tuple[dict[int, Any], ...]
 ) -> tuple[dict[int, str], ...]:
     """The caller's own names, else batch for a leading dimension and `<input>_dim_<i>` for the others."""
-    paths, _ = pytree.tree_flatten_with_path(_bound(gm, args, kwargs))
-    return tuple(
-        {i: _spoken_name(entry) or ("batch" if i == 0 else f"{_spelled(path)}_dim_{i}") for i, entry in spec.items()}
-        for (path, _), spec in zip(paths, specs, strict=True)
+    spoken = [{i: _spoken_name(entry) for i, entry in spec.items()} for spec in specs]
+    batch = "" if any("batch" in names.values() for names in spoken) else "batch"
+    return _told_apart(
+        gm, args, kwargs, [{i: name or (batch if i == 0 else "") for i, name in names.items()} for names in spoken]
     )
 
 
-def _spoken_name(entry: Any) -> str | None:
+def _spoken_name(entry: Any) -> str:
     if isinstance(entry, str):
         return entry
-    return entry.__name__ if isinstance(entry, Dim) else None
+    return entry.__name__ if isinstance(entry, Dim) else ""
+
+
+def _told_apart(
+    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], names: Iterable[Mapping[int, str]]
+) -> tuple[dict[int, str], ...]:
+    """`names`, with `<input>_dim_<i>` where there is none, or where it is another size's name already."""
+    sizes: dict[str, int] = {}
+    told: list[dict[int, str]] = []
+    for (label, leaf), usual in zip(_labelled(gm, args, kwargs), names, strict=True):
+        shape = leaf.shape if isinstance(leaf, torch.Tensor) else ()
+        own = {i: f"{label}_dim_{i}" for i in usual if i < len(shape)}
+        told.append({i: usual[i] if _is_size(sizes, usual[i], shape[i]) else name for i, name in own.items()})
+    return tuple(told)
+
+
+def _is_size(sizes: dict[str, int], name: str, size: int) -> bool:
+    """Whether `name` is free for a dimension of that size, which it then stands for."""
+    return bool(name) and sizes.setdefault(name, size) == size
+
+
+def _labelled(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The leaves with the names of the arguments that they come from."""
+    return [(_spelled(path), leaf) for path, leaf in pytree.tree_flatten_with_path(_bound(gm, args, kwargs))[0]]
 
 
 def _spelled(path: tuple[Any, ...]) -> str:

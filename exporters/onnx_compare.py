@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from lora_fx import ExportError
 
+from .external_data import check_external_data, data_locations
 from .sessions import checked_file
 from .text import reason, some, table
 
@@ -76,7 +77,8 @@ class OnnxDiff:
             ("initializers reshaped", some(self.initializers_reshaped)),
             (
                 "initializers of other values",
-                f"{len(self.values_changed)} of {len(self.values_changed) + self.values_equal}",
+                f"{len(self.values_changed)} of {len(self.values_changed) + self.values_equal}"
+                + (f": {some(self.values_changed)}" if self.values_changed else ""),
             ),
         ]
         return table(("compared", ""), [row for row in rows if row[1]])
@@ -86,7 +88,7 @@ def compare_onnx(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> OnnxDi
     """Compare two ONNX files: nodes, attributes, graph inputs and outputs, and every initializer.
 
     Raises:
-        ExportError: if one of them cannot be read.
+        ExportError: if one of them cannot be read, or its external data is not what it was written with.
     """
     first, second = _load(checked_file(a)), _load(checked_file(b))
     ops_a, ops_b = _ops(first.graph), _ops(second.graph)
@@ -111,11 +113,19 @@ def compare_onnx(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> OnnxDi
 
 def _load(path: Path) -> onnx.ModelProto:
     try:
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
     except Exception as error:
         raise ExportError(f"{path} cannot be read as ONNX: {reason(error)}; export it again") from error
     if not model.HasField("graph") or not model.ir_version:
         raise ExportError(f"{path} holds no ONNX graph (it is empty or something else); export it again")
+    check_external_data(path, model)
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:
+        raise ExportError(
+            f"the weights of {path} cannot be read: {reason(error)}; put {some(data_locations(model))} beside it, or "
+            "export it again"
+        ) from error
     return model
 
 

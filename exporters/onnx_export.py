@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 import warnings
@@ -28,7 +29,8 @@ from .onnx_report import Dims, OnnxReport
 from .onnx_weights import StoredWeight, hide_weights, restore_weights, write_manifest
 from .quiet import quiet
 from .text import reason, some
-from .verification import ShapeCheck, check_shape, open_for_check
+from .verification import NOTHING_COMPARABLE, ShapeCheck, check_shape, open_for_check
+from .weight_check import check_weights
 
 
 def export_onnx(
@@ -63,7 +65,7 @@ def export_onnx(
         dynamic_shapes: None for the remembered free dimensions, "auto" for all that the graph leaves
             free, or torch.export's form, in which a string names a free dimension.
         check: run ONNX Runtime (CPU) and torch on the example inputs, and on a second shape if
-            dimensions are free, and refuse a file that disagrees.
+            dimensions are free, compare the weights, and refuse a file that disagrees.
         dtype, quantize: not available yet; refused if not None.
 
     Raises:
@@ -187,7 +189,8 @@ def _convert(
     notes += name_dimensions(model, example, onnx_program.rename_axes)
     inputs = [str(value.name) for value in model.graph.inputs]
     weights = _optimize(model, program, _aliases(gm))
-    name_ports(model, inputs, outputs)
+    names = name_ports(model, inputs, outputs)
+    weights = tuple(dataclasses.replace(weight, name=names[weight.name]) for weight in weights)
     strip_metadata(model)
     write_manifest(model, weights)
     return model, weights, notes
@@ -278,6 +281,17 @@ def _check_against_torch(gm: fx.GraphModule, path: Path, example: Example) -> tu
                 f"the exported file does not compute what torch computes, so nothing was written: {each}{why}. "
                 "export_onnx(..., check=False) writes it all the same, to look into it"
             )
+    if all(each.is_vacuous for each in checks):
+        raise ExportError(
+            f"the exported file was not checked, so nothing was written: {NOTHING_COMPARABLE}. "
+            "export_onnx(..., check=False) writes it all the same"
+        )
+    weights = check_weights(path, gm)
+    if not weights.ok:
+        raise ExportError(
+            f"the exported file holds other weights than the graph, so nothing was written. {weights}. "
+            "export_onnx(..., check=False) writes it all the same, to look into it"
+        )
     return checks, notes
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import tempfile
@@ -16,9 +15,10 @@ import onnx_ir as ir
 
 from lora_fx import ExportError
 
+from .external_data import DATA_HASH_KEY, data_locations, sha256
+from .paths import path_of
 from .text import reason
 
-DATA_HASH_KEY = "lora_fx.data_sha256"
 AUTOMATIC_EXTERNAL_BYTES = 3 * 2**29  # 1.5 GiB
 PROTOBUF_BYTES = 2**31 - 2**26  # 2 GiB less room for the graph itself
 
@@ -37,19 +37,19 @@ def checked_target(path: str | os.PathLike[str]) -> Path:
     Raises:
         ExportError: if nothing can be written there. Better now than after a long export.
     """
-    try:
-        target = Path(os.path.realpath(os.fspath(path)))
-    except TypeError as error:
-        raise ExportError(f"path must be a string or a path, not {type(path).__name__}") from error
-    if target.is_dir():
+    target = Path(os.path.realpath(path_of(path)))
+    if os.path.isdir(target):  # not Path.is_dir, which raises for a name that is too long
         raise ExportError(f"{path} is a directory; name a file in it, such as {target / 'model.onnx'}")
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise ExportError(
             f"cannot write {path}: the directory {target.parent} does not exist; make it first "
             f"(mkdir -p {target.parent})"
         )
-    with _temporary_directory(target):
-        pass
+    with _temporary_directory(target) as directory:
+        try:
+            (directory / target.name).touch()
+        except OSError as error:
+            raise ExportError(f"cannot write {target} ({error.strerror}); choose another name") from error
     return target
 
 
@@ -57,7 +57,7 @@ def checked_target(path: str | os.PathLike[str]) -> Path:
 def _temporary_directory(target: Path) -> Iterator[Path]:
     """A directory beside the target, on the same file system; gone afterwards whatever happens."""
     try:
-        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        directory = Path(tempfile.mkdtemp(prefix=".lora_fx.", suffix=".tmp", dir=target.parent))
     except OSError as error:
         raise ExportError(
             f"cannot write into {target.parent} ({error.strerror}); choose another directory or mend its permissions"
@@ -92,6 +92,10 @@ def written(model: ir.Model, target: Path, *, external: bool) -> Iterator[Writte
     """
     with _temporary_directory(target) as directory:
         files = Written(directory / target.name, directory / f"{target.name}.data" if external else None)
+        if files.data is not None and os.path.isdir(taken := target.with_name(files.data.name)):
+            raise ExportError(
+                f"cannot write the weights to {taken}: it is a directory; move it, or choose another name"
+            )
         try:
             _save(model, files)
         except OSError as error:
@@ -136,19 +140,13 @@ def _commit(files: Written, target: Path) -> None:
 def _own_data_of(target: Path) -> Path | None:
     """The data file of the file that is about to be replaced, if we wrote it: nothing will name it any more."""
     data = target.with_name(f"{target.name}.data")
-    if not (target.is_file() and data.is_file()):
+    if not (os.path.isfile(target) and os.path.isfile(data)):
         return None
     with contextlib.suppress(Exception):
         old = onnx.load(target, load_external_data=False)
-        if any(prop.key == DATA_HASH_KEY for prop in old.metadata_props):
+        if any(prop.key == DATA_HASH_KEY for prop in old.metadata_props) and data.name in data_locations(old):
             return data
     return None
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _room(target: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, OutputKind
+from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from lora_fx import ExportError
@@ -24,24 +24,32 @@ def output_names(program: ExportedProgram) -> list[str]:
     """One name per tensor the program returns: the keys of its output, `output` or `output_0`, ...
 
     Raises:
-        ExportError: if it returns numbers or strings, for which ONNX has no place.
+        ExportError: if it returns numbers or strings, for which ONNX has no place, or no tensor at all.
     """
     spec = program.call_spec.out_spec
     specs = [s for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
-    if spec is None:
-        return [f"output_{i}" for i in range(len(specs))]
-    marked = pytree.tree_unflatten(list(range(len(specs))), spec)
+    marks = list(range(len(specs)))
+    paths = pytree.tree_flatten_with_path(marks if spec is None else pytree.tree_unflatten(marks, spec))[0]
     names: list[str] = []
-    for (path, _), output in zip(pytree.tree_flatten_with_path(marked)[0], specs, strict=True):
+    for (path, _), output in zip(paths, specs, strict=True):
         name = "_".join(_key(key) for key in path)
-        if not isinstance(output.arg, ConstantArgument):
+        if isinstance(output.arg, TensorArgument):
             names.append(name if name and not name[0].isdigit() else f"output_{name}".rstrip("_"))
-        elif output.arg.value is not None:
+        elif not isinstance(output.arg, ConstantArgument) or output.arg.value is not None:
             raise ExportError(
-                f"the model returns {output.arg.value!r} ({type(output.arg.value).__name__}) as "
-                f"{name or 'its output'!r}, and an ONNX file returns only tensors; return a tensor, or nothing"
+                f"the model returns {_described(output.arg)} as {name or 'its output'!r}, and an ONNX file returns "
+                "only tensors; return a tensor, or nothing"
             )
+    if not names:
+        raise ExportError("the model returns no tensor, and an ONNX file returns only tensors; return what it computes")
     return names
+
+
+def _described(argument: Any) -> str:
+    if isinstance(argument, ConstantArgument):
+        return f"{argument.value!r} ({type(argument.value).__name__})"
+    kind = type(argument).__name__.removeprefix("Sym").removesuffix("Argument").lower()
+    return f"a number that its inputs' sizes decide ({kind})"
 
 
 def _key(key: Any) -> str:
@@ -51,12 +59,16 @@ def _key(key: Any) -> str:
     return str(key)
 
 
-def name_ports(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+def name_ports(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, str]:
     """Name the graph's inputs and outputs; a value inside that has one of these names gets another.
 
     An output that has an input's name is called `<name>_out`.
+
+    Returns:
+        {old name: new name} of all initializers.
     """
     graph = model.graph
+    initializers = {str(value.name): value for value in graph.initializers.values()}
     wanted = list(inputs)
     for name in outputs:
         while name in wanted:
@@ -71,6 +83,7 @@ def name_ports(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -
         port.name = _unlike(str(port.name), taken)
     for name, port in zip(wanted, ports, strict=True):
         port.name = name
+    return {old: str(value.name) for old, value in initializers.items()}
 
 
 def _unlike(name: str, taken: set[str]) -> str:
@@ -93,11 +106,13 @@ def name_dimensions(model: ir.Model, example: Example, rename: Any) -> list[str]
         for i, name in names.items():
             dimension = shape[i]
             text = str(dimension.value) if isinstance(dimension, ir.SymbolicDim) else str(dimension)
-            if not text.isdigit():
-                symbols.setdefault(text, name)
-            else:  # torch writes a dimension that its guards fixed as a symbol called "3"
+            if text.isdigit():  # torch writes a dimension that its guards fixed as a symbol called "3"
                 shape[i] = int(text)
                 fixed.append(f"dimension {i} ({name!r}) of input {value.name!r} is fixed at {tensor.shape[i]}")
+            elif text not in symbols:
+                # Two that torch leaves independent are two, unless somebody says that they are one.
+                is_taken = name in symbols.values() and name not in example.meant
+                symbols[text] = f"{value.name}_dim_{i}" if is_taken else name
     if symbols:
         rename(symbols)
     return fixed

@@ -185,6 +185,7 @@ def write_manifest(model: ir.Model, weights: tuple[StoredWeight, ...]) -> None:
     """Record in the file's metadata which initializer is which weight."""
     entries = {}
     for weight in weights:
+        assert weight.name in model.graph.initializers, weight.name
         entry = weight.to_dict()
         del entry["name"]
         entries[weight.name] = {key: value for key, value in entry.items() if value not in (None, ())}

@@ -15,10 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime as ort
 
 from lora_fx import ExportError
 
+from .external_data import DATA_HASH_KEY, check_external_data
+from .paths import path_of
 from .quiet import stderr_caught
 from .text import plain_lines, reason, some
 
@@ -30,6 +33,11 @@ _PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 _NAMES = ("auto", *_PROVIDERS)
+_MEANT = {name.lower(): short for short, name in _PROVIDERS.items()} | {
+    "gpu": "cuda",
+    "nvidia": "cuda",
+    "trt": "tensorrt",
+}
 # A model whose products run on the CPU does not "run on CUDA", whatever its shape arithmetic does.
 _HEAVY = {"Attention", "Conv", "ConvTranspose", "Einsum", "FusedMatMul", "GRU", "Gemm", "LSTM", "MatMul"}
 
@@ -53,7 +61,7 @@ def check_provider(provider: str) -> None:
     """Raises ExportError unless `provider` is one of "auto", "cpu", "cuda" and "tensorrt"."""
     if provider in _NAMES:
         return
-    meant = {name.lower(): short for short, name in _PROVIDERS.items()}.get(str(provider).lower())
+    meant = _MEANT.get(str(provider).lower())
     near = [meant] if meant else difflib.get_close_matches(str(provider).lower(), _NAMES, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ExportError(f"provider={provider!r} is unknown; choose one of {', '.join(map(repr, _NAMES))}.{hint}")
@@ -61,12 +69,9 @@ def check_provider(provider: str) -> None:
 
 def checked_file(path: str | os.PathLike[str]) -> Path:
     """`path` as a Path. Raises ExportError if there is no file."""
-    try:
-        file = Path(os.fspath(path))
-    except TypeError as error:
-        raise ExportError(f"path must be a string or a path, not {type(path).__name__}") from error
-    if not file.is_file():
-        what = "is a directory" if file.is_dir() else "does not exist"
+    file = path_of(path)
+    if not os.path.isfile(file):  # not Path.is_file, which raises for a name that is too long
+        what = "is a directory" if os.path.isdir(file) else "does not exist"
         raise ExportError(f"the ONNX file {file} {what}; export_onnx(gm, {str(file)!r}) writes one")
     return file
 
@@ -79,7 +84,8 @@ def open_session(file: Path, provider: str, options: Mapping[str, str] | None = 
         session = _automatic(file, options or {})
     else:
         session = _on_gpu(file, _PROVIDERS[provider], options or {})
-    _check_external_data(file, session)
+    if DATA_HASH_KEY in session.get_modelmeta().custom_metadata_map:
+        check_external_data(file, onnx.load(file, load_external_data=False))
     return session
 
 
@@ -160,19 +166,6 @@ def _create(file: Path, providers: Sequence[Any], config: Mapping[str, str]) -> 
         options.add_session_config_entry(key, value)
     # enable_fallback is Python's own retry on other providers, which prints to stdout and goes on.
     return ort.InferenceSession(os.fspath(file), options, providers=list(providers), enable_fallback=0)
-
-
-def _check_external_data(file: Path, session: ort.InferenceSession) -> None:
-    """The graph names the hash of its weights: another file of the same size would load without a word."""
-    from .onnx_files import DATA_HASH_KEY, sha256
-
-    expected = session.get_modelmeta().custom_metadata_map.get(DATA_HASH_KEY)
-    data = file.with_name(f"{file.name}.data")
-    if expected is not None and data.is_file() and sha256(data) != expected:
-        raise ExportError(
-            f"{data.name} does not hold the weights that {file.name} was written with (sha256 differs): one of the "
-            "two was replaced or damaged; export both again"
-        )
 
 
 def _why(log: Sequence[str]) -> str:

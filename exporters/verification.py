@@ -9,52 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+import lora_fx
 from lora_fx import ExportError
 
 from .eval_mode import evaluating, run_torch
 from .example_inputs import Example, make_example, second_example, with_dimensions
 from .onnx_compare import OnnxDiff, compare_onnx
+from .output_check import TOLERANCE_IN_EPS, OutputError, coarsest_dtype, compare_output
 from .sessions import check_provider, checked_file, open_session
 from .text import reason, table
+from .weight_check import WeightCheck, check_weights, used_names
 
-# Errors of a deep model's float arithmetic, in units of the dtype's eps, relative to max |y|. Two correct
-# runtimes differ by up to about 100; a wrong weight differs by 1e5 or more (float32).
-TOLERANCE_IN_EPS = {torch.float64: 4096.0, torch.float32: 1024.0, torch.float16: 32.0, torch.bfloat16: 32.0}
-
-
-@dataclass(frozen=True)
-class OutputError:
-    """How far one output of ONNX Runtime is from torch's.
-
-    Attributes:
-        name: the output's name in the file.
-        max_abs: largest |difference| where both are finite.
-        max_rel: max_abs / max |torch's output|.
-        tolerance: what max_rel may be.
-        problem: why the outputs cannot be equal whatever the numbers (shape, dtype, NaN), or "".
-    """
-
-    name: str
-    max_abs: float
-    max_rel: float
-    tolerance: float
-    problem: str = ""
-
-    @property
-    def ok(self) -> bool:
-        """Whether the outputs agree within the tolerance."""
-        return not self.problem and self.max_rel <= self.tolerance
-
-    @property
-    def verdict(self) -> str:
-        """One word, or the problem."""
-        return self.problem or ("ok" if self.ok else "FAILED")
+NOTHING_COMPARABLE = (
+    "nothing was compared: at all shapes, every output is empty, or all NaN, infinite or masked; pass inputs for "
+    "which the model returns numbers"
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +47,11 @@ class ShapeCheck:
     def ok(self) -> bool:
         """Whether all outputs agree."""
         return all(output.ok for output in self.outputs)
+
+    @property
+    def is_vacuous(self) -> bool:
+        """Whether the outputs hold no value that could differ: they are empty, or all NaN, infinite or masked."""
+        return not any(output.compared or output.problem for output in self.outputs)
 
     @property
     def relative_error(self) -> float:
@@ -96,6 +75,7 @@ class VerifyReport:
         asked: the provider that was asked for.
         providers: the providers that the session really has, first choice first.
         checks: one per set of inputs.
+        weights: the comparison of the file's weights with the graph's.
         base: the comparison with the base's file, if one was given.
         tolerance: how the tolerances were derived.
         notes: what else to know, such as why there is only one shape.
@@ -105,14 +85,19 @@ class VerifyReport:
     asked: str
     providers: tuple[str, ...]
     checks: tuple[ShapeCheck, ...]
+    weights: WeightCheck
     base: OnnxDiff | None
     tolerance: str
     notes: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether all outputs agree at all shapes, and the graph is the base's if one was given."""
-        return all(check.ok for check in self.checks) and (self.base is None or self.base.same_graph)
+        """Whether all outputs agree, and so do the weights, and the graph is the base's if one was given."""
+        return self._outputs_ok and self.weights.ok and (self.base is None or self.base.same_graph)
+
+    @property
+    def _outputs_ok(self) -> bool:
+        return all(check.ok for check in self.checks) and not all(check.is_vacuous for check in self.checks)
 
     def raise_if_failed(self) -> None:
         """Raises ExportError with what disagrees, if anything does."""
@@ -122,6 +107,13 @@ class VerifyReport:
                     f"{self.path} does not compute what torch computes on {self.providers[0]}, {check}. "
                     "Export the graph again, and check that this is its file"
                 )
+        if not self._outputs_ok:
+            raise ExportError(f"{self.path}: {NOTHING_COMPARABLE}")
+        if not self.weights.ok:
+            raise ExportError(
+                f"{self.path} holds other weights than the graph. {self.weights}\nExport the graph again, and check "
+                "that this is its file"
+            )
         if self.base is not None and not self.base.same_graph:
             raise ExportError(
                 f"{self.path} is not op for op the base's file:\n{self.base}\nExport both with the same torch, "
@@ -149,6 +141,8 @@ class VerifyReport:
             f"{self.path}: {'ok' if self.ok else 'FAILED'}, asked for {self.asked}, ran on {', '.join(self.providers)}",
             table(("inputs", "output", "max |error|", "/ max |y|", "allowed", ""), rows),
             self.tolerance,
+            *([NOTHING_COMPARABLE] if all(check.is_vacuous for check in self.checks) else []),
+            str(self.weights),
             *([str(self.base)] if self.base is not None else []),
             *self.notes,
         ]
@@ -163,7 +157,10 @@ def verify_onnx(
     base: str | os.PathLike[str] | None = None,
     provider: str = "auto",
 ) -> VerifyReport:
-    """Run `gm` in torch and the file in ONNX Runtime on the same inputs, and compare.
+    """Run `gm` in torch and the file in ONNX Runtime on the same inputs, and compare; and compare the weights.
+
+    Weights are compared bit for bit, if `export_onnx` wrote the file. A graph with adapters that are not folded
+    can be compared with the folded file: the weights under the adapters are then judged by the outputs alone.
 
     Args:
         path: the .onnx file.
@@ -179,31 +176,49 @@ def verify_onnx(
     """
     check_provider(provider)
     file = checked_file(path)
+    _check_arguments(gm, inputs)
     diff = None if base is None else compare_onnx(base, file)
     # TF32 products are a precision of their own; here the question is whether the file is right.
     session = open_session(file, provider, {"use_tf32": "0"} if provider in ("auto", "cuda") else None)
     with evaluating(gm):
         examples, notes = _examples(session, gm, inputs)
         checks = tuple(check_shape(session, gm, example) for example in examples)
+        weights = check_weights(file, gm)
+        dtype = _dtype_of(gm)
     return VerifyReport(
         path=os.fspath(path),
         asked=provider,
         providers=tuple(session.get_providers()),
         checks=checks,
+        weights=weights,
         base=diff,
-        tolerance=f"allowed is {TOLERANCE_IN_EPS[_coarsest(gm)]:.0f} eps of {_coarsest(gm)} (integers: equal)",
+        tolerance=f"allowed is {TOLERANCE_IN_EPS[dtype]:.0f} eps of {dtype} (integers: equal)",
         notes=tuple(notes),
     )
 
 
+def _check_arguments(gm: Any, inputs: Any) -> None:
+    try:
+        lora_fx.adapter_names(gm)
+    except lora_fx.LoraFxError as error:
+        raise ExportError(f"verify_onnx takes a graph module: {error}") from error
+    if inputs is None:
+        return
+    if not isinstance(inputs, tuple | list) or not inputs or not all(_is_call(pair) for pair in inputs):
+        raise ExportError("inputs must be a list of (args, kwargs), such as [((x,), {}), ((y,), {})], or None")
+
+
+def _is_call(pair: Any) -> bool:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        return False
+    return isinstance(pair[0], tuple | list | torch.Tensor) and isinstance(pair[1], dict)
+
+
 def _examples(session: ort.InferenceSession, gm: fx.GraphModule, inputs: Any) -> tuple[list[Example], list[str]]:
+    pairs = inputs
     if inputs is None:
         example = make_example(gm)
-        pairs: list[Any] = [(example.args, example.kwargs)]
-    else:
-        pairs = list(inputs)
-    if not pairs or not all(isinstance(p, tuple | list) and len(p) == 2 and isinstance(p[1], dict) for p in pairs):
-        raise ExportError("inputs must be a list of (args, kwargs), such as [((x,), {}), ((y,), {})], or None")
+        pairs = [(example.args, example.kwargs)]
     names = [{i: d for i, d in enumerate(port.shape) if isinstance(d, str)} for port in session.get_inputs()]
     examples = [with_dimensions(gm, args, kwargs, names) for args, kwargs in pairs]
     if len({_shapes(session, example) for example in examples}) > 1:
@@ -242,7 +257,7 @@ def check_shape(session: ort.InferenceSession, gm: fx.GraphModule, example: Exam
             f"torch cannot run the graph at {shapes}: {reason(error)}; pass inputs that it takes"
         ) from error
     try:
-        got = session.run(None, feed)
+        got = session.run(None, feed, _silent())
     except Exception as error:
         raise ExportError(
             f"ONNX Runtime cannot run the file at {shapes}: {reason(error)}. The file does not take what torch takes"
@@ -254,8 +269,23 @@ def check_shape(session: ort.InferenceSession, gm: fx.GraphModule, example: Exam
             f"torch returns {len(wanted)} tensors, the file {len(got)} ({', '.join(names)}): "
             "the file is not this graph's; export the graph again"
         )
-    dtype = _coarsest(gm)
-    return ShapeCheck(shapes, tuple(_compare(*each, dtype) for each in zip(names, wanted, got, strict=True)))
+    dtype = _dtype_of(gm)
+    return ShapeCheck(shapes, tuple(compare_output(*each, dtype) for each in zip(names, wanted, got, strict=True)))
+
+
+def _silent() -> ort.RunOptions:
+    """ONNX Runtime writes an error to the terminal before it raises it."""
+    options = ort.RunOptions()
+    options.log_severity_level = 4  # fatal
+    return options
+
+
+def _dtype_of(gm: fx.GraphModule) -> torch.dtype:
+    """What the graph computes in at worst: its parameters' dtype, or that of the buffers it uses if it has none."""
+    if any(True for _ in gm.parameters()):
+        return coarsest_dtype(gm.parameters())
+    used = used_names(gm)
+    return coarsest_dtype(buffer for name, buffer in gm.named_buffers() if name in used)
 
 
 def _feed(session: ort.InferenceSession, example: Example) -> dict[str, Any]:
@@ -275,40 +305,3 @@ def _feed(session: ort.InferenceSession, example: Example) -> dict[str, Any]:
 def _shapes(session: ort.InferenceSession, example: Example) -> str:
     ports = zip(session.get_inputs(), example.tensors(), strict=True)
     return ", ".join(f"{port.name} {list(tensor.shape)}" for port, (tensor, _) in ports)
-
-
-def _coarsest(gm: fx.GraphModule) -> torch.dtype:
-    """The floating dtype of the graph's weights with the largest eps."""
-    dtypes = {tensor.dtype for tensor in [*gm.parameters(), *gm.buffers()]} & set(TOLERANCE_IN_EPS)
-    return max(dtypes or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def _compare(name: str, wanted: torch.Tensor, got: Any, weights: torch.dtype) -> OutputError:
-    """Compare one output: wanted from torch, got from ONNX Runtime."""
-    got = torch.from_numpy(np.ascontiguousarray(got))
-    wanted = wanted.detach().cpu()
-    if got.shape != wanted.shape:
-        return OutputError(name, 0.0, 0.0, 0.0, f"shape {list(got.shape)} instead of {list(wanted.shape)}")
-    if got.dtype != wanted.dtype:
-        return OutputError(name, 0.0, 0.0, 0.0, f"dtype {got.dtype} instead of {wanted.dtype}")
-    if not wanted.is_floating_point():
-        unequal = int((got != wanted).sum())
-        return OutputError(
-            name, float(unequal > 0), float(unequal > 0), 0.0, f"{unequal} values differ" if unequal else ""
-        )
-    dtype = max((weights, wanted.dtype), key=lambda d: torch.finfo(d).eps)
-    tolerance = TOLERANCE_IN_EPS.get(dtype, 32.0) * torch.finfo(dtype).eps
-    # Values near the end of the range are masks: equal, or not, but no measure for the others.
-    huge = torch.finfo(wanted.dtype).max / 4
-    a, b = wanted.double(), got.double()
-    usual = a.isfinite() & (a.abs() < huge)
-    if not torch.equal(usual, b.isfinite() & (b.abs() < huge)) or not torch.equal(a.isnan(), b.isnan()):
-        return OutputError(
-            name, float("inf"), float("inf"), tolerance, "NaN, infinite or masked values at other places"
-        )
-    if not torch.equal(a[~usual].nan_to_num().sign(), b[~usual].nan_to_num().sign()):
-        return OutputError(name, float("inf"), float("inf"), tolerance, "infinite or masked values of another sign")
-    if not bool(usual.any()):
-        return OutputError(name, 0.0, 0.0, tolerance)
-    error, scale = float((a - b)[usual].abs().max()), float(a[usual].abs().max())
-    return OutputError(name, error, error / scale if scale else error, tolerance)

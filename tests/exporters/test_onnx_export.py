@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.export import Dim
 
 import lora_fx
 from exporters import compare_onnx, export_onnx, make_session, onnx_export, onnx_files, read_manifest, verify_onnx
+from exporters.example_inputs import linear
 from lora_fx import ExportError, LoraConfig, LoraFxWarning
 
 X = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
@@ -176,8 +177,51 @@ def test_clashing_names(tmp_path: Path) -> None:
     assert list(report.inputs) == ["scale", "x"]
     assert list(report.outputs) == ["x_out", "linear_0", "linear_2", "scale_out", "same"]
     assert "scale" in {weight.fqn for weight in report.weights}
+    assert_manifest_is_true(tmp_path / "m.onnx", gm)
     session = make_session(tmp_path / "m.onnx", provider="cpu")
     assert [port.name for port in session.get_inputs()] == ["scale", "x"]
+
+
+def assert_manifest_is_true(path: Path, gm: fx.GraphModule) -> None:
+    """Every name in the manifest is an initializer, with the value of the weight that it is said to be."""
+    proto = onnx.load(path)
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    manifest = read_manifest(proto)
+    assert set(manifest) <= set(values)
+    assert {weight.fqn for weight in manifest.values()} == {name for name, _ in gm.named_parameters()}
+    for name, weight in manifest.items():
+        own = gm.get_parameter(weight.fqn).detach()
+        assert torch.equal(
+            torch.from_numpy(values[name].copy()), own if weight.perm is None else own.permute(weight.perm)
+        )
+
+
+class PortNames(nn.Module):
+    """An input, the usual output name and a key of the output are names of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 7, bias=False)
+        self.weight = nn.Parameter(torch.randn(7))
+        self.output = nn.Parameter(torch.randn(7))
+
+    def forward(self, weight: torch.Tensor) -> Any:
+        return self.first(weight * self.weight) + self.output
+
+
+class KeyNames(PortNames):
+    def forward(self, weight: torch.Tensor) -> Any:
+        return {"first.weight": super().forward(weight)}
+
+
+@pytest.mark.parametrize(("model", "output"), [(PortNames, "output"), (KeyNames, "first.weight")])
+def test_ports_with_the_names_of_weights(tmp_path: Path, model: type[nn.Module], output: str) -> None:
+    gm = lora_fx.trace(model().eval(), (X,))
+    report = export_onnx(gm, tmp_path / "m.onnx")
+    assert list(report.inputs) == ["weight"]
+    assert list(report.outputs) == [output]
+    assert {weight.name for weight in report.weights} == set(read_manifest(onnx.load(tmp_path / "m.onnx")))
+    assert_manifest_is_true(tmp_path / "m.onnx", gm)
 
 
 def test_keyword_arguments_in_any_order(tmp_path: Path) -> None:
@@ -233,6 +277,121 @@ def test_own_dim_names(tmp_path: Path, gm: fx.GraphModule) -> None:
     assert export_onnx(gm, tmp_path / "m.onnx", dynamic_shapes={}).inputs == {"x": (3, 7)}
 
 
+class Outer(nn.Module):
+    """Two inputs whose leading dimensions have nothing to do with one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(7, 7)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) @ y.T
+
+
+AUTO = {"x": {0: Dim.AUTO}, "y": {0: Dim.AUTO}}
+
+
+@pytest.mark.filterwarnings("ignore:dimension 1 .* is fixed at 7")
+@pytest.mark.parametrize("rows", [3, 5])
+@pytest.mark.parametrize(
+    ("shapes", "names"),
+    [
+        ("auto", ("batch", "y_dim_0")),
+        (AUTO, ("batch", "y_dim_0")),
+        ({"x": {0: Dim.AUTO}, "y": {0: "batch"}}, ("x_dim_0", "batch")),
+    ],
+    ids=["auto", "AUTO", "mixed"],
+)
+def test_independent_dimensions_have_two_names(tmp_path: Path, shapes: Any, names: tuple[str, str], rows: int) -> None:
+    inputs = (X, torch.randn(rows, 7))
+    plain = torch.export.export(Outer(), inputs, dynamic_shapes=AUTO).module()
+    for gm in (torch.fx.symbolic_trace(Outer()), plain):
+        report = export_onnx(gm, tmp_path / "m.onnx", args=inputs, dynamic_shapes=shapes)
+        assert tuple(dims[0] for dims in report.inputs.values()) == names
+        assert report.outputs == {"output": names}
+        session = make_session(tmp_path / "m.onnx", provider="cpu")
+        feed = {"x": torch.randn(2, 7).numpy(), "y": torch.randn(13, 7).numpy()}
+        assert session.run(None, feed)[0].shape == (2, 13)
+
+
+def test_dependent_dimensions_have_one_name(tmp_path: Path) -> None:
+    class Sum(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    gm = torch.export.export(Sum(), (X, X), dynamic_shapes=AUTO).module()
+    report = export_onnx(gm, tmp_path / "m.onnx", args=(X, X), dynamic_shapes=AUTO)
+    assert report.inputs == {"x": ("batch", 7), "y": ("batch", 7)}
+
+
+def test_one_name_for_two_sizes(tmp_path: Path) -> None:
+    gm, inputs = torch.fx.symbolic_trace(Outer()), (X, torch.randn(5, 7))
+    shapes = {"x": {0: "b"}, "y": {0: "b"}}
+    with pytest.raises(ExportError, match="dimension 'b' is 3 in 'x' and 5 in 'y'; give them two names"):
+        export_onnx(gm, tmp_path / "m.onnx", args=inputs, dynamic_shapes=shapes)
+    assert export_onnx(gm, tmp_path / "m.onnx", args=(X, X), dynamic_shapes=shapes).inputs["y"] == ("b", 7)
+
+
+def test_other_inputs_than_the_remembered_ones(tmp_path: Path) -> None:
+    """At trace both were a batch of 3; here they are two sizes, and so two names."""
+    gm = lora_fx.trace(Outer(), (X, X), tracer="symbolic")
+    assert export_onnx(gm, tmp_path / "m.onnx").inputs == {"x": ("batch", 7), "y": ("batch", 7)}
+    report = export_onnx(gm, tmp_path / "m.onnx", args=(X, torch.randn(5, 7)))
+    assert report.inputs == {"x": ("batch", 7), "y": ("y_dim_0", 7)}
+    with pytest.raises(ExportError):
+        export_onnx(gm, tmp_path / "m.onnx", args=(X, torch.tensor(1.0)))
+
+
+class Pieces(nn.Module):
+    """y has a size that follows from x's."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y[: x.shape[0]]
+
+
+ROWS = Dim("rows", min=2, max=40)
+
+
+@pytest.mark.parametrize(
+    ("derived", "size", "expected"),
+    [
+        (2 * ROWS, 6, "y [8, 7]"),
+        (ROWS + 3, 6, "y [7, 7]"),
+        (2 * ROWS - 1, 5, "y [7, 7]"),
+        (2 * ROWS + 1, 7, "y [9, 7]"),
+    ],
+    ids=str,
+)
+def test_derived_dimensions_move_together(tmp_path: Path, derived: Any, size: int, expected: str) -> None:
+    inputs = (X, torch.randn(size, 7))
+    shapes = {"x": {0: ROWS}, "y": {0: derived}}
+    gm = lora_fx.trace(Pieces(), inputs, dynamic_shapes=shapes)
+    report = export_onnx(gm, tmp_path / "m.onnx")
+    assert report.inputs == {"x": ("rows", 7), "y": (derived.__name__, 7)}
+    assert report.shapes_checked == (f"x [3, 7], y [{size}, 7]", f"x [4, 7], {expected}")
+    assert [check.shapes for check in verify_onnx(tmp_path / "m.onnx", gm, provider="cpu").checks] == [
+        *report.shapes_checked
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("rows", ("rows", 1, 0)),
+        ("2*rows", ("rows", 2, 0)),
+        ("rows + 3", ("rows", 1, 3)),
+        ("12*s77 - 1", ("s77", 12, -1)),
+        ("my batch-1", ("my batch-1", 1, 0)),
+        ("s1*s2", ("s1*s2", 1, 0)),
+        ("0*rows", ("0*rows", 1, 0)),
+        ("7", ("7", 1, 0)),
+    ],
+)
+def test_reading_of_dimension_names(name: str, expected: tuple[str, int, int]) -> None:
+    form = linear(name)
+    assert (form.base, form.factor, form.offset) == expected
+
+
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
@@ -276,6 +435,10 @@ def test_unfolded_adapters_are_refused_with_the_call_that_works(tmp_path: Path, 
         ({"external_data": "yes"}, "external_data='yes' must be True, False or None"),
         ({"args": (X, X)}, r"do not fit the graph's forward(x)"),
         ({"args": (X.T,)}, "torch.export refuses this graph with these inputs"),
+        ({"args": 5}, "args=5 must be a tuple of the graph's positional inputs, such as (x,)"),
+        ({"args": "x"}, "args='x' must be a tuple"),
+        ({"kwargs": [1]}, "kwargs=[1] must be a dict of the graph's named inputs"),
+        ({"kwargs": {1: X}}, "must be a dict of the graph's named inputs"),
     ],
 )
 def test_bad_options(tmp_path: Path, gm: fx.GraphModule, options: dict[str, Any], message: str) -> None:
@@ -317,6 +480,14 @@ def training_graphs() -> Iterator[Any]:
     yield pytest.param(lambda: exported(nn.LSTM(7, 5, 2, dropout=0.3).train()), id="lstm")
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during export")  # torch, of its own LSTM
+@pytest.mark.parametrize("make", list(training_graphs()))
+def test_graphs_that_train_whatever_their_mode_are_refused(make: Callable[[], fx.GraphModule], tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="works in training mode, whatever the mode of the module says"):
+        export_onnx(make(), tmp_path / "m.onnx", args=(X,))
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     for value in (float("nan"), float("inf")):
         model = Mlp().eval()
@@ -342,6 +513,27 @@ def test_outputs_that_are_no_tensors(tmp_path: Path) -> None:
 
     with pytest.raises(ExportError, match=r"returns 3 \(int\) as '1', and an ONNX file returns only tensors"):
         export_onnx(lora_fx.trace(Counts(), (X,)), tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("result", "kind"), [(lambda x: x.shape[0], "int"), (lambda x: x.shape[0] / 2, "float")], ids=["int", "float"]
+)
+def test_outputs_that_are_sizes(tmp_path: Path, result: Any, kind: str) -> None:
+    class Sizes(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return x + 1, result(x)
+
+    with pytest.raises(ExportError, match=rf"returns a number that its inputs' sizes decide \({kind}\) as '1'"):
+        export_onnx(lora_fx.trace(Sizes(), (X,)), tmp_path / "m.onnx")
+
+
+def test_no_outputs(tmp_path: Path) -> None:
+    class Silent(nn.Module):
+        def forward(self, x: torch.Tensor) -> None:
+            x + 1
+
+    with pytest.raises(ExportError, match="the model returns no tensor"):
+        export_onnx(lora_fx.trace(Silent(), (X,)), tmp_path / "m.onnx")
 
 
 def test_operation_that_onnx_does_not_have(tmp_path: Path) -> None:
@@ -433,6 +625,14 @@ def test_foreign_data_file_is_not_deleted(tmp_path: Path, gm: fx.GraphModule) ->
     assert (tmp_path / "m.onnx.data").read_bytes() == b"more of it"
 
 
+def test_data_that_the_old_file_does_not_name_is_not_deleted(tmp_path: Path, gm: fx.GraphModule) -> None:
+    export_onnx(gm, tmp_path / "m.onnx", external_data=True)
+    (tmp_path / "m.onnx").rename(tmp_path / "n.onnx")
+    (tmp_path / "n.onnx.data").write_bytes(b"something of the user's")
+    export_onnx(gm, tmp_path / "n.onnx")
+    assert (tmp_path / "n.onnx.data").read_bytes() == b"something of the user's"
+
+
 def test_files_have_the_permissions_of_other_files(tmp_path: Path, gm: fx.GraphModule) -> None:
     old = os.umask(0o027)
     try:
@@ -452,6 +652,31 @@ def test_places_that_cannot_be_written(tmp_path: Path, gm: fx.GraphModule, monke
         export_onnx(gm, "/proc/m.onnx")
     with pytest.raises(ExportError, match="must be a string or a path, not NoneType"):
         export_onnx(gm, None)  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match="must be a string or a path, not bytes"):
+        export_onnx(gm, b"m.onnx")  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match=r"path='' is empty; name a file, such as 'model.onnx'"):
+        export_onnx(gm, "")
+    with pytest.raises(ExportError, match=r"path='m\\x00.onnx' holds a NUL character"):
+        export_onnx(gm, "m\0.onnx")
+    with pytest.raises(ExportError, match=r"cannot write .*x\.onnx \(File name too long\); choose another name"):
+        export_onnx(gm, tmp_path / f"{'x' * 300}.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_longest_name_there_is(tmp_path: Path, gm: fx.GraphModule) -> None:
+    path = tmp_path / f"{'x' * 250}.onnx"
+    for _ in range(2):  # the second finds the first, and looks for its weights
+        assert export_onnx(gm, path).path == str(path)
+    with pytest.raises(ExportError, match="File name too long"):
+        export_onnx(gm, path, external_data=True)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_directory_where_the_weights_would_go(tmp_path: Path, gm: fx.GraphModule) -> None:
+    (tmp_path / "m.onnx.data").mkdir()
+    with pytest.raises(ExportError, match=r"cannot write the weights to .*m\.onnx\.data: it is a directory"):
+        export_onnx(gm, tmp_path / "m.onnx", external_data=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx.data"]
 
 
 def test_link_is_followed(tmp_path: Path, gm: fx.GraphModule) -> None:
@@ -482,6 +707,21 @@ def spoil_weight(patch: pytest.MonkeyPatch) -> str:
     return "does not compute what torch computes, so nothing was written: at x [3, 7]: 'output': error"
 
 
+def spoil_weight_a_little(patch: pytest.MonkeyPatch) -> str:
+    """The exporter writes another weight, by less than the outputs show."""
+    real = onnx_export._optimize
+
+    def spoilt(model: ir.Model, *rest: Any) -> Any:
+        weights = real(model, *rest)
+        value = model.graph.initializers["up.bias"]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy() * (1 + 1e-6), name="up.bias")
+        return weights
+
+    patch.setattr(onnx_export, "_optimize", spoilt)
+    return "holds other weights than the graph, so nothing was written. weights: 4 compared bit for bit, 1 differ"
+
+
 def fail_to_save(patch: pytest.MonkeyPatch) -> str:
     """The disk is full in the middle of writing."""
 
@@ -510,7 +750,7 @@ def fail_the_checker(patch: pytest.MonkeyPatch) -> str:
         raise onnx.checker.ValidationError("graph is not sorted\n and more")
 
     patch.setattr(onnx_files.onnx.checker, "check_model", find)
-    return "onnx's checker refuses the exported file, nothing was written: ValidationError: graph is not sorted"
+    return "does not pass onnx's checker, nothing was kept: ValidationError: graph is not sorted"
 
 
 def interrupt(patch: pytest.MonkeyPatch) -> str:
@@ -523,7 +763,23 @@ def interrupt(patch: pytest.MonkeyPatch) -> str:
     return ""
 
 
-FAILURES = [spoil_weight, fail_to_save, fail_to_replace, fail_the_checker, interrupt]
+FAILURES = [spoil_weight, spoil_weight_a_little, fail_to_save, fail_to_replace, fail_the_checker, interrupt]
+
+
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failure_leaves_the_old_files(
+    tmp_path: Path, gm: fx.GraphModule, failure: Callable[[pytest.MonkeyPatch], str], external: bool
+) -> None:
+    export_onnx(gm, tmp_path / "m.onnx", external_data=external)
+    before = snapshot(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        message = failure(patch)
+        with pytest.raises(ExportError if message else KeyboardInterrupt) as caught:
+            export_onnx(gm, tmp_path / "m.onnx", external_data=external)
+    assert message in str(caught.value)
+    assert snapshot(tmp_path) == before
+    assert {file.name for file in tmp_path.iterdir()} == set(before), "something was left behind"
 
 
 def test_unchecked_export_writes_what_the_check_would_refuse(tmp_path: Path, gm: fx.GraphModule) -> None:

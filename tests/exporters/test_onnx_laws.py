@@ -14,7 +14,8 @@ import torch
 from models import TRANSFORMERS, Exported, export_pair
 from onnx import numpy_helper
 
-from exporters import compare_onnx, read_manifest, verify_onnx
+from exporters import WeightCheck, compare_onnx, read_manifest, verify_onnx
+from exporters.weight_check import check_weights
 
 
 @pytest.fixture(scope="module", params=TRANSFORMERS)
@@ -61,6 +62,16 @@ def test_file_computes_what_the_adapted_graph_computes(pair: Exported) -> None:
     assert len(report.checks) == 2
     assert report.checks[0].shapes != report.checks[1].shapes
     assert report.providers == ("CPUExecutionProvider",)
+    assert report.weights.compared > 0
+    (note,) = report.weights.notes
+    assert note.startswith("weights not compared, under adapters that are not folded: ")
+
+
+def test_every_weight_is_compared_with_the_folded_graph(pair: Exported) -> None:
+    assert check_weights(Path(pair.twin.path), pair.folded) == WeightCheck(len(pair.twin.weights), {}, ())
+    manifest = read_manifest(onnx.load(pair.base.path))
+    differing = check_weights(Path(pair.base.path), pair.folded).differing
+    assert {manifest[name].fqn for name in differing} == pair.adapted
 
 
 def test_law_is_not_vacuous(pair: Exported) -> None:

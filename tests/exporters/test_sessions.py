@@ -6,13 +6,14 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
 from models import Mlp
 
 import lora_fx
-from exporters import export_onnx, make_session
+from exporters import compare_onnx, export_onnx, make_session
 from exporters.sessions import _fix, _why
 from lora_fx import ExportError
 
@@ -93,6 +94,9 @@ def test_transformer_with_free_dimensions_runs_on_cuda(tmp_path: Path) -> None:
         ("CUDAExecutionProvider", "Did you mean 'cuda'?"),
         ("cudo", "Did you mean 'cuda'?"),
         ("CPU", "Did you mean 'cpu'?"),
+        ("gpu", "Did you mean 'cuda'?"),
+        ("GPU", "Did you mean 'cuda'?"),
+        ("trt", "Did you mean 'tensorrt'?"),
         ("quantum", "choose one of 'auto', 'cpu', 'cuda', 'tensorrt'"),
         (None, "choose one of"),
     ],
@@ -110,6 +114,12 @@ def test_missing_file(tmp_path: Path) -> None:
         make_session(tmp_path)
     with pytest.raises(ExportError, match="must be a string or a path, not NoneType"):
         make_session(None)  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match=r"path='' is empty; name a file"):
+        make_session("")
+    with pytest.raises(ExportError, match="holds a NUL character; name a file"):
+        make_session("a\0b.onnx")
+    with pytest.raises(ExportError, match="does not exist"):
+        make_session(tmp_path / ("x" * 300))
 
 
 @pytest.mark.parametrize("provider", ["cpu", "auto", "cuda"])
@@ -133,6 +143,37 @@ def test_weights_of_another_export_are_refused(file: Path, tmp_path: Path) -> No
     (tmp_path / "mlp.onnx.data").unlink()
     with pytest.raises(ExportError, match="cannot open"):
         make_session(tmp_path / "mlp.onnx", provider="cpu")
+
+
+@pytest.mark.parametrize("place", ["renamed.onnx", "below/mlp.onnx"])
+def test_weights_are_found_where_the_graph_says(file: Path, tmp_path: Path, place: str) -> None:
+    """The .onnx may be renamed: the graph names the file of its weights, whatever its own name is."""
+    data = file.with_name("mlp.onnx.data").read_bytes()
+    moved = tmp_path / place
+    moved.parent.mkdir(exist_ok=True)
+    moved.write_bytes(file.read_bytes())
+    moved.with_name("mlp.onnx.data").write_bytes(data)
+    make_session(moved, provider="cpu")
+    assert compare_onnx(file, moved).identical
+    moved.with_name("mlp.onnx.data").write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    said = rf"mlp\.onnx\.data does not hold the weights that {moved.name} was written with.*lora_fx\.data_sha256"
+    with pytest.raises(ExportError, match=said):
+        make_session(moved, provider="cpu")
+    with pytest.raises(ExportError, match=said):
+        compare_onnx(file, moved)
+    moved.with_name("mlp.onnx.data").unlink()
+    with pytest.raises(ExportError, match=r"the weights of .* cannot be read: .*put 'mlp\.onnx\.data' beside it"):
+        compare_onnx(file, moved)
+
+
+def test_weights_that_another_tool_moved_are_not_ours_to_check(file: Path, tmp_path: Path) -> None:
+    proto = onnx.load(file)
+    onnx.save(proto, tmp_path / "inline.onnx")
+    make_session(tmp_path / "inline.onnx", provider="cpu")
+    onnx.save(
+        proto, tmp_path / "split.onnx", save_as_external_data=True, all_tensors_to_one_file=False, size_threshold=0
+    )
+    make_session(tmp_path / "split.onnx", provider="cpu")
 
 
 def test_reasons_are_read_from_the_log() -> None:

@@ -1,0 +1,49 @@
+"""Weights in a file beside the .onnx: where they are, and whether they are those it was written with."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_fx import ExportError
+
+if TYPE_CHECKING:
+    import onnx
+
+DATA_HASH_KEY = "lora_fx.data_sha256"
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def data_locations(model: onnx.ModelProto) -> list[str]:
+    """The files that the graph's weights are in, as the graph names them; the .onnx itself may be renamed."""
+    entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
+    return list(dict.fromkeys(entry.value for entry in entries if entry.key == "location"))
+
+
+def check_external_data(file: Path, model: onnx.ModelProto) -> None:
+    """The graph names the hash of its weights: another file of the same size would load without a word.
+
+    Args:
+        file: the .onnx file.
+        model: what is in it, without its external data.
+
+    Raises:
+        ExportError: if the weights are not those that the graph was written with.
+    """
+    expected = next((prop.value for prop in model.metadata_props if prop.key == DATA_HASH_KEY), None)
+    places = data_locations(model)
+    if expected is None or len(places) != 1:
+        return  # not ours, or another tool has moved the weights since
+    data = file.parent / places[0]
+    if data.is_file() and sha256(data) != expected:
+        raise ExportError(
+            f"{data.name} does not hold the weights that {file.name} was written with (sha256 differs): one of the "
+            f"two was replaced or damaged; export both again. A tool that writes the weights anew on purpose "
+            f"has to drop the graph's metadata entry {DATA_HASH_KEY!r}"
+        )

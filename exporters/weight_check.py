@@ -1,0 +1,182 @@
+"""The weights in an ONNX file against the graph's, bit for bit.
+
+Outputs alone do not tell: an argmax hides a changed weight, so does a branch that was not taken, and in
+half precision a small delta is within what two runtimes differ by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+from torch import fx
+
+import lora_fx
+
+from .onnx_weights import MANIFEST_KEY, StoredWeight, read_manifest
+from .text import some
+
+_TORCH_TYPES: dict[int, torch.dtype] = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.BFLOAT16: torch.bfloat16,
+    TensorProto.DOUBLE: torch.float64,
+}
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class WeightCheck:
+    """How a file's weights differ from a graph's. Prints as a few lines.
+
+    Attributes:
+        compared: number of initializers that were compared bit for bit.
+        differing: {initializer: how it differs from the graph's weight}.
+        notes: what was not compared, and why.
+    """
+
+    compared: int
+    differing: dict[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no weight that was compared differs."""
+        return not self.differing
+
+    def __str__(self) -> str:
+        said = [f"{name!r} ({how})" for name, how in list(self.differing.items())[:5]]
+        more = f" and {len(self.differing) - 5} more" if len(self.differing) > 5 else ""
+        verdict = f"{len(self.differing)} differ from the graph's: {', '.join(said)}{more}" if said else "all equal"
+        lines = [f"weights: {self.compared} compared bit for bit, {verdict}"] if self.compared else []
+        return "\n".join([*lines, *self.notes])
+
+
+def check_weights(file: Path, gm: fx.GraphModule) -> WeightCheck:
+    """Compare the initializers that the file records as weights with `gm`'s tensors; `gm` shows the graph to judge.
+
+    One tensor at a time is read from external data. A file in another dtype is compared with the graph's
+    weights cast to it. Weights under an adapter that is not folded in `gm` are left out, and so are those that
+    the exporter computed from others.
+
+    Raises:
+        ExportError: if the file's record of its weights is damaged.
+    """
+    model = onnx.load(file, load_external_data=False)
+    if not any(prop.key == MANIFEST_KEY for prop in model.metadata_props):
+        return WeightCheck(0, {}, ("the file has no record of its weights, so only outputs were compared",))
+    manifest = read_manifest(model)
+    adapted = _adapted_weights(gm)
+    if adapted is None:
+        return WeightCheck(0, {}, ("it is not known which weights the adapters change: only outputs were compared",))
+    own = _floats(gm)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    differing: dict[str, str] = {}
+    compared, casts = 0, set()
+    left: dict[str, list[str]] = {}
+    for name, weight in manifest.items():
+        names = [fqn for fqn in (weight.fqn, *weight.aliases) if fqn in own]
+        if why := _incomparable(weight, stored.get(name), names, adapted):
+            left.setdefault(why, []).append(name)
+            continue
+        tensor = stored[name]
+        if _TORCH_TYPES[tensor.data_type] != own[names[0]].dtype:
+            casts.add(f"{weight.dtype} in the file and {own[names[0]].dtype} in the graph")
+        compared += 1
+        # What is tied in the file may be untied in the graph: then one of the graph's tensors differs.
+        if how := next(filter(None, (_difference(tensor, own[fqn], weight, file) for fqn in names)), ""):
+            differing[name] = how
+    if absent := _absent(gm, manifest):
+        left["in the graph, and not in the file's record of its weights"] = absent
+    notes = [f"weights not compared, {why}: {some(names)}" for why, names in left.items()]
+    notes += [f"weights are {cast}: compared after casting the graph's" for cast in sorted(casts)]
+    notes += [] if compared else ["no weight was compared, only outputs were"]
+    return WeightCheck(compared, differing, tuple(notes))
+
+
+def used_names(gm: fx.GraphModule) -> set[str]:
+    """Names of the tensors that the graph's output depends on."""
+    queue = [node for node in gm.graph.nodes if node.op == "output"]
+    seen = set(queue)
+    while queue:
+        for node in queue.pop().all_input_nodes:
+            if node not in seen:
+                seen.add(node)
+                queue.append(node)
+    names = {str(node.target) for node in seen if node.op == "get_attr"}
+    modules = tuple(f"{node.target}." for node in seen if node.op == "call_module")
+    return names | {name for name, _ in _named_tensors(gm) if name.startswith(modules)}
+
+
+def _named_tensors(gm: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from gm.named_parameters(remove_duplicate=False)
+    yield from gm.named_buffers(remove_duplicate=False)
+
+
+def _floats(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+    return {name: value.detach() for name, value in _named_tensors(gm) if value.is_floating_point()}
+
+
+def _adapted_weights(gm: fx.GraphModule) -> set[str] | None:
+    """The weights that folding `gm`'s adapters would change; None if that cannot be told."""
+    ours = _adapter_tensors(gm)
+    if not ours:
+        return set()
+    names = [name for name, value in _named_tensors(gm) if id(value) in ours and "lora_A." in name]
+    prefixes = {name.rpartition("lora_A.")[0] for name in names}
+    # Inside a module, beside a parameter that is a site itself, or in the graph module.
+    known = {f"{site.path}{joint}": site.weight for site in lora_fx.find_sites(gm) for joint in (".", "_")}
+    known |= {"": known["."]} if "." in known else {}
+    return {known[prefix] for prefix in prefixes} if prefixes <= set(known) else None
+
+
+def _adapter_tensors(gm: fx.GraphModule) -> set[int]:
+    return {id(value) for value in lora_fx.lora_parameters(gm)} if lora_fx.adapter_names(gm) else set()
+
+
+def _absent(gm: fx.GraphModule, manifest: dict[str, StoredWeight]) -> list[str]:
+    """The float parameters that the graph uses and the file does not know."""
+    known = {fqn for weight in manifest.values() for fqn in (*weight.fqn.split(", "), *weight.aliases)}
+    passed = _adapter_tensors(gm) | {id(value) for name, value in _named_tensors(gm) if name in known}
+    names = used_names(gm)
+    used = {id(value) for name, value in _named_tensors(gm) if name in names}
+    return [name for name, value in gm.named_parameters() if id(value) in used - passed]
+
+
+def _incomparable(weight: StoredWeight, tensor: onnx.TensorProto | None, names: list[str], adapted: set[str]) -> str:
+    if weight.layout == "computed":
+        return "computed from the graph's at export"
+    if tensor is None:
+        return "no longer in the file under that name"
+    if tensor.data_type not in _TORCH_TYPES:
+        return f"stored as {TensorProto.DataType.Name(tensor.data_type)}"
+    if not names:
+        return "with no float tensor of that name in the graph"
+    return "under adapters that are not folded" if adapted & {weight.fqn, *weight.aliases} else ""
+
+
+def _difference(tensor: onnx.TensorProto, value: torch.Tensor, weight: StoredWeight, file: Path) -> str:
+    """How an initializer differs from the graph's weight, or ""."""
+    if weight.perm is not None and len(weight.perm) == value.ndim:
+        value = value.permute(weight.perm)
+    if tuple(tensor.dims) != tuple(value.shape):
+        return f"shape {list(tensor.dims)} instead of {list(value.shape)}"
+    value = value.to("cpu", _TORCH_TYPES[tensor.data_type]).contiguous().reshape(-1)
+    wanted = value.view(_BITS[value.element_size()]).numpy()
+    unequal = int((wanted != _bytes(tensor, file).view(wanted.dtype)).sum()) if value.numel() else 0
+    return f"{unequal} of {value.numel()} values" if unequal else ""
+
+
+def _bytes(tensor: onnx.TensorProto, file: Path) -> NDArray[np.uint8]:
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return np.ascontiguousarray(numpy_helper.to_array(tensor)).reshape(-1).view(np.uint8)
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    start, data = int(place.get("offset", 0)), file.parent / place["location"]
+    length = int(place.get("length", data.stat().st_size - start))
+    return np.memmap(data, np.uint8, "r", start, (length,))
