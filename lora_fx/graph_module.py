@@ -82,6 +82,7 @@ class GraphRecord:
         trace: how the graph was made; None for graphs that the user traced.
         views: the graph of each mode, or one graph under None that serves both.
         untraceable: {mode: why the model has no graph in that mode}.
+        mixed: {mode: modules that were in the other mode when it was traced, which shows in its graph}.
         adapters: what was injected, by adapter name, in the order of injection.
         requires_grad: the flags the base parameters had before the first injection froze them.
         originals: base tensors that an adapter trains in full, as they were: {fqn: tensor}.
@@ -94,6 +95,7 @@ class GraphRecord:
     trace: TraceRecord | None = None
     views: dict[bool | None, fx.Graph] = field(default_factory=dict)
     untraceable: dict[bool, str] = field(default_factory=dict)
+    mixed: dict[bool, tuple[str, ...]] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -134,6 +136,8 @@ class LoraGraphModule(fx.GraphModule):
             )
         if record.trace is None:
             _check_literal_mode(self.graph, mode)
+        if mode in record.mixed and mode != self.training:
+            _warn_of_mixed_modes(record.mixed[mode], mode)
         super().train(mode)
         if mode in record.views and self._graph is not record.views[mode]:
             self._show(mode)
@@ -342,6 +346,14 @@ _MODE_FLAGS: dict[Any, tuple[int | None, int]] = {
     _aten.alpha_dropout.default: (1, 2),
     _aten.batch_norm.default: (None, 5),
 }
+
+
+def _warn_of_mixed_modes(names: tuple[str, ...], mode: bool) -> None:
+    own, other = ("train", "eval") if mode else ("eval", "train")
+    warn(
+        f"the model was traced in {own} mode with {', '.join(map(repr, names[:3]))}{', …' if names[3:] else ''} "
+        f"in {other} mode, and the graph keeps that. If you want what model.{own}() sets, call it before tracing"
+    )
 
 
 def _as_written(graph: fx.Graph) -> Written:

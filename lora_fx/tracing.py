@@ -69,7 +69,6 @@ def trace(
     """
     _check_model(model)
     args, kwargs = checked_inputs(args, kwargs)
-    _warn_of_mixed_modes(model)
     if tracer == "symbolic":
         return _trace_symbolically(model, args, kwargs)
     if tracer != "export":
@@ -86,7 +85,7 @@ def trace(
         module_aliases=_module_aliases(model),
     )
     gm = make_graph_module(traced.views, training=model.training, trace=record)
-    record_of(gm).untraceable = traced.untraceable
+    record_of(gm).untraceable, record_of(gm).mixed = traced.untraceable, traced.mixed
     names = list(gm.graph._codegen.pytree_info.orig_args)  # type: ignore[attr-defined]
     gm.register_forward_pre_hook(CallForm(names, record.args, record.kwargs), with_kwargs=True)
     return gm
@@ -99,6 +98,7 @@ class _Traced:
     program: ExportedProgram
     views: dict[bool | None, fx.GraphModule]
     untraceable: dict[bool, str]
+    mixed: dict[bool, tuple[str, ...]]
     examples: tuple[tuple[Any, ...], dict[str, Any]]
     shapes: Any
 
@@ -120,10 +120,9 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
 
 
 def _traced_with(model: nn.Module, examples: tuple[tuple[Any, ...], dict[str, Any]], dynamic_shapes: Any) -> _Traced:
-    with _in_mode(model, model.training):
-        program, shapes = _export_shown_mode(model, *examples, dynamic_shapes)
+    program, shapes = _export_shown_mode(model, *examples, dynamic_shapes)
     views, untraceable = _both_modes(model, program, *examples, shapes)
-    return _Traced(program, views, untraceable, examples, shapes)
+    return _Traced(program, views, untraceable, _mixed(model, program, examples, shapes), examples, shapes)
 
 
 def _agrees(
@@ -246,18 +245,16 @@ def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = flag
 
 
-def _warn_of_mixed_modes(model: nn.Module) -> None:
-    """A graph shows what `model.train()` and `model.eval()` set, not what single modules were set to afterwards."""
+def _mixed(
+    model: nn.Module, program: ExportedProgram, examples: tuple[tuple[Any, ...], dict[str, Any]], shapes: Any
+) -> dict[bool, tuple[str, ...]]:
+    """{the model's mode: modules that are in the other one}, if that shows in the graph (a frozen batch norm does)."""
     flags = {name: module.training for name, module in model.named_modules()}
     with _in_mode(model, model.training):
-        other = [name for name, module in model.named_modules() if module.training != flags[name]]
-    if other:
-        mode, word = ("train", "eval") if model.training else ("eval", "train")
-        warn(
-            f"{', '.join(map(repr, other[:3]))}{', …' if other[3:] else ''} in {word} mode while the model is in "
-            f"{mode} mode: the graph has what model.{mode}() sets. To keep a module in {word} mode in both, let its "
-            "own `train` method do so"
-        )
+        names = tuple(name for name, module in model.named_modules() if module.training != flags[name])
+        if not names or _is_same_graph(_module_of(program), _module_of(_export(model, *examples, shapes))):
+            return {}
+    return {model.training: names}
 
 
 @contextmanager
@@ -368,7 +365,11 @@ def _trace_symbolically(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         copied_inputs(args), copied_inputs(kwargs), names, type(model).__name__, module_aliases=_module_aliases(model)
     )
     # The graph calls the model's own modules: copies keep `.train()` on the graph away from the model.
-    return make_graph_module(copy_modules(views), training=model.training, trace=record)
+    gm = make_graph_module(copy_modules(views), training=model.training, trace=record)
+    flags = {name: module.training for name, module in model.named_modules()}
+    for name, module in gm.named_modules():
+        module.training = flags.get(name, model.training)
+    return gm
 
 
 def _reason(error: BaseException) -> str:
