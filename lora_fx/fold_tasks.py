@@ -122,37 +122,38 @@ def _untie(gm: LoraGraphModule, reading: Reading, group: list[tuple[FoldTask, nn
     fixed = {  # a module that is not adapted reads its own parameter, whatever we call others
         name for name in others if any(node.op == "call_module" and node not in adapted for node in reading.users[name])
     }
-    names = _untied_names(gm, group, fixed, keep_base=bool(others))
-    keeper = next((name for name in aliases if name not in names), None)
-    if keeper is not None:
-        for name in names:
+    owns = [list(dict.fromkeys(a.weight for path in task.paths for a in sites[path])) for task, _ in group]
+    spare = [name for name in aliases if not any(name in own for own in owns)]
+    keeper = None
+    if others:  # a name that nobody adapted, or else one whose own value then gets another
+        keeper = min(aliases, key=lambda name: (name not in spare, name not in fixed))
+    names = [
+        {name: _untied_name(gm, task, name, is_taken=name == keeper or name in fixed) for name in own}
+        for (task, _), own in zip(group, owns, strict=True)
+    ]
+    for name in (name for each in names for name in each.values()):
+        if keeper is not None:
             rename_reads(gm, name, keeper)
-    for (task, parameter), name in zip(group, names, strict=True):
+    for (task, parameter), each in zip(group, names, strict=True):
         for application in (application for path in task.paths for application in sites[path]):
             if isinstance(application.use.weight, str):
                 set_attribute(gm, f"{application.use.node.target}.weight", parameter)
             else:
-                set_attribute(gm, name, parameter)
-                rebind_weight(application, name)
+                set_attribute(gm, each[application.weight], parameter)
+                rebind_weight(application, each[application.weight])
 
 
-def _untied_names(
-    gm: LoraGraphModule, group: list[tuple[FoldTask, nn.Parameter]], fixed: set[str], *, keep_base: bool
-) -> list[str]:
-    """Each task's own name where it is free, with one of the aliases left for the base if something reads it."""
-    aliases = set(group[0][0].aliases)
-    names: list[str] = []
-    for task, _ in group:
-        own = task.sites[0].weight
-        left = aliases - {*names, own}
-        name = own if own not in fixed and own not in names and (left or not keep_base) else f"{own}_folded"
-        if name != own and get_attribute(gm, name) is not None:
-            raise FoldError(f"untying {own!r} needs the name {name!r}, which is taken; rename it in the model")
-        still_there = [a.name for a in record_of(gm).adapters.values() if task.sites[0].path in a.sites]
-        if name != own and task.sites[0].path == own and still_there:  # its site is named after it
-            raise FoldError(
-                f"folding would untie {own!r} under the name {name!r}, where {', '.join(map(repr, still_there))} would "
-                "not find it; fold all adapters at once"
-            )
-        names.append(name)
-    return names
+def _untied_name(gm: LoraGraphModule, task: FoldTask, own: str, *, is_taken: bool) -> str:
+    """The name of an untied weight: its own, unless the base's value has to keep that."""
+    if not is_taken:
+        return own
+    name = f"{own}_folded"
+    if get_attribute(gm, name) is not None:
+        raise FoldError(f"untying {own!r} needs the name {name!r}, which is taken; rename it in the model")
+    still_there = [a.name for a in record_of(gm).adapters.values() if own in a.sites]
+    if own in task.paths and still_there:  # its site is named after it
+        raise FoldError(
+            f"folding would untie {own!r} under the name {name!r}, where {', '.join(map(repr, still_there))} would "
+            "not find it; fold all adapters at once"
+        )
+    return name

@@ -52,7 +52,8 @@ def fold(
         inplace: write into the base weights, so that the model they came from is the merged model;
             `gm` itself becomes the folded graph, and `unfold` takes both back bit for bit.
         reversible: with inplace, keep copies of the overwritten weights, which `unfold` needs. False takes no
-            memory but one temporary at most; that is what PEFT's merge does.
+            memory but one temporary at most; that is what PEFT's merge does. All is checked before the first
+            write, but an interrupt meanwhile leaves the model half merged.
         accumulate: torch.float32 or torch.float64; at least the weight's own dtype is used.
 
     Raises:
@@ -177,9 +178,9 @@ def unfold(gm: fx.GraphModule) -> LoraGraphModule:
             "Without inplace, fold leaves the injected graph as it was: keep that"
         )
     _restore(state.originals)
-    injected = state.injected
+    injected, training = state.injected, gm.training
     _exchange(gm, injected)
-    return gm
+    return gm if gm.training == training else gm.train(training)
 
 
 def fold_report(gm: fx.GraphModule) -> FoldReport:

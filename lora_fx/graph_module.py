@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,8 @@ from torch.export import ExportedProgram
 from .attributes import get_attribute, set_attribute
 from .copying import copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, share_tensors
 from .errors import GraphError, warn
-from .literals import find_dtype_literal, move_literals, plan_literals
+from .literals import find_dtype_literal, move_literals
+from .ops.use import operands_of
 
 if TYPE_CHECKING:
     from .injection import Adapter
@@ -86,6 +88,8 @@ class GraphRecord:
         adapters: what was injected, by adapter name, in the order of injection.
         requires_grad: the flags the base parameters had before the first injection froze them.
         originals: base tensors that an adapter trains in full, as they were: {fqn: tensor}.
+        traced: the views as tracing wrote them, by value, to know them again.
+        reinsert: writes the adapters' nodes into views that have none; set by `inject`.
         folded: what an in-place fold needs to take itself back (see folding.py).
         report: what the last fold did.
         compiled: graphs as they were written, with what they were compiled to. Copies share it, so that a copy, and
@@ -99,6 +103,8 @@ class GraphRecord:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    traced: dict[bool | None, Written] = field(default_factory=dict)
+    reinsert: Callable[[LoraGraphModule], None] | None = None
     folded: Any = None
     report: Any = None
     compiled: list[tuple[Written, dict[str, Any]]] = field(default_factory=list)
@@ -199,12 +205,18 @@ class LoraGraphModule(fx.GraphModule):
                 f"them follow the parameters to {new} is gone. Convert the model and trace it again: "
                 f"lora_fx.trace(model.to({new}), args); adapters take their own with inject(..., adapter_dtype=...)"
             )
-        edits = []
+        if {mode: _as_traced(graph) for mode, graph in record.views.items()} != record.traced:
+            raise GraphError(
+                "the graph was edited since it was traced, by hand or by a fold that untied a weight, and its dtypes "
+                f"({node.format_node()}) can only follow as a new trace has them. Convert the model first: "
+                f"lora_fx.trace(model.to({new}), args)"
+            )
         for mode, view in views.items():
-            suffix = f"{new}_{mode}".removeprefix("torch.")
-            edits += plan_literals(self, record.views[mode], view, view.graph, lambda n: ROLE in n.meta, suffix)
-        for edit in edits:
-            edit()
+            record.views[mode] = _over_own_tensors(self, view, suffix=f"{new}_{mode}")
+        record.traced = {mode: _as_traced(graph) for mode, graph in record.views.items()}
+        self._graph = record.views[self.training if self.training in views else None]
+        if record.reinsert is not None:
+            record.reinsert(self)
         self.recompile()
 
     def _all_graphs(self) -> Iterator[fx.Graph]:
@@ -224,7 +236,10 @@ class LoraGraphModule(fx.GraphModule):
         written = _as_written(self._graph)
         known = next((compiled for graph, compiled in record.compiled if graph == written), None)
         if known is not None:
-            return self._install(known)
+            # A code object of its own: torch.compile counts what it compiled by these.
+            forward = known["forward"]
+            code_of_copy = types.FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
+            return self._install(known | {"forward": code_of_copy})
         code = super().recompile()
         record.compiled.append((written, self._compiled()))
         del record.compiled[:-_KNOWN_GRAPHS]
@@ -292,6 +307,7 @@ def make_graph_module(
     for mode, other in views.items():
         if mode != shown:
             record.views[mode] = _adopt(gm, other, suffix="train" if mode else "eval")
+    record.traced = {mode: _as_traced(graph) for mode, graph in record.views.items()}
     nn.Module.train(gm, training)
     return gm
 
@@ -359,18 +375,48 @@ def _warn_of_mixed_modes(names: tuple[str, ...], mode: bool) -> None:
 def _as_written(graph: fx.Graph) -> Written:
     """All that the code of a graph is generated from, to be compared by value."""
     nodes = [
-        (node.name, node.op, node.target, node.type, fx.node.map_aggregate((node.args, node.kwargs), _as_value))
+        (node.name, node.op, node.target, node.type, _as_value(node.args), _as_value(node.kwargs))
         for node in graph.nodes
     ]
     codegen = graph._codegen
-    return Written((type(codegen), getattr(codegen, "pytree_info", None)), nodes)
+    return Written((type(codegen), getattr(codegen, "pytree_info", None), codegen._body_transformer), nodes)
 
 
-def _as_value(leaf: Any) -> tuple[Any, Any]:
-    """An argument so that 1, 1.0 and True differ, and 0.0 and −0.0."""
-    if isinstance(leaf, fx.Node):
-        return fx.Node, leaf.name
-    return type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else leaf
+def _as_traced(graph: fx.Graph) -> Written:
+    """The graph without what passes inserted: as it was traced, if nothing else was edited."""
+    own = {node for node in graph.nodes if ROLE in node.meta}
+
+    def base(node: fx.Node) -> fx.Node:
+        while node in own and node.meta[ROLE].is_sum:
+            node = node.args[0]  # type: ignore[assignment]
+        return node
+
+    nodes = []
+    for node in graph.nodes:
+        if node not in own:
+            operands = [base(operand) for operand in operands_of(node)]
+            names = tuple(operand.name for operand in operands if operand not in own)
+            literals = _as_value(fx.node.map_aggregate((node.args, node.kwargs), _without_nodes_and_devices))
+            is_call = isinstance(node.target, torch._ops.HigherOrderOperator)  # adapters add operands
+            nodes.append((node.name, node.op, node.target, names, None if is_call else literals))
+    return Written((), nodes)
+
+
+def _without_nodes_and_devices(leaf: Any) -> Any:
+    return None if isinstance(leaf, (fx.Node, torch.device)) else leaf
+
+
+def _as_value(argument: Any) -> Any:
+    """An argument so that 1, 1.0 and True differ, 0.0 and −0.0, a tuple and a named one, and orders of keys."""
+    if isinstance(argument, fx.Node):
+        return fx.Node, argument.name
+    if isinstance(argument, (tuple, list)):
+        return type(argument), tuple(_as_value(item) for item in argument)
+    if isinstance(argument, Mapping):
+        return type(argument), tuple((key, _as_value(value)) for key, value in argument.items())
+    if isinstance(argument, slice):
+        return slice, _as_value((argument.start, argument.stop, argument.step))
+    return type(argument), repr(argument) if isinstance(argument, (float, complex)) else argument
 
 
 def _check_literal_mode(graph: fx.Graph, mode: bool) -> None:
@@ -434,6 +480,23 @@ def _adopt(gm: LoraGraphModule, other: fx.GraphModule, *, suffix: str) -> fx.Gra
         if target not in renamed:
             renamed[target] = _adopt_attribute(gm, other, target, suffix)
         node.target = renamed[target]
+    graph.owning_module = gm
+    return graph
+
+
+def _over_own_tensors(gm: LoraGraphModule, other: fx.GraphModule, *, suffix: str) -> fx.Graph:
+    """The graph of `other`, a trace of the same model in another dtype, over the tensors of `gm`.
+
+    What is no tensor of the model (constants, sub-graphs, guards) comes along under a name of its own.
+    """
+    graph = copy_graph(other.graph, {})
+    tensors = {*dict(gm.named_parameters(remove_duplicate=False)), *dict(gm.named_buffers(remove_duplicate=False))}
+    for node in graph.nodes:
+        target = str(node.target)
+        if node.op not in ("get_attr", "call_module") or target in tensors:
+            continue
+        node.target = f"{target}_{suffix.removeprefix('torch.')}"
+        set_attribute(gm, node.target, get_attribute(other, target), persistent=False)
     graph.owning_module = gm
     return graph
 

@@ -177,7 +177,9 @@ def _add_adapter(gm: LoraGraphModule, plan: Plan, name: str, dtype: torch.dtype 
         first = by_path[target.site.path][0]
         sites[target.site.path] = _add_parameters(gm, first, target, plan.config, name, dtype, owner)
     adapter = Adapter(name, plan, sites, _train_in_full(gm, plan.trained))
-    record_of(gm).adapters[name] = adapter
+    record = record_of(gm)
+    record.adapters[name] = adapter
+    record.reinsert = _insert_all
     _insert(gm, adapter, by_path)
     finish(gm)
 
@@ -186,6 +188,12 @@ def _insert(gm: LoraGraphModule, adapter: Adapter, by_path: dict[str, list[Appli
     for path, site in adapter.sites.items():
         for application in by_path[path]:
             insert_low_rank_path(application, _low_rank_path(gm, application, site, adapter.name))
+
+
+def _insert_all(gm: LoraGraphModule) -> None:
+    """Write every adapter's nodes into views that have none yet."""
+    for adapter in record_of(gm).adapters.values():
+        _insert(gm, adapter, _applications_by_path(gm))
 
 
 def _applications_by_path(gm: LoraGraphModule) -> dict[str, list[Application]]:

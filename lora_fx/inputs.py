@@ -162,7 +162,8 @@ def _given_names(
         leaves.extend(_specs(value, dynamic_shapes.get(name)))
     names: dict[tuple[int, int], str] = {}
     for position, spec in enumerate(leaves):
-        entries = spec.items() if isinstance(spec, Mapping) else enumerate(spec or ())
+        is_shape = isinstance(spec, (Mapping, list, tuple))  # an int input has a single hint
+        entries = () if not is_shape else spec.items() if isinstance(spec, Mapping) else enumerate(spec)
         names |= {(position, i): dim.__name__ for i, dim in entries if isinstance(dim, Dim)}
     return names
 

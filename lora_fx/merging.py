@@ -58,7 +58,7 @@ def merge(
     """
     before = after = lost = 0.0
     accumulate = deltas[0].left.dtype
-    if not any(bool(delta.left.any()) and bool(delta.right.any()) for delta in deltas):
+    if all(_is_zero(delta) for delta in deltas):
         deltas = ()  # the same bits, −0.0 among them, which adding 0.0 would change
     with _full_precision():
         for rows, block in _blocks(weight, accumulate):
@@ -135,9 +135,18 @@ def _norm_of_sum(deltas: Sequence[Delta]) -> float:
     return math.sqrt(max(squared, 0.0))
 
 
+def _is_zero(delta: Delta) -> bool:
+    """Whether a factor is zero throughout, and the other has no NaN or Inf to multiply it with."""
+    factors = (delta.left, delta.right)
+    return not all(bool(f.any()) for f in factors) and all(bool(torch.isfinite(f).all()) for f in factors)
+
+
 def _squares(values: torch.Tensor) -> float:
     flat = values.reshape(-1)
-    return float(torch.dot(flat, flat))
+    squares = float(torch.dot(flat, flat))
+    if math.isfinite(squares) or flat.dtype == torch.float64:
+        return squares
+    return _squares(flat.double())  # squares overflow where their root does not
 
 
 def _root(squares: float, values: torch.Tensor) -> float:
@@ -150,9 +159,12 @@ def _root(squares: float, values: torch.Tensor) -> float:
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
     """float32 products in float32, whatever the user allows in training (TF32, bfloat16)."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    allowed = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        for backend, precision in zip(backends, allowed, strict=True):
+            backend.fp32_precision = precision

@@ -307,11 +307,12 @@ def _check_not_linear(
             continue
         if config.exclude_modules and matches_names(path, config.exclude_modules):
             continue
-        users = {str(node.target) for node in reading.users.get(f"{path}.weight", ())}
-        what = f"applied by {', '.join(sorted(users))}, which lora_fx cannot adapt yet" if users else "not used"
-        raise TargetError(
-            f"target_modules means {path!r}, whose weight is {what}. Leave it out with exclude_modules=[{path!r}]"
-        )
+        users = sorted({str(node.target) for node in reading.users.get(f"{path}.weight", ())})
+        if users:  # a module that the traced call does not reach is passed over
+            raise TargetError(
+                f"target_modules means {path!r}, whose weight is applied by {', '.join(users)}, which lora_fx cannot "
+                f"adapt yet. Leave it out with exclude_modules=[{path!r}]"
+            )
 
 
 def _check_patterns(

@@ -172,9 +172,16 @@ def _retracer(
             return None
         memo: dict[int, Any] = {id(b): converted(b, dtype) for b in original.buffers()}
         memo |= {id(p): nn.Parameter(converted(p, dtype), requires_grad=False) for p in original.parameters()}
-        twin = copy.deepcopy(original, memo)
         args, kwargs = pytree.tree_map(lambda x: converted(x, dtype) if isinstance(x, torch.Tensor) else x, examples)
-        return _both_modes(twin, _export(twin, args, kwargs, shapes), args, kwargs, shapes)[0]
+        try:
+            twin = copy.deepcopy(original, memo)
+            program = _export(twin, args, kwargs, shapes)
+        except Exception as error:
+            raise GraphError(
+                f"the model cannot be traced again in {dtype}, which the graph's own dtypes need: {_reason(error)}. "
+                f"Convert the model yourself and trace that: lora_fx.trace(model.to({dtype}), args)"
+            ) from error
+        return _both_modes(twin, program, args, kwargs, shapes)[0]
 
     return retrace
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 from zoo import (
     BY_NAME,
     STACK,
@@ -310,3 +311,35 @@ def test_the_base_never_moves_over_a_long_run() -> None:
     before = {n: bits(p) for n, p in gm.named_parameters() if "lora" not in n}
     train(gm.train(), lora_fx.lora_parameters(gm), steps=20, case=case, dtype=torch.bfloat16)
     assert {n: bits(p) for n, p in gm.named_parameters() if "lora" not in n} == before
+
+
+class Casting(nn.Module):
+    """What is read behind a cast that is none in float32 must not read the cast in another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(7, 7), nn.Linear(7, 7)
+
+    def forward(self, x):
+        h = self.fc1(x)
+        wide = h.to(torch.float32)
+        return self.fc2((wide * wide.pow(2).mean(-1, keepdim=True).rsqrt()).to(h.dtype)) + h
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["casting", "llama", "qwen3", "gpt2", "bert"])
+def test_a_traced_graph_in_another_dtype_is_the_model_in_that_dtype(name: str, dtype: torch.dtype) -> None:
+    if name == "casting":
+        model, arguments = Casting().eval(), ((torch.randn(3, 7),), {})
+    else:
+        model, arguments = BY_NAME[name].model(), BY_NAME[name].arguments()
+    source = copy.deepcopy(model)
+    gm = lora_fx.trace(source, *arguments)
+    config = LoraConfig(target_modules=["fc1", "fc2"] if name == "casting" else BY_NAME[name].targeted)
+    adapted = lora_fx.inject(gm, config).to(dtype)
+    model.to(dtype)
+    args, kwargs = pytree.tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, arguments)
+    expected = pytree.tree_leaves(model(*args, **kwargs))[0]
+    got = pytree.tree_leaves(adapted(*args, **kwargs))[0]
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, rtol=0, atol=float(expected.abs().max()) * 4 * torch.finfo(dtype).eps)
