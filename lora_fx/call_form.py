@@ -6,7 +6,7 @@ torch.export's own check of this goes when a graph is edited, so the graph modul
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,58 +21,105 @@ class CallForm:
 
     Args:
         names: of the parameters of the graph's forward, in their order.
+        positions: names that the model's own forward gives to positional inputs.
         args, kwargs: the inputs the graph was traced with.
+        free_numbers: whether integers among the inputs were said to be free.
     """
 
-    def __init__(self, names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._names = names
+    def __init__(
+        self,
+        names: Sequence[str],
+        positions: Sequence[str],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        free_numbers: bool = False,
+    ) -> None:
+        self._names = list(names)
+        self._positions = list(positions)
         values = dict(zip(names, args, strict=False)) | dict(kwargs)
-        self._traced = {name: pytree.tree_flatten(values[name]) for name in names}
+        self._traced = {name: dict(_leaves(values[name])) for name in names}
+        self._plain = {name: leaves[()] for name, leaves in self._traced.items() if () in leaves}
+        self._free_numbers = free_numbers
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise GraphError if the inputs have no place in the graph; torch.compile checks them with its own guards."""
-        if torch.compiler.is_compiling():
-            return
+        """Raise GraphError if the inputs have no place in the graph."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
         self._check_names(given, len(args))
+        if torch.compiler.is_compiling():  # looks into no containers
+            for name in self._plain:
+                self._check_leaf(name, self._plain[name], given[name])
+            return
         for name, value in given.items():
-            self._check(name, value, *self._traced[name])
+            self._check(name, dict(_leaves(value)))
 
     def _check_names(self, given: Mapping[str, Any], positional: int) -> None:
-        takes = f"it takes {', '.join(self._names)}"
         if positional > len(self._names):
-            raise GraphError(f"the graph was called with {positional} positional inputs; {takes}")
+            raise GraphError(f"the graph was called with {positional} positional inputs; {self._takes}")
+        for index in range(positional):
+            if self._positions[index : index + 1] != [self._names[index]]:
+                raise GraphError(
+                    f"the model takes its inputs in another order than the graph was traced with; {self._takes}. Give "
+                    f"input {index + 1} by name"
+                )
         for name in given:
             if name not in self._traced:
                 raise GraphError(
-                    f"the graph was traced without input {name!r}; {takes}. Trace the model again with such an input"
+                    f"the graph was traced without input {name!r}; {self._takes}. Trace the model again with such an "
+                    "input"
                 )
-        missing = [name for name in self._names if name not in given]
-        if missing:
-            raise GraphError(f"the graph was called without input {missing[0]!r}, which it was traced with; {takes}")
-
-    def _check(self, name: str, value: Any, examples: list[Any], traced: pytree.TreeSpec) -> None:
-        leaves, structure = pytree.tree_flatten(value)
-        if structure != traced:
-            raise GraphError(
-                f"input {name!r} has another structure than the graph was traced with: {structure} instead of "
-                f"{traced}. Trace the model again with such an input"
-            )
-        for example, leaf in zip(examples, leaves, strict=True):
-            if not _has_place(example, leaf):
+        for name in self._names:
+            if name not in given:
                 raise GraphError(
-                    f"the graph was traced with {_spelled(example)} for input {name!r} and has no place for "
-                    f"{_spelled(leaf)}, which it would ignore. Trace the model again with such an input"
+                    f"the graph was called without input {name!r}, which it was traced with; {self._takes}"
                 )
+
+    @property
+    def _takes(self) -> str:
+        return f"it takes {', '.join(self._names)}"
+
+    def _check(self, name: str, leaves: dict[tuple[Any, ...], Any]) -> None:
+        traced = self._traced[name]
+        if leaves.keys() != traced.keys():
+            other = next(iter(leaves.keys() ^ traced.keys()))
+            where = f" at {'.'.join(map(str, other))!r}" if other else ""
+            raise GraphError(
+                f"input {name!r} has another structure than the graph was traced with{where}. Trace the model again "
+                "with such an input"
+            )
+        for place, example in traced.items():
+            self._check_leaf(name, example, leaves[place])
+
+    def _check_leaf(self, name: str, example: Any, leaf: Any) -> None:
+        if isinstance(example, torch.Tensor):
+            fits = leaf is not None and (example.ndim == 0 or not isinstance(leaf, (bool, int, float, str)))
+        else:
+            fits = type(leaf) is type(example) and (leaf == example or (self._free_numbers and type(leaf) is int))
+        if not fits:
+            raise GraphError(
+                f"the graph was traced with {_spelled(example)} for input {name!r} and has no place for "
+                f"{_spelled(leaf)}. Trace the model again with such an input"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallForm:
         return self  # nobody writes into it
 
 
-def _has_place(example: Any, leaf: Any) -> bool:
-    if isinstance(example, torch.Tensor):
-        return leaf is not None and not isinstance(leaf, (bool, int, float, str))
-    return type(leaf) is type(example) and bool(leaf == example)
+def _leaves(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(place, leaf) of a nested input. Mappings of any kind and order are alike: the graph reads them by key."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, (*place, key))
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from _leaves(item, (*place, index))
+    else:
+        children = pytree.tree_leaves(value)
+        is_leaf = len(children) == 1 and children[0] is value
+        for index, child in enumerate(() if is_leaf else children):
+            yield (*place, index), child
+        if is_leaf:
+            yield place, value
 
 
 def _spelled(leaf: Any) -> str:

@@ -56,6 +56,17 @@ def bound_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) from error
 
 
+def positional_names(model: nn.Module, count: int) -> list[str]:
+    """What the model's forward calls its first `count` positional inputs; those that `*args` collects are numbered."""
+    names: list[str] = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(parameter.name)
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{i}" for i in range(count - len(names))]
+    return names[:count]
+
+
 @contextmanager
 def spelled_out(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
     """Let forward's signature name what `**kwargs` would collect, for which torch.export takes no dynamic shapes."""
