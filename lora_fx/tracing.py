@@ -130,8 +130,8 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     traced = _traced_with(model, given, dynamic_shapes)
     if doubled is not None:
         warn(
-            f"{type(model).__name__} does something else with a batch of one, which the example is, than with a larger "
-            "one: the graph takes batches of one only. Trace it with a larger example for the others"
+            f"{type(model).__name__} takes no larger batch than the example's one, or does something else with it: the "
+            "graph takes batches of one only. Trace it with a larger example for the others"
         )
     return traced
 
