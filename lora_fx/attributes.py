@@ -40,6 +40,6 @@ def delete_attribute(root: nn.Module, target: str) -> None:
         owners.append(getattr(owners[-1], part))
     delattr(owners[-1], parts[-1])
     for owner, container, name in zip(owners[-2::-1], owners[:0:-1], parts[-2::-1], strict=True):
-        if type(container) is not nn.Module or next(container.named_children(), None) or container.state_dict():
+        if type(container) is not nn.Module or container._modules or container._parameters or container._buffers:
             break
         delattr(owner, name)

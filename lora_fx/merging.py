@@ -92,7 +92,9 @@ def norm_if_finite(weight: torch.Tensor, deltas: Sequence[Delta]) -> float | Non
 def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, those rows in `dtype`): views of the weight if it is of that dtype, else one buffer over and over."""
     rows, columns = weight.shape
-    step = max(1, (_BLOCK if weight.device.type == "cpu" else _GPU_BLOCK) // max(1, columns))
+    most = max(1, (_BLOCK if weight.device.type == "cpu" else _GPU_BLOCK) // max(1, columns))
+    # Blocks of about one size: kernels for a few rows left over sum in an order of their own, and lose digits.
+    step = max(1, -(-rows // -(-rows // most))) if rows else 1
     buffer = None if weight.dtype == dtype else torch.empty_like(weight[:step], dtype=dtype)
     for start in range(0, rows, step):
         block = weight[start : start + step]
