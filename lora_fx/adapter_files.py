@@ -20,10 +20,15 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
+# What A and B are called in the file: of embeddings, and of everything else.
+KEYS_OF_LOOKUPS = ("lora_embedding_A", "lora_embedding_B")
+KEYS = ("lora_A.weight", "lora_B.weight")
+
 # The last lora_A or lora_B counts: a module may be called that itself.
-_HALF = re.compile(r"^((?P<path>.*)\.)?lora_(?P<half>[AB])(\.(?P<adapter>[^.]+))?\.weight$")
+_HALF = re.compile(r"^((?P<path>.*)\.)?(?P<name>lora_[AB])(\.(?P<adapter>[^.]+))?\.weight$")
+_LOOKUP = re.compile(r"^((?P<path>.*)\.)?(?P<name>lora_embedding_[AB])(\.(?P<adapter>[^.]+))?$")
 _SAVED_COPY = re.compile(r"\.modules_to_save\.([^.]+\.)?(?=[^.]+$)")
-_OTHER_LORA = re.compile(r"\blora_(embedding_[AB]|magnitude_vector|diag|[AB]\.bias)|token_adapter")
+_OTHER_LORA = re.compile(r"\blora_(magnitude_vector|diag|[AB]\.bias)|token_adapter")
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,12 @@ class TensorKey:
     Attributes:
         key: as it stands in the file.
         path: the module's name for A and B; the tensor's full name for tensors trained in full.
-        half: "A", "B", or None for tensors trained in full.
+        end: what follows the module's name, without the adapter's, as in `KEYS`; None for tensors trained in full.
     """
 
     key: str
     path: str
-    half: str | None
+    end: str | None
 
 
 def find_adapter_directory(directory: str | os.PathLike[str], adapter_name: str) -> Path:
@@ -124,12 +129,13 @@ def parse_key(key: str, file: str) -> TensorKey:
     name = key.removeprefix(PREFIX)
     if _OTHER_LORA.search(name):
         raise AdapterError(
-            f"{file!r} holds {key!r}: a kind of adapter (embedding, DoRA, bias of B, trained tokens) that "
+            f"{file!r} holds {key!r}: a kind of adapter (DoRA, bias of B, trained tokens) that "
             "lora_fx does not support yet"
         )
-    match = _HALF.match(name)
-    if match:
-        return TensorKey(key, match["path"] or "", match["half"])
+    if match := _HALF.match(name):
+        return TensorKey(key, match["path"] or "", f"{match['name']}.weight")
+    if match := _LOOKUP.match(name):
+        return TensorKey(key, match["path"] or "", match["name"])
     name = name.replace(".base_layer.", ".").removeprefix("base_layer.")
     return TensorKey(key, _SAVED_COPY.sub(".", name), None)
 

@@ -16,6 +16,8 @@ from torch import fx
 
 from .adapter_files import (
     CONFIG_FILE,
+    KEYS,
+    KEYS_OF_LOOKUPS,
     PREFIX,
     WEIGHTS_FILE,
     TensorKey,
@@ -117,8 +119,8 @@ def _tensors(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tensor]:
 def _named_tensors(gm: fx.GraphModule, adapter: Adapter) -> Iterable[tuple[str, torch.Tensor]]:
     for site in adapter.sites.values():
         prefix = f"{site.path}." if site.path else ""
-        yield f"{prefix}lora_A.weight", gm.get_parameter(site.lora_a)
-        yield f"{prefix}lora_B.weight", gm.get_parameter(site.lora_b)
+        for key, attribute in site.tensors.items():
+            yield prefix + key, gm.get_parameter(attribute)
     for name in adapter.trained:
         path, _, last = name.rpartition(".")
         # PEFT keeps an adapted module's own parameters in its base_layer.
@@ -221,9 +223,9 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _normalised(key: TensorKey) -> str:
     """One spelling for keys with and without PEFT's prefix, adapter name and base_layer."""
-    if key.half is None:
+    if key.end is None:
         return key.path
-    return f"{key.path}.lora_{key.half}.weight".lstrip(".")
+    return f"{key.path}.{key.end}".lstrip(".")
 
 
 def _plan_for(gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> Plan:
@@ -270,8 +272,9 @@ def _expected(gm: fx.GraphModule, plan: Plan) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for target in plan.targets:
         prefix = f"{target.site.path}." if target.site.path else ""
-        shapes[f"{prefix}lora_A.weight"] = (target.r, target.site.in_features)
-        shapes[f"{prefix}lora_B.weight"] = (target.site.out_features, target.r)
+        a, b = KEYS_OF_LOOKUPS if target.site.op == "embedding" else KEYS
+        shapes[prefix + a] = target.site.layout.a_shape(target.r)
+        shapes[prefix + b] = target.site.layout.b_shape(target.r)
     for name in plan.trained:
         shapes[name] = tuple(get_attribute(gm, name).shape)
     return shapes
@@ -279,12 +282,12 @@ def _expected(gm: fx.GraphModule, plan: Plan) -> dict[str, tuple[int, ...]]:
 
 def _is_shared(path: str, owner: str, tensors: dict[str, torch.Tensor]) -> bool:
     return all(
-        torch.equal(tensors[f"{path}.lora_{half}.weight"], tensors[f"{owner}.lora_{half}.weight"]) for half in "AB"
+        torch.equal(tensors[f"{path}.{key}"], tensors[f"{owner}.{key}"]) for key in KEYS if f"{path}.{key}" in tensors
     )
 
 
 def _dtype_for(plan: Plan, tensors: dict[str, torch.Tensor]) -> torch.dtype:
-    saved = next(tensor.dtype for key, tensor in tensors.items() if key.endswith("lora_A.weight"))
+    saved = next(tensor.dtype for key, tensor in tensors.items() if key.endswith(("lora_A.weight", "lora_embedding_A")))
     base = plan.targets[0].site.dtype
     return saved if base in _HALVES else torch.promote_types(saved, base)
 

@@ -8,7 +8,7 @@ and parameters are known by storage, so that every name of a tied weight means t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from .aliasing import is_same_view, overlapping_names
 from .attributes import get_attribute
 from .errors import GraphError
 from .graph_module import ROLE, record_of
-from .ops import Use, uses_of
+from .layouts import Layout
+from .ops import ON_WEIGHT, Use, uses_of
 from .ops.use import argument, operands_of, writer_of
 
 _aten = torch.ops.aten
@@ -94,6 +95,7 @@ class Application:
         attribute: the name under which the graph reads it; differs from `weight` for tied weights.
         stored_in_out: the parameter is stored (in, out), as in GPT-2's Conv1D, rather than (out, in).
         mode: the view it is in.
+        layout: how A and B make the parameter's delta.
     """
 
     scope: Scope
@@ -103,6 +105,7 @@ class Application:
     attribute: str
     stored_in_out: bool
     mode: bool | None
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class Reading:
 
 
 def read_applications(gm: fx.GraphModule) -> Reading:
-    """Every place of `gm` where a two-dimensional parameter is applied, in every view.
+    """Every place of `gm` where a parameter of two dimensions or more is applied, in every view.
 
     Raises:
         GraphError: if the graph was decomposed, so that its linears are no longer there.
@@ -142,8 +145,18 @@ def read_applications(gm: fx.GraphModule) -> Reading:
     reading = Reading(names=overlapping_names(parameters), aliases=_module_aliases(gm, parameters))
     for mode, graph in record_of(gm).views.items():
         _check_not_decomposed(graph)
-        for node, scope in _nodes(Scope(graph, gm)):
-            _read_node(node, scope, mode, parameters, reading)
+        found = [
+            (node, scope, _read_node(node, scope, mode, parameters, reading))
+            for node, scope in _nodes(Scope(graph, gm))
+        ]
+        claimed = {step for _, _, uses in found if uses for use in uses for step in _steps_of(use)}
+        for node, scope, uses in found:
+            if uses == [] and node not in claimed:
+                _read_weights(node, scope, mode, parameters, reading)
+    order = {
+        id(node): i for i, node in enumerate(n for g in record_of(gm).views.values() for n, _ in _nodes(Scope(g, gm)))
+    }
+    reading.applications.sort(key=lambda application: order[id(application.use.node)])
     return reading
 
 
@@ -240,19 +253,64 @@ def _nodes(scope: Scope) -> Iterator[tuple[fx.Node, Scope]]:
 
 def _read_node(
     node: fx.Node, scope: Scope, mode: bool | None, parameters: dict[str, nn.Parameter], reading: Reading
-) -> None:
+) -> list[Use] | None:
+    """The uses that say what the node is, an application or a refusal; none for other ops; None for an adapter's nodes."""
     if ROLE in node.meta:
-        return  # an adapter's own nodes are no sites
+        return None  # an adapter's own nodes are no sites
     _note_users(node, scope, parameters, reading)
-    refusal: Refusal | None = None
+    refusal: tuple[Refusal, Use] | None = None
     for use in uses_of(node, scope.module):
         found = _application(use, scope, mode, parameters, reading)
         if isinstance(found, Application):
             reading.applications.append(found)
-            return
-        refusal = found
-    if refusal is not None:
-        reading.refusals.append(refusal)
+            return [use]
+        refusal = refusal or (None if found is None else (found, use))
+    if refusal is None:
+        return []
+    reading.refusals.append(refusal[0])
+    return [refusal[1]]
+
+
+def _steps_of(use: Use) -> list[fx.Node]:
+    """The nodes that stand between a weight's read and its use: no uses of their own."""
+    return [] if isinstance(use.weight, str) else undone_steps(use.weight)
+
+
+# These look at a weight's shape or type, or at all operands alike, and apply nothing.
+_ONLY_LOOKS = {
+    _aten._assert_tensor_metadata.default,
+    _aten.sym_size.int,
+    _aten.sym_numel.default,
+    _aten.sym_stride.int,
+    _aten.detach.default,
+}
+
+
+def _read_weights(
+    node: fx.Node, scope: Scope, mode: bool | None, parameters: dict[str, nn.Parameter], reading: Reading
+) -> None:
+    """The parameters that an op of no family takes: each can be adapted by what the op is fed."""
+    if node.target in _ONLY_LOOKS or bodies_of(node)[0] or not (node.users or node.is_impure()):
+        return
+    for use in ON_WEIGHT.recognise(node, scope.module):
+        assert isinstance(use.weight, fx.Node)
+        weight = unsummed(use.weight)
+        if undone_steps(weight):
+            continue  # what reorders a weight is itself the op that takes it
+        found = _application(replace(use, weight=weight, x=weight), scope, mode, parameters, reading)
+        if isinstance(found, Application):
+            reading.applications.append(found)
+        elif found is not None:
+            reading.refusals.append(found)
+
+
+def unsummed(operand: fx.Node) -> fx.Node:
+    """The weight that an operand is, without the deltas that adapters add to it for this op."""
+    while ROLE in operand.meta and operand.meta[ROLE].is_on_weight:
+        source = operand.args[0]
+        assert isinstance(source, fx.Node)
+        operand = source
+    return operand
 
 
 def _note_users(node: fx.Node, scope: Scope, parameters: dict[str, nn.Parameter], reading: Reading) -> None:
@@ -275,7 +333,7 @@ def _final_users(node: fx.Node) -> Iterator[fx.Node]:
                 for index, operand in enumerate(operands):
                     if operand is node:
                         yield from _final_users(placeholders[index])
-        elif _undone(user) is not None:
+        elif _undone(user) is not None or unsummed(user) is not user:
             yield from _final_users(user)
         elif user.target is not _aten._assert_tensor_metadata.default:  # says what a cast was traced with
             yield user
@@ -297,20 +355,21 @@ def _application(
     attribute, flipped = origin.name, origin.flipped
     parameter = parameters[attribute]
     weight = _own_name(attribute, stack, use, parameters, reading)
-    if parameter.ndim != 2:
-        return Refusal(_path_of(weight), f"{attribute} has {parameter.ndim} dimensions") if use.is_certain else None
+    layout = use.family.layout(use, tuple(parameter.shape), use.takes_in_out != flipped)
+    if isinstance(layout, str):
+        return Refusal(_path_of(weight), layout) if use.is_certain else None
     if not parameter.is_floating_point():
         return Refusal(_path_of(weight), f"{attribute} is {parameter.dtype}, which LoRA cannot be added to")
     if reason := scope.reason or _reason_not_plain(use, scope, parameters, reading.names[attribute]):
         return Refusal(_path_of(weight), reason)
-    return Application(scope, use, _path_of(weight), weight, attribute, use.takes_in_out != flipped, mode)
+    return Application(scope, use, _path_of(weight), weight, attribute, layout.stored_in_out, mode, layout)
 
 
 def _reason_not_plain(use: Use, scope: Scope, parameters: dict[str, nn.Parameter], names: list[str]) -> str | None:
     """Why W + ΔW in this one operand would not be W + ΔW in the model, or None."""
     if use.node.op == "call_module":
         return None
-    origins = [_origin(arg, scope, parameters) for arg in operands_of(use.node)]
+    origins = [_origin(unsummed(arg), scope, parameters) for arg in operands_of(use.node)]
     if sum(isinstance(o, _Origin) and o.name in names for o in origins) > 1:
         return f"{use.node.name} reads its weight in two of its operands"
     if isinstance(use.weight, fx.Node) and (writer := _writer(use.weight, scope)) is not None:
@@ -355,7 +414,7 @@ class _Origin:
 
 def _origin(weight: fx.Node | str, scope: Scope, parameters: dict[str, nn.Parameter]) -> _Origin | str:
     """The parameter that a weight operand is, through transposes and out of sub-graphs; or why it is none."""
-    flipped = False
+    flipped, swaps = False, list[fx.Node]()
     while isinstance(weight, fx.Node):
         if weight.op == "placeholder" and scope.parent is not None:
             placeholders = [n for n in scope.graph.nodes if n.op == "placeholder"]
@@ -365,12 +424,15 @@ def _origin(weight: fx.Node | str, scope: Scope, parameters: dict[str, nn.Parame
         elif weight.op == "get_attr":
             weight = str(weight.target)
         elif (step := _undone(weight)) is not None:
+            swaps += [weight] if step[1] else []
             weight, swapped = step
             flipped ^= swapped
         else:
             return f"its weight is computed in the graph (by {weight.name}), not a parameter"
     if weight not in parameters:
         return f"its weight {weight!r} is a buffer or constant, not a parameter"
+    if parameters[weight].ndim != 2 and not all(_swaps_last_two(node, parameters[weight].ndim) for node in swaps):
+        return f"its weight is reordered in the graph (by {swaps[0].name})"
     return _Origin(weight, flipped)
 
 
@@ -393,6 +455,12 @@ def _undone(node: fx.Node) -> tuple[fx.Node, bool] | None:
     if node.target in _COPIES:
         return source, False
     return None
+
+
+def _swaps_last_two(node: fx.Node, ndim: int) -> bool:
+    """Whether a transpose turns each matrix of a stack of them."""
+    rest = [dim % ndim for dim in node.args[1:] if isinstance(dim, int)]
+    return node.target is _aten.mT.default or (node.target in _SWAPS and sorted(rest) == [ndim - 2, ndim - 1])
 
 
 def _dimensions(args: tuple[Any, ...]) -> list[int]:

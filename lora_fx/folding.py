@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from .aliasing import storage_of
 from .applications import read_applications
 from .attributes import delete_attribute, get_attribute, set_attribute
 from .errors import FoldError
@@ -137,8 +138,8 @@ def _fold_for_good(
     ]
     norms = []
     for task, weight, factors in zip(tasks, weights, deltas, strict=True):
-        norms.append(norm_if_finite(weight, factors))
-        if norms[-1] is None and not merge(weight, factors, torch.empty_like(weight)).is_finite:
+        norms.append(norm_if_finite(_matrices(task, weight), factors))
+        if norms[-1] is None and not _merged(task, weight, factors, torch.empty_like(weight)).is_finite:
             raise FoldError(_why_not_finite(gm, task, weight))
     trained = [(record_of(gm).originals[n], get_attribute(gm, n).detach()) for a in chosen for n in a.trained]
     _keep_base_tensors(gm, gm, chosen)
@@ -147,7 +148,7 @@ def _fold_for_good(
     for base, value in trained:
         base.copy_(value)
     return gm, [
-        _folded_site(task, weight, merge(weight, factors, weight, weight_norm=norm))
+        _folded_site(task, weight, _merged(task, weight, factors, weight, weight_norm=norm))
         for task, weight, factors, norm in zip(tasks, weights, deltas, norms, strict=True)
     ]
 
@@ -220,10 +221,33 @@ def _merge(
     Raises:
         FoldError: if it would not be finite.
     """
-    merged = merge(weight, _deltas(gm, task, torch.promote_types(weight.dtype, accumulate)), into)
+    merged = _merged(task, weight, _deltas(gm, task, torch.promote_types(weight.dtype, accumulate)), into)
     if not merged.is_finite:
         raise FoldError(_why_not_finite(gm, task, weight))
     return _folded_site(task, weight, merged)
+
+
+def _matrices(task: FoldTask, weight: torch.Tensor) -> torch.Tensor:
+    return task.sites[0].layout.matrices(weight)  # type: ignore[no-any-return]
+
+
+def _merged(
+    task: FoldTask,
+    weight: torch.Tensor,
+    deltas: list[Delta],
+    into: torch.Tensor,
+    *,
+    weight_norm: float | None = None,
+) -> Merged:
+    """`merge` on the weight's matrices; memory in another order (channels_last) takes a temporary."""
+    target = _matrices(task, into)
+    is_view = storage_of(target) == storage_of(into)
+    if not is_view:
+        target = torch.empty_like(target)
+    merged = merge(_matrices(task, weight), deltas, target, weight_norm=weight_norm)
+    if not is_view:
+        into.copy_(target.reshape(into.shape))
+    return merged
 
 
 def _folded_site(task: FoldTask, weight: torch.Tensor, merged: Merged) -> FoldedSite:
@@ -242,7 +266,7 @@ def _deltas(gm: LoraGraphModule, task: FoldTask, dtype: torch.dtype) -> list[Del
     deltas = []
     for site in task.sites:
         a, b = gm.get_parameter(site.lora_a).detach().to(dtype), gm.get_parameter(site.lora_b).detach().to(dtype)
-        left, right = (a.T, b.T) if site.fan_in_fan_out else (b, a)
+        left, right = site.layout.factors(a, b)
         deltas.append(Delta(left, right, site.scaling))
     return deltas
 
@@ -262,7 +286,8 @@ def _why_not_finite(gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor) -
     for name in (name for site in task.sites for name in (site.lora_a, site.lora_b)):
         if not bool(torch.isfinite(gm.get_parameter(name)).all()):
             return f"folding {where}: {name} holds NaN or Inf, so the adapter is broken; train it again or reload it"
-    total = sum((d.scaling * (d.left @ d.right) for d in _deltas(gm, task, torch.float64)), start=weight.double())
+    wide = _matrices(task, weight).double()
+    total = sum((d.scaling * (d.left @ d.right) for d in _deltas(gm, task, torch.float64)), start=wide)
     return (
         f"folding {where}: |W + ΔW| reaches {float(total.abs().max()):.4g}, beyond {weight.dtype}'s largest number "
         f"{torch.finfo(weight.dtype).max:.4g}; fold a float32 copy of the model, gm.float()"

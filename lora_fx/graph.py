@@ -7,15 +7,20 @@ operand of the call and one more placeholder of the body.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx
 
-from .applications import Application, Scope, bodies_of, body_module, is_undone, undone_steps
+from .applications import Application, Scope, bodies_of, body_module, is_undone, undone_steps, unsummed
 from .attributes import get_attribute
 from .graph_module import ROLE, LoraGraphModule, record_of
-from .ops.use import dialect_of
+from .layouts import Layout
+from .ops.use import dialect_of, operands_of
+
+_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -24,11 +29,13 @@ class Role:
 
     Attributes:
         adapter: the adapter it belongs to.
-        is_sum: whether it is the node that adds the low-rank path to the base's result.
+        is_sum: whether it is the node that adds the low-rank path to the base's result, or to its weight.
+        is_on_weight: whether it is the sum for a weight.
     """
 
     adapter: str
     is_sum: bool = False
+    is_on_weight: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class LowRankPath:
     lora_b: str
     dropout: str | None
     scaling: float
+    layout: Layout
     is_flipped: bool
     needs_cast: bool
 
@@ -47,8 +55,12 @@ class LowRankPath:
 def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
     """Write result + scaling · B(A(dropout(x))) behind the node and give it to the node's users.
 
-    Paths of several adapters add up in the order in which they were inserted.
+    Where lora_fx does not read the op, W + scaling · delta is written before it, and the op takes that. Paths of
+    several adapters add up in the order in which they were inserted.
     """
+    if application.use.family.is_on_weight:
+        _insert_on_weight(application, path)
+        return
     use, scope = application.use, application.scope
     graph, dialect = scope.graph, dialect_of(use.node)
     role = Role(path.adapter)
@@ -64,19 +76,49 @@ def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
             x = graph.call_function(dialect.cast_like, (x, a))
         if path.dropout is not None:
             x = _call_dropout(scope, path.dropout, x)
-        delta = use.family.emit(use, x, a, b)
+        delta = use.family.emit(use, path.layout, x, a, b)
         delta = graph.call_function(dialect.mul, (delta, path.scaling * use.factor))
         if path.needs_cast:
             delta = graph.call_function(dialect.cast_like, (delta, base))
         total = graph.call_function(dialect.add, (base, delta))
-    inserted = set()
-    node = base.next
-    while node is not behind:
-        node.meta |= {ROLE: role, "nn_module_stack": use.node.meta.get("nn_module_stack", {})}
-        inserted.add(node)
-        node = node.next
+    inserted = _mark_between(base, behind, role, use.node)
     total.meta[ROLE] = Role(path.adapter, is_sum=True)
     base.replace_all_uses_with(total, delete_user_cb=lambda user: user not in inserted)
+
+
+def _insert_on_weight(application: Application, path: LowRankPath) -> None:
+    """Feed W + scaling · delta to the op, in the weight's own dtype. Each op that reads the weight has its own sum."""
+    use, scope = application.use, application.scope
+    role = Role(path.adapter)
+    a, b = _read(scope, path.lora_a, use.node, role), _read(scope, path.lora_b, use.node, role)
+    weight = next(operand for operand in operands_of(use.node) if unsummed(operand) is use.weight)
+    before = use.node.prev
+    with scope.graph.inserting_before(use.node):
+        delta = scope.graph.call_function(_aten.mul.Tensor, (write(path.layout.delta, a, b), path.scaling))
+        if path.needs_cast:
+            delta = scope.graph.call_function(_aten.type_as.default, (delta, weight))
+        total = scope.graph.call_function(_aten.add.Tensor, (weight, delta))
+    _mark_between(before, use.node, role, use.node)
+    total.meta[ROLE] = Role(path.adapter, is_sum=True, is_on_weight=True)
+    use.node.replace_input_with(weight, total)
+
+
+def write(function: Callable[..., Any], *nodes: fx.Node) -> fx.Node:
+    """The nodes of a function of tensors, at the insertion point of the graph that its operands are in."""
+    tracer = fx.proxy.GraphAppendingTracer(nodes[0].graph)
+    result: fx.Proxy = function(*(fx.Proxy(node, tracer) for node in nodes))
+    return result.node
+
+
+def _mark_between(first: fx.Node, end: fx.Node, role: Role, of: fx.Node) -> set[fx.Node]:
+    """Give all nodes between the two the role; they belong to the module of `of`."""
+    inserted = set()
+    node = first.next
+    while node is not end:
+        node.meta |= {ROLE: role, "nn_module_stack": of.meta.get("nn_module_stack", {})}
+        inserted.add(node)
+        node = node.next
+    return inserted
 
 
 def erase_low_rank_paths(gm: LoraGraphModule, adapters: Collection[str]) -> None:
@@ -164,7 +206,7 @@ def _last_sum(node: fx.Node) -> fx.Node:
     """The sum of the node's result and all paths inserted so far."""
     for user in node.users:
         role = user.meta.get(ROLE)
-        if isinstance(role, Role) and role.is_sum and user.args[0] is node:
+        if isinstance(role, Role) and role.is_sum and not role.is_on_weight and user.args[0] is node:
             return _last_sum(user)
     return node
 

@@ -16,6 +16,7 @@ from .errors import AdapterError, GraphError, TargetError
 from .graph import LowRankPath, finish, insert_low_rank_path
 from .graph_module import LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
 from .initialization import initialize
+from .layouts import Layout
 from .plan import Plan, PlannedSite, make_plan
 from .sites import sites_of
 
@@ -28,21 +29,29 @@ class AdapterSite:
     """The attributes of one adapter at one site.
 
     Attributes:
-        path: the site's.
+        path, op: the site's.
         weight: the base weight's own name; tied weights may be read under another.
         lora_a, lora_b: names of A (r, in) and B (out, r).
         dropout: name of the dropout module, or None.
         scaling: the factor on B @ A.
-        fan_in_fan_out: the base weight is stored (in, out), so the delta is (B @ A)ᵀ.
+        layout: how A and B make the weight's delta.
     """
 
     path: str
+    op: str
     weight: str
     lora_a: str
     lora_b: str
     dropout: str | None
     scaling: float
-    fan_in_fan_out: bool
+    layout: Layout
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """{end of its key in PEFT's file: its attribute}."""
+        if self.op == "embedding":
+            return {"lora_embedding_A": self.lora_a, "lora_embedding_B": self.lora_b}
+        return {"lora_A.weight": self.lora_a, "lora_B.weight": self.lora_b}
 
 
 @dataclass(frozen=True)
@@ -133,11 +142,7 @@ def _check_plan(gm: fx.GraphModule, plan: Plan) -> None:
         if here is None:
             raise TargetError(f"the plan is of another graph: it has a site {target.site.path!r}, this one has not")
         theirs = target.site
-        if (here.in_features, here.out_features, here.fan_in_fan_out) != (
-            theirs.in_features,
-            theirs.out_features,
-            theirs.fan_in_fan_out,
-        ):
+        if here.layout != theirs.layout:
             raise TargetError(
                 f"the plan is of another graph: {here.path!r} maps {theirs.in_features} → {theirs.out_features} "
                 f"there and {here.in_features} → {here.out_features} here; make_plan(gm, config) makes one for it"
@@ -215,14 +220,16 @@ def _add_parameters(
     weight = gm.get_parameter(application.attribute)
     prefix = container(application.path, application.weight)
     lora_a, lora_b = f"{prefix}lora_A.{name}.weight", f"{prefix}lora_B.{name}.weight"
-    dropout = f"{prefix}lora_dropout.{name}" if config.lora_dropout else None
+    drops = config.lora_dropout and not target.site.is_on_weight and target.site.op != "embedding"
+    dropout = f"{prefix}lora_dropout.{name}" if drops else None
     for attribute in (lora_a, lora_b):
         _check_free(gm, attribute, name)
     if owner is None:
         dtype = dtype or (torch.float32 if weight.dtype in _HALVES else weight.dtype)
-        a = nn.Parameter(torch.empty(target.r, target.site.in_features, dtype=dtype, device=weight.device))
-        b = nn.Parameter(torch.empty(target.site.out_features, target.r, dtype=dtype, device=weight.device))
-        initialize(a, b, config.init_lora_weights)
+        layout = target.site.layout
+        a = nn.Parameter(torch.empty(layout.a_shape(target.r), dtype=dtype, device=weight.device))
+        b = nn.Parameter(torch.empty(layout.b_shape(target.r), dtype=dtype, device=weight.device))
+        initialize(a, b, config.init_lora_weights, is_lookup=target.site.op == "embedding", r=target.r)
     else:  # tied sites: one weight, one adapter, under the name of each
         a, b = gm.get_parameter(owner.lora_a), gm.get_parameter(owner.lora_b)
     set_attribute(gm, lora_a, a)
@@ -231,12 +238,13 @@ def _add_parameters(
         set_attribute(gm, dropout, nn.Dropout(config.lora_dropout).train(gm.training))
     return AdapterSite(
         path=application.path,
+        op=target.site.op,
         weight=application.weight,
         lora_a=lora_a,
         lora_b=lora_b,
         dropout=dropout,
         scaling=target.scaling,
-        fan_in_fan_out=target.site.fan_in_fan_out,
+        layout=target.site.layout,
     )
 
 
@@ -264,7 +272,8 @@ def _low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterS
         lora_b=site.lora_b,
         dropout=site.dropout,
         scaling=site.scaling,
-        is_flipped=application.stored_in_out != site.fan_in_fan_out,
+        layout=site.layout,
+        is_flipped=application.stored_in_out != site.layout.stored_in_out,
         needs_cast=gm.get_parameter(site.lora_a).dtype != taken,
     )
 

@@ -22,7 +22,7 @@ _NEGLIGIBLE = 1e-3
 
 @dataclass(frozen=True)
 class Delta:
-    """scaling · left @ right, in the order in which the weight is stored: left (rows, r), right (r, columns)."""
+    """scaling · left @ right, in the order in which the weight is stored: left (n, rows, r), right (n, r, columns)."""
 
     left: torch.Tensor
     right: torch.Tensor
@@ -51,7 +51,7 @@ def merge(
     """Write weight + Σ deltas to `into`.
 
     Args:
-        weight: (rows, columns).
+        weight: (n, rows, columns): one matrix, or one for each group or expert.
         deltas: in the dtype to accumulate in, which is at least the weight's.
         into: the weight's shape and dtype; the weight itself, or other memory.
         weight_norm: what `norm_if_finite` told; then finiteness is not looked at once more.
@@ -61,10 +61,10 @@ def merge(
     if all(_is_zero(delta) for delta in deltas):
         deltas = ()  # the same bits, −0.0 among them, which adding 0.0 would change
     with _full_precision():
-        for rows, block in _blocks(weight, accumulate):
-            rounded = into[rows]
+        for n, rows, block in _blocks(weight, accumulate):
+            rounded = into[n, rows]
             before += _squares(block) if weight_norm is None else 0.0
-            total = _sum(block, deltas, rows, rounded if rounded.dtype == accumulate else block)
+            total = _sum(block, deltas, n, rows, rounded if rounded.dtype == accumulate else block)
             after += _squares(total) if weight_norm is None else 0.0
             if total is not rounded:
                 rounded.copy_(total)
@@ -81,7 +81,7 @@ def merge(
 
 def norm_if_finite(weight: torch.Tensor, deltas: Sequence[Delta]) -> float | None:
     """‖weight‖, if norms alone tell that weight + Σ deltas has no NaN and no infinite element; None: no verdict."""
-    squares = sum(_squares(block) for _, block in _blocks(weight, deltas[0].left.dtype))
+    squares = sum(_squares(block) for _, _, block in _blocks(weight, deltas[0].left.dtype))
     norm = math.sqrt(squares) if math.isfinite(squares) else math.inf
     largest = norm
     for delta in deltas:  # no element of L @ R is above ‖L‖ ‖R‖
@@ -89,22 +89,23 @@ def norm_if_finite(weight: torch.Tensor, deltas: Sequence[Delta]) -> float | Non
     return norm if largest < torch.finfo(weight.dtype).max / 2 else None  # NaN is below nothing
 
 
-def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows, those rows in `dtype`): views of the weight if it is of that dtype, else one buffer over and over."""
-    rows, columns = weight.shape
+def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """(matrix, rows, those rows in `dtype`): views of the weight if it is of that dtype, else one buffer throughout."""
+    count, rows, columns = weight.shape
     most = max(1, (_BLOCK if weight.device.type == "cpu" else _GPU_BLOCK) // max(1, columns))
     # Blocks of about one size: kernels for a few rows left over sum in an order of their own, and lose digits.
     step = max(1, -(-rows // -(-rows // most))) if rows else 1
-    buffer = None if weight.dtype == dtype else torch.empty_like(weight[:step], dtype=dtype)
-    for start in range(0, rows, step):
-        block = weight[start : start + step]
-        yield slice(start, start + step), block if buffer is None else buffer[: len(block)].copy_(block)
+    buffer = None if weight.dtype == dtype or not count else torch.empty_like(weight[0, :step], dtype=dtype)
+    for n in range(count):
+        for start in range(0, rows, step):
+            block = weight[n, start : start + step]
+            yield n, slice(start, start + step), block if buffer is None else buffer[: len(block)].copy_(block)
 
 
-def _sum(block: torch.Tensor, deltas: Sequence[Delta], rows: slice, out: torch.Tensor) -> torch.Tensor:
+def _sum(block: torch.Tensor, deltas: Sequence[Delta], n: int, rows: slice, out: torch.Tensor) -> torch.Tensor:
     total = block if deltas else out.copy_(block)
     for delta in deltas:  # (rows, r) @ (r, columns) -> (rows, columns)
-        total = torch.addmm(total, delta.left[rows], delta.right, alpha=delta.scaling, out=out)
+        total = torch.addmm(total, delta.left[n, rows], delta.right[n], alpha=delta.scaling, out=out)
     return total
 
 
@@ -118,8 +119,8 @@ def _lost_to_rounding(
         return bound
     wide = [Delta(d.left.double(), d.right.double(), d.scaling) for d in deltas]
     lost = 0.0
-    for rows, block in _blocks(weight, torch.float64):
-        lost += _squares(_sum(block, wide, rows, block) - into[rows])
+    for n, rows, block in _blocks(weight, torch.float64):
+        lost += _squares(_sum(block, wide, n, rows, block) - into[n, rows])
     return math.sqrt(lost)
 
 
@@ -132,7 +133,7 @@ def _norm_of_sum(deltas: Sequence[Delta]) -> float:
     squared = 0.0
     for one in deltas:
         for other in deltas:
-            inner = (one.left.T @ other.left).double() * (one.right @ other.right.T).double()
+            inner = (one.left.mT @ other.left).double() * (one.right @ other.right.mT).double()
             squared += one.scaling * other.scaling * float(inner.sum())
     return math.sqrt(max(squared, 0.0))
 

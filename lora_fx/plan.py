@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -38,8 +40,9 @@ class PlannedSite:
 
     @property
     def parameters(self) -> int:
-        """How many numbers A (r, in) and B (out, r) add."""
-        return 0 if self.shares_with is not None else self.r * (self.site.in_features + self.site.out_features)
+        """How many numbers A and B add."""
+        layout = self.site.layout
+        return 0 if self.shares_with else math.prod(layout.a_shape(self.r)) + math.prod(layout.b_shape(self.r))
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,8 @@ def _reason_to_skip(site: Site, config: LoraConfig, targets: tuple[str, ...] | s
     if _any(site, lambda name: any(name == m or name.startswith(f"{m}.") for m in saved)):
         return "trained in full by modules_to_save"
     if targets == ALL_LINEAR:
+        if not site.is_linear:
+            return "no linear, and all-linear means no other"
         if site.is_output_head:
             return "output head, which all-linear leaves out"
         return None if site.gets_gradient else "runs under torch.no_grad, so no gradient would reach it"
@@ -174,6 +179,11 @@ def _planned(site: Site, config: LoraConfig) -> PlannedSite:
     alpha_key = matching_key(site.path, config.alpha_pattern)
     r = config.r if rank_key is None else config.rank_pattern[rank_key]
     alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
+    if reason := site.layout.why_not_rank(r):
+        raise TargetError(
+            f"{site.path!r} cannot be adapted with this rank: {reason}. Choose another r, or give this site its own: "
+            f"rank_pattern={{{re.escape(site.path)!r}: {r * site.in_features}}}"
+        )
     return PlannedSite(site, r, alpha, scaling_of(alpha, r, use_rslora=config.use_rslora))
 
 
@@ -192,8 +202,7 @@ def _shared(gm: fx.GraphModule, reading: Reading, planned: list[PlannedSite]) ->
 
 
 def _adapts_alike(a: PlannedSite, b: PlannedSite) -> bool:
-    same_values = (a.r, a.lora_alpha) == (b.r, b.lora_alpha)
-    return same_values and a.site.fan_in_fan_out == b.site.fan_in_fan_out
+    return (a.r, a.lora_alpha, a.site.layout) == (b.r, b.lora_alpha, b.site.layout)
 
 
 # Everything that is trained as it is --------------------------------------------------------------
@@ -397,6 +406,12 @@ def _warn(config: LoraConfig, chosen: list[Site]) -> None:
     for site in chosen:
         if not site.gets_gradient:
             warn(f"{site.path!r} runs under torch.no_grad: its adapter counts, but no gradient will reach it")
+    undropped = [site.path for site in chosen if site.is_on_weight or site.op == "embedding"]
+    if config.lora_dropout and undropped:
+        warn(
+            f"lora_dropout={config.lora_dropout} drops elements of what a site takes, and does nothing at "
+            f"{_some(map(repr, undropped))}: indices and weights are not dropped"
+        )
     if config.fan_in_fan_out and not any(site.fan_in_fan_out for site in chosen):
         warn(
             "fan_in_fan_out=True, but the graph shows that the targeted weights are stored (out, in); the graph counts"
@@ -408,15 +423,16 @@ def _target_row(target: PlannedSite) -> tuple[str, ...]:
     remarks = []
     if target.shares_with is not None:
         remarks.append(f"same adapter as {target.shares_with}")
-    if site.fan_in_fan_out:
+    if site.fan_in_fan_out and site.is_linear:
         remarks.append("stored (in, out)")
+    if site.is_on_weight:
+        remarks.append("adapted on the weight")
     if site.calls > 1:
         remarks.append(f"called {site.calls} times")
     if site.tied_with:
         remarks.append(f"tied with {', '.join(site.tied_with)}")
-    size = f"{site.in_features} → {site.out_features}"
     return (
-        site.path or "(root)", site.op, size, str(target.r), f"{target.scaling:g}", f"{target.parameters:,}",
+        site.path or "(root)", site.op, site.size, str(target.r), f"{target.scaling:g}", f"{target.parameters:,}",
         "; ".join(remarks),
     )  # fmt: skip
 

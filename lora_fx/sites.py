@@ -12,6 +12,7 @@ from torch import fx
 from .applications import Application, Reading, read_applications
 from .graph_module import checked_graph_module
 from .heads import is_output_head
+from .layouts import Layout
 from .matching import shortest_suffix
 from .tables import format_table
 
@@ -23,14 +24,16 @@ class Site:
     Attributes:
         path: the name that target_modules is matched with: the module's, or the parameter's own full
             name where it is no module's `weight`.
-        op: "linear", "matmul", "addmm", "mm", "mv" or "einsum".
+        op: "linear", "matmul", "addmm", "mm", "mv", "einsum", "embedding", "conv2d", "grouped_mm", or the name of
+            any other op that takes the parameter, such as "lstm".
         weight: full name of the parameter.
-        in_features, out_features: sizes of what the op takes and gives.
-        fan_in_fan_out: the weight is stored (in, out) rather than (out, in).
+        layout: how A and B make its delta.
         bias: full name of the module's bias, or None.
         dtype: the weight's.
         layer_index: the first number in the path, or None.
         calls: how many nodes apply it.
+        is_linear: whether "all-linear" may mean it.
+        is_on_weight: the op is none that lora_fx reads: the delta is built, and added to the weight it takes.
         tied_with: other names of the same tensor, and names of tensors that overlap it.
         aliases: other paths at which the same module stands.
         is_output_head: its result is an output of the model, at most reshaped, scaled or normalised.
@@ -40,17 +43,38 @@ class Site:
     path: str
     op: str
     weight: str
-    in_features: int
-    out_features: int
-    fan_in_fan_out: bool
+    layout: Layout
     bias: str | None
     dtype: torch.dtype
     layer_index: int | None
     calls: int
+    is_linear: bool = True
+    is_on_weight: bool = False
     tied_with: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     is_output_head: bool = False
     gets_gradient: bool = True
+
+    @property
+    def in_features(self) -> int:
+        """Size of what the op takes: features, channels, or the size of a vocabulary."""
+        return self.layout.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of what the op gives."""
+        return self.layout.out_features
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """The weight is stored (in, out) rather than (out, in)."""
+        return self.layout.stored_in_out
+
+    @property
+    def size(self) -> str:
+        """`in → out`, with the number of experts before it."""
+        experts = f"{self.layout.count} × " if self.layout.count > 1 else ""
+        return f"{experts}{self.in_features} → {self.out_features}"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,7 +90,7 @@ class Sites(tuple[Site, ...]):
             (
                 site.path or "(root)",
                 site.op,
-                f"{site.in_features} → {site.out_features}",
+                site.size,
                 str(site.dtype).removeprefix("torch."),
                 "" if site.layer_index is None else str(site.layer_index),
                 _remarks(site),
@@ -95,7 +119,7 @@ def find_all_linear_names(gm: fx.GraphModule) -> list[str]:
 
     Each is the shortest dotted suffix that does not also mean the head.
     """
-    sites = find_sites(gm)
+    sites = [site for site in find_sites(gm) if site.is_linear]
     heads = [name for site in sites if site.is_output_head for name in site.names]
     return sorted({shortest_suffix(site.path, heads) for site in sites if not site.is_output_head})
 
@@ -132,30 +156,32 @@ def _site(
 ) -> Site:
     main = found[0]
     parameter = gm.get_parameter(main.attribute)
-    rows, columns = parameter.shape
-    out_features, in_features = (columns, rows) if main.stored_in_out else (rows, columns)
     return Site(
         path=main.path,
         op=main.use.kind,
         weight=main.weight,
-        in_features=in_features,
-        out_features=out_features,
-        fan_in_fan_out=main.stored_in_out,
+        layout=main.layout,
         bias=bias,
         dtype=parameter.dtype,
         layer_index=next((int(part) for part in main.path.split(".") if part.isdigit()), None),
         calls=max(Counter(application.mode for application in found).values()),
         tied_with=tuple(sorted(tied)),
         aliases=tuple(sorted(aliases)),
-        is_output_head=any(is_output_head(a.use.node) for a in found if a.scope.parent is None),
+        is_linear=main.use.family.is_linear,
+        is_on_weight=main.use.family.is_on_weight,
+        is_output_head=any(
+            is_output_head(a.use.node) for a in found if a.scope.parent is None and a.use.family.is_linear
+        ),
         gets_gradient=any(a.scope.grad for a in found),
     )
 
 
 def _remarks(site: Site) -> str:
     remarks = []
-    if site.fan_in_fan_out:
+    if site.fan_in_fan_out and site.is_linear:
         remarks.append("stored (in, out)")
+    if site.is_on_weight:
+        remarks.append("adapted on the weight")
     if site.calls > 1:
         remarks.append(f"called {site.calls} times")
     if site.tied_with:

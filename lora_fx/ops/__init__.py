@@ -1,4 +1,4 @@
-"""The op families that apply a two-dimensional weight: one file each, listed here and nowhere else.
+"""The op families that apply a weight: one file each, listed here and nowhere else. The first that reads a node counts.
 
 A family has two sides. `recognise` reads a node as a `Use` of a weight, or says that it is none of its
 own. `emit` writes the low-rank path beside it, in the dialect of the node. Both are leaves: they know
@@ -11,10 +11,20 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from . import einsum, linear, matmul
+from . import convolution, einsum, embedding, grouped, linear, matmul, on_weight
 from .use import Family, Use
 
-FAMILIES: tuple[Family, ...] = (linear.FAMILY, matmul.FAMILY, einsum.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    linear.FAMILY,
+    embedding.FAMILY,
+    convolution.FAMILY,
+    matmul.FAMILY,
+    einsum.FAMILY,
+    grouped.FAMILY,
+)
+
+# Whatever no family reads takes its weights through this one.
+ON_WEIGHT = on_weight.FAMILY
 
 
 def uses_of(node: fx.Node, gm: fx.GraphModule) -> Iterator[Use]:
@@ -23,4 +33,4 @@ def uses_of(node: fx.Node, gm: fx.GraphModule) -> Iterator[Use]:
         yield from family.recognise(node, gm)
 
 
-__all__ = ["FAMILIES", "Family", "Use", "uses_of"]
+__all__ = ["FAMILIES", "ON_WEIGHT", "Family", "Use", "uses_of"]

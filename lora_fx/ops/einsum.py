@@ -8,13 +8,16 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from .use import Use, argument, dialect_of
+from ..layouts import Layout
+from .use import Family, Use, argument, dialect_of
 
 _FUNCTIONS = {torch.einsum, torch.ops.aten.einsum.default}
 
 
-class Einsum:
+class Einsum(Family):
     """See `Family`."""
+
+    is_linear = True
 
     def recognise(self, node: fx.Node, gm: fx.GraphModule) -> Iterator[Use]:
         if node.op != "call_function" or node.target not in _FUNCTIONS:
@@ -31,7 +34,7 @@ class Einsum:
             in_out = _terms(equation)[position][0] == contracted
             yield Use(self, "einsum", node, operands[position], operands[1 - position], takes_in_out=in_out)
 
-    def emit(self, use: Use, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+    def emit(self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
         parsed = _parse(use.node)
         assert parsed is not None
         equation, operands = parsed

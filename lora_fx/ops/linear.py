@@ -8,13 +8,16 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .use import Use, argument, dialect_of
+from ..layouts import Layout
+from .use import Family, Use, argument, dialect_of
 
 _FUNCTIONS = {F.linear, torch.ops.aten.linear.default, torch.ops.aten.linear}
 
 
-class Linear:
+class Linear(Family):
     """See `Family`."""
+
+    is_linear = True
 
     def recognise(self, node: fx.Node, gm: fx.GraphModule) -> Iterator[Use]:
         if node.op == "call_module" and isinstance(module := gm.get_submodule(str(node.target)), nn.Linear):
@@ -25,7 +28,7 @@ class Linear:
             x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
             yield Use(self, "linear", node, weight, x, False, is_certain=True)
 
-    def emit(self, use: Use, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+    def emit(self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
         graph, linear = use.node.graph, dialect_of(use.node).linear
         down = graph.call_function(linear, (x, a))  # (..., in) @ (r, in)ᵀ -> (..., r)
         return graph.call_function(linear, (down, b))  # (..., r) @ (out, r)ᵀ -> (..., out)

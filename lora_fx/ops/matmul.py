@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from .use import Use, argument, dialect_of
+from ..layouts import Layout
+from .use import Family, Use, argument, dialect_of
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -30,8 +31,10 @@ _PRODUCTS = {
 _SUMS = {torch.addmm, _aten.addmm.default, "addmm"}
 
 
-class Matmul:
+class Matmul(Family):
     """See `Family`."""
+
+    is_linear = True
 
     def recognise(self, node: fx.Node, gm: fx.GraphModule) -> Iterator[Use]:
         if node.op not in ("call_function", "call_method"):
@@ -49,7 +52,7 @@ class Matmul:
             yield Use(self, kind, node, right, left, takes_in_out=True, factor=factor)
             yield Use(self, kind, node, left, right, takes_in_out=False, factor=factor)
 
-    def emit(self, use: Use, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+    def emit(self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
         graph, dialect = use.node.graph, dialect_of(use.node)
         if use.takes_in_out:
             down = graph.call_function(dialect.linear, (x, a))  # (..., in) @ (r, in)ᵀ -> (..., r)

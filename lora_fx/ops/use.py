@@ -5,11 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx
 from torch.nn import functional as F
+
+from ..layouts import Layout, Matrix, Shape
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Use:
 
     Attributes:
         family: the family that reads it so and can write beside it.
-        kind: the op's name in tables: "linear", "matmul", "addmm", "einsum", ...
+        kind: the op's name in tables: "linear", "matmul", "addmm", "einsum", "embedding", "conv2d", ...
         node: the node itself.
         weight: the node that the op takes as its weight, or the dotted name of a module's parameter.
         x: what the weight is applied to.
@@ -38,14 +40,30 @@ class Use:
     is_certain: bool = False
 
 
-class Family(Protocol):
-    """One kind of op. A module of this package holds one instance, named FAMILY."""
+class Family:
+    """One kind of op. A module of this package holds one instance, named FAMILY.
+
+    Attributes:
+        is_linear: whether "all-linear" means it.
+        is_on_weight: whether the delta is added to the weight that the op takes, rather than to what it gives.
+    """
+
+    is_linear = False
+    is_on_weight = False
 
     def recognise(self, node: fx.Node, gm: fx.GraphModule) -> Iterator[Use]:
         """The readings of `node` as a use of a weight; none if the op is not of this family."""
+        raise NotImplementedError
 
-    def emit(self, use: Use, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
-        """Write B @ A applied to `x` at the graph's insertion point; a is (r, in), b is (out, r)."""
+    def layout(self, use: Use, shape: Shape, stored_in_out: bool) -> Layout | str:
+        """How A and B lie for a weight of that shape; or why it is none that the op can have adapted."""
+        if len(shape) != 2:
+            return f"its weight has {len(shape)} dimensions, where {use.kind} has two"
+        return Matrix(shape[0], shape[1], stored_in_out)
+
+    def emit(self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+        """Write the low-rank path applied to `x` at the graph's insertion point; a and b as the layout has them."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

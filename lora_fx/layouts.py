@@ -1,0 +1,228 @@
+"""How A and B of one site lie, and how they make the delta of its weight: shapes are PEFT's, one class per kind.
+
+Whatever the kind, the delta is scaling · left @ right, a batch of matrix products in the order in which the
+weight is stored: left (n, rows, q), right (n, q, columns), added to the weight seen as (n, rows, columns). That
+is all that folding, combining and initialising need to know. The functions here are written in aten ops, so that
+they work on tensors and, to write nodes, on `fx.Proxy`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+_aten = torch.ops.aten
+
+Shape = tuple[int, ...]
+
+
+class Layout(Protocol):
+    """How A and B make a weight's delta."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of the weight."""
+
+    @property
+    def in_features(self) -> int:
+        """Size of what the op takes: channels for convolutions, the vocabulary for embeddings."""
+
+    @property
+    def out_features(self) -> int:
+        """Size of what the op gives."""
+
+    @property
+    def stored_in_out(self) -> bool:
+        """The weight is stored (in, out) rather than (out, in)."""
+
+    @property
+    def count(self) -> int:
+        """How many matrices of in × out there are: experts, and 1 for all other kinds."""
+
+    def a_shape(self, r: int) -> Shape:
+        """Shape of A for rank r."""
+
+    def b_shape(self, r: int) -> Shape:
+        """Shape of B for rank r."""
+
+    def why_not_rank(self, r: int) -> str | None:
+        """Why there can be no adapter of rank r, or None."""
+
+    def matrices(self, weight: Any) -> Any:
+        """The weight as (n, rows, columns); a view where its memory allows one."""
+
+    def factors(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """(left (n, rows, q), right (n, q, columns)): the delta without its scaling is left @ right."""
+
+    def delta(self, a: Any, b: Any) -> Any:
+        """left @ right in the weight's own shape."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix: linears, products, embeddings (which take one-hot vectors of the vocabulary), any 2-D parameter.
+
+    A is (r, in), B is (out, r); the delta is B @ A, or its transpose where the weight is stored (in, out).
+    """
+
+    rows: int
+    columns: int
+    stored_in_out: bool = False
+    count: int = 1
+
+    @property
+    def shape(self) -> Shape:
+        return self.rows, self.columns
+
+    @property
+    def in_features(self) -> int:
+        return self.rows if self.stored_in_out else self.columns
+
+    @property
+    def out_features(self) -> int:
+        return self.columns if self.stored_in_out else self.rows
+
+    def a_shape(self, r: int) -> Shape:
+        return r, self.in_features
+
+    def b_shape(self, r: int) -> Shape:
+        return self.out_features, r
+
+    def why_not_rank(self, r: int) -> str | None:
+        return None
+
+    def matrices(self, weight: Any) -> Any:
+        return _aten.unsqueeze.default(weight, 0)
+
+    def factors(self, a: Any, b: Any) -> tuple[Any, Any]:
+        left, right = (_aten.t.default(a), _aten.t.default(b)) if self.stored_in_out else (b, a)
+        return _aten.unsqueeze.default(left, 0), _aten.unsqueeze.default(right, 0)
+
+    def delta(self, a: Any, b: Any) -> Any:
+        left, right = (_aten.t.default(a), _aten.t.default(b)) if self.stored_in_out else (b, a)
+        return _aten.matmul.default(left, right)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A convolution's kernel (out, in / groups, *k), or a transposed one's (in, out / groups, *k).
+
+    A has the kernel's extent, (r, in / groups, *k), and B is pointwise, (out, r / groups, 1, …): each group has r / groups
+    ranks of its own. (PEFT's A mixes all groups, which no grouped kernel can hold; its block diagonal is this one.)
+    """
+
+    shape: Shape
+    groups: int = 1
+    is_transposed: bool = False
+    stored_in_out: bool = False
+    count: int = 1
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[0] if self.is_transposed else self.shape[1] * self.groups
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[1] * self.groups if self.is_transposed else self.shape[0]
+
+    @property
+    def extent(self) -> Shape:
+        """Sizes of the kernel along the axes that it moves on."""
+        return self.shape[2:]
+
+    def a_shape(self, r: int) -> Shape:
+        return r, self.in_features // self.groups, *self.extent
+
+    def b_shape(self, r: int) -> Shape:
+        return self.out_features, r // self.groups, *(1 for _ in self.extent)
+
+    def why_not_rank(self, r: int) -> str | None:
+        if r % self.groups == 0:
+            return None
+        return f"r={r} is no multiple of its {self.groups} groups, which share the ranks out among them"
+
+    def matrices(self, weight: Any) -> Any:
+        points = math.prod(self.extent)
+        if self.is_transposed:
+            return _aten.reshape.default(weight, [self.in_features, self.out_features // self.groups, points])
+        per_group = self.in_features // self.groups * points
+        return _aten.reshape.default(weight, [self.groups, self.out_features // self.groups, per_group])
+
+    def factors(self, a: Any, b: Any) -> tuple[Any, Any]:
+        groups, points = self.groups, math.prod(self.extent)
+        inputs, outputs = self.in_features // groups, self.out_features // groups
+        left = _aten.reshape.default(b, [groups, outputs, -1])
+        if not self.is_transposed:
+            return left, _aten.reshape.default(_aten.reshape.default(a, [groups, -1]), [groups, -1, inputs * points])
+        ranks = _aten.reshape.default(a, [groups, -1, inputs, points])
+        right = _aten.reshape.default(_aten.permute.default(ranks, [0, 2, 1, 3]), [groups * inputs, -1, points])
+        return _aten.repeat_interleave.self_int(left, inputs, 0), right
+
+    def delta(self, a: Any, b: Any) -> Any:
+        left, right = self.factors(a, b)
+        return _aten.reshape.default(_aten.matmul.default(left, right), list(self.shape))
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A stack of matrices (E, out, in), or (E, in, out), one for each expert of a mixture.
+
+    PEFT's order: A is (E · r, in) with the expert slowest, B is (out, r · E) with the expert fastest.
+    """
+
+    shape: Shape
+    stored_in_out: bool = False
+
+    @property
+    def count(self) -> int:
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1] if self.stored_in_out else self.shape[2]
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[2] if self.stored_in_out else self.shape[1]
+
+    def a_shape(self, r: int) -> Shape:
+        return self.count * r, self.in_features
+
+    def b_shape(self, r: int) -> Shape:
+        return self.out_features, r * self.count
+
+    def why_not_rank(self, r: int) -> str | None:
+        return None
+
+    def matrices(self, weight: Any) -> Any:
+        return weight
+
+    def per_expert(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """A as (E, r, in) and B as (E, out, r)."""
+        stacked = _aten.reshape.default(a, [self.count, -1, self.in_features])
+        spread = _aten.reshape.default(b, [self.out_features, -1, self.count])
+        return stacked, _aten.permute.default(spread, [2, 0, 1])
+
+    def factors(self, a: Any, b: Any) -> tuple[Any, Any]:
+        stacked, spread = self.per_expert(a, b)
+        if not self.stored_in_out:
+            return spread, stacked
+        return _aten.transpose.int(stacked, 1, 2), _aten.transpose.int(spread, 1, 2)
+
+    def delta(self, a: Any, b: Any) -> Any:
+        left, right = self.factors(a, b)
+        return _aten.matmul.default(left, right)
+
+
+def layout_of(shape: Shape, *, stored_in_out: bool = False) -> Layout | str:
+    """The layout of a parameter of any op, as PEFT's target_parameters reads it; or why there is none."""
+    if len(shape) == 2:
+        return Matrix(shape[0], shape[1], stored_in_out)
+    if len(shape) == 3:
+        return Experts(tuple(shape), stored_in_out)
+    if len(shape) > 3:
+        return Kernel(tuple(shape))
+    return f"it has {len(shape)} dimensions, and LoRA needs two"
