@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .parameters import lora_parameters, print_trainable_parameters, trainable_parameters
     from .plan import Plan, make_plan
     from .sites import Site, find_all_linear_names, find_sites
+    from .switching import active_adapters, delete_adapter, disable_adapters, set_adapters
     from .tracing import trace
 
 __version__ = "0.1.0"
@@ -60,6 +61,7 @@ _HOMES = {
     "parameters": ("lora_parameters", "print_trainable_parameters", "trainable_parameters"),
     "plan": ("Plan", "make_plan"),
     "sites": ("Site", "find_all_linear_names", "find_sites"),
+    "switching": ("active_adapters", "delete_adapter", "disable_adapters", "set_adapters"),
     "tracing": ("trace",),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -81,9 +83,12 @@ __all__ = [
     "TargetError",
     "TraceRecord",
     "__version__",
+    "active_adapters",
     "adapter_names",
     "assert_equivalent",
     "compare_graphs",
+    "delete_adapter",
+    "disable_adapters",
     "find_all_linear_names",
     "find_sites",
     "fold",
@@ -94,6 +99,7 @@ __all__ = [
     "make_plan",
     "print_trainable_parameters",
     "save_adapter",
+    "set_adapters",
     "trace",
     "trace_record",
     "trainable_parameters",

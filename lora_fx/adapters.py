@@ -35,7 +35,7 @@ from .errors import AdapterError, closest, warn
 from .graph_module import LoraGraphModule, checked_graph_module, record_of
 from .injection import ADAPTER_DTYPES, Adapter, check_adapter_name, inject
 from .matching import matches_names, matches_suffix
-from .parameters import find_adapter
+from .parameters import find_adapter, trained_tensor
 from .plan import Plan, module_paths, plan_adapters
 from .sites import find_sites
 
@@ -124,7 +124,7 @@ def _named_tensors(gm: fx.GraphModule, adapter: Adapter) -> Iterable[tuple[str, 
     for name in adapter.trained:
         path, _, last = name.rpartition(".")
         # PEFT keeps an adapted module's own parameters in its base_layer.
-        yield f"{path}.base_layer.{last}" if path in adapter.sites else name, get_attribute(gm, name)
+        yield f"{path}.base_layer.{last}" if path in adapter.sites else name, trained_tensor(gm, name)
 
 
 def _exact_targets(gm: fx.GraphModule, adapter: Adapter) -> dict[str, object]:

@@ -254,7 +254,7 @@ def _nodes(scope: Scope) -> Iterator[tuple[fx.Node, Scope]]:
 def _read_node(
     node: fx.Node, scope: Scope, mode: bool | None, parameters: dict[str, nn.Parameter], reading: Reading
 ) -> list[Use] | None:
-    """The uses that say what the node is, an application or a refusal; none for other ops; None for an adapter's nodes."""
+    """The uses that say what the node is, applied or refused; none for other ops; None for an adapter's nodes."""
     if ROLE in node.meta:
         return None  # an adapter's own nodes are no sites
     _note_users(node, scope, parameters, reading)
@@ -290,7 +290,7 @@ def _read_weights(
     node: fx.Node, scope: Scope, mode: bool | None, parameters: dict[str, nn.Parameter], reading: Reading
 ) -> None:
     """The parameters that an op of no family takes: each can be adapted by what the op is fed."""
-    if node.target in _ONLY_LOOKS or bodies_of(node)[0] or not (node.users or node.is_impure()):
+    if node.target in _ONLY_LOOKS or bodies_of(node)[0] or not node.users:
         return
     for use in ON_WEIGHT.recognise(node, scope.module):
         assert isinstance(use.weight, fx.Node)

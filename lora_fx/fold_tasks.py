@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
@@ -35,12 +35,14 @@ class FoldTask:
         return tuple(names or (own,)) if self.other_readers else ()
 
 
-def fold_tasks(gm: LoraGraphModule, reading: Reading, chosen: list[Adapter]) -> list[FoldTask]:
+def fold_tasks(
+    gm: LoraGraphModule, reading: Reading, chosen: list[Adapter], weights: dict[str, float]
+) -> list[FoldTask]:
     """One task per resulting tensor: sites that share weight and adapters fold together."""
     by_path: dict[str, list[AdapterSite]] = {}
     for adapter in chosen:
         for path, site in adapter.sites.items():
-            by_path.setdefault(path, []).append(site)
+            by_path.setdefault(path, []).append(replace(site, scaling=site.scaling * weights[adapter.name]))
     groups: dict[object, list[str]] = {}
     nodes: dict[str, list[fx.Node]] = {}
     attributes: dict[str, str] = {}

@@ -23,6 +23,7 @@ from .graph_module import LoraGraphModule, checked_graph_module, copy_sharing_te
 from .injection import Adapter
 from .merging import Delta, Merged, merge, norm_if_finite
 from .parameters import find_adapter
+from .switching import forget_adapter, set_adapters
 
 
 @dataclass
@@ -49,7 +50,8 @@ def fold(
 
     Args:
         gm: an injected graph.
-        adapters: names to fold; None for all. Others stay injected.
+        adapters: names to fold, with the weights that `set_adapters` gave them; others stay injected. None folds those
+            that count, and drops the others.
         inplace: write into the base weights, so that the model they came from is the merged model;
             `gm` itself becomes the folded graph, and `unfold` takes both back bit for bit.
         reversible: with inplace, keep copies of the overwritten weights, which `unfold` needs. False takes no
@@ -70,12 +72,18 @@ def fold(
         raise FoldError("reversible=False goes with inplace=True: without inplace, fold leaves `gm` as it was")
     assert isinstance(gm, LoraGraphModule)
     with paused_gc():
-        tasks = fold_tasks(gm, read_applications(gm), chosen)
+        weights = {adapter.name: record_of(gm).active.get(adapter.name, 1.0) for adapter in chosen}
+        if any(adapter.name not in record_of(gm).active for adapter in chosen):
+            gm = set_adapters(copy_sharing_tensors(gm) if not inplace else gm, record_of(gm).active | weights)
+            chosen = [record_of(gm).adapters[adapter.name] for adapter in chosen]
+        tasks = fold_tasks(gm, read_applications(gm), chosen, weights)
         _check_has_values(gm, tasks)
         if inplace:
             check_not_tied(gm, tasks)
         way = _fold_anew if not inplace else _fold_in_place if reversible else _fold_for_good
         result, sites = way(gm, tasks, chosen, accumulate)
+        for name in [name for name in record_of(result).adapters if adapters is None]:
+            forget_adapter(result, name)
     report = FoldReport(tuple(adapter.name for adapter in chosen), tuple(sites))
     record_of(result).report = report
     warn_of_losses(report)
@@ -203,7 +211,9 @@ def _chosen(gm: fx.GraphModule, names: Sequence[str] | str | None) -> list[Adapt
     if not record.adapters:
         raise FoldError("there is nothing to fold: the graph has no adapter. inject(gm, config) adds one")
     if names is None:
-        return list(record.adapters.values())
+        if not record.active:
+            raise FoldError("no adapter counts at the moment; set_adapters(gm, ...) chooses those to fold")
+        return [record.adapters[name] for name in record.active]
     wanted = [names] if isinstance(names, str) else names
     if not isinstance(wanted, (list, tuple, set, frozenset)):
         raise FoldError(f"adapters={names!r} must be a list of adapter names, one name, or None")
@@ -320,16 +330,15 @@ def _remove_adapters(gm: LoraGraphModule, chosen: list[Adapter]) -> None:
     record = record_of(gm)
     erase_low_rank_paths(gm, {adapter.name for adapter in chosen})
     for adapter in chosen:
-        for site in adapter.sites.values():
-            for attribute in (site.lora_a, site.lora_b):
-                delete_attribute(gm, attribute)
-            if site.dropout is not None:
-                delete_attribute(gm, site.dropout)
+        for attribute in (a for site in adapter.sites.values() for a in site.attributes):
+            delete_attribute(gm, attribute)
         for name in adapter.trained:
             record.originals.pop(name, None)
             if isinstance(value := get_attribute(gm, name), nn.Parameter):
                 value.requires_grad_(False)  # part of the frozen base now
         del record.adapters[adapter.name]
+        record.active.pop(adapter.name, None)
+    record.selections.clear()
     if not record.adapters:
         flags = record.requires_grad
         for name, parameter in gm.named_parameters(remove_duplicate=False):

@@ -86,6 +86,9 @@ class GraphRecord:
         untraceable: {mode: why the model has no graph in that mode}.
         mixed: {mode: modules that were in the other mode when it was traced, which shows in its graph}.
         adapters: what was injected, by adapter name, in the order of injection.
+        active: {name: weight} of the adapters that count, in the order of injection.
+        selections: the views of other choices of adapters, to go back to; a copy starts without.
+        stashed: what an adapter that does not count trains in full: {fqn: tensor}.
         requires_grad: the flags the base parameters had before the first injection froze them.
         originals: base tensors that an adapter trains in full, as they were: {fqn: tensor}.
         traced: the views as tracing wrote them, by value, to know them again.
@@ -101,6 +104,9 @@ class GraphRecord:
     untraceable: dict[bool, str] = field(default_factory=dict)
     mixed: dict[bool, tuple[str, ...]] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)
+    selections: dict[tuple[tuple[str, float], ...], dict[bool | None, fx.Graph]] = field(default_factory=dict)
+    stashed: dict[str, torch.Tensor] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
     traced: dict[bool | None, Written] = field(default_factory=dict)
@@ -115,6 +121,9 @@ class GraphRecord:
             self,
             views={mode: copy_graph(graph, memo) for mode, graph in self.views.items()},
             adapters=dict(self.adapters),
+            active=dict(self.active),
+            selections={},
+            stashed=copy.deepcopy(self.stashed, memo),
             requires_grad=dict(self.requires_grad),
             originals=copy.deepcopy(self.originals, memo),
             folded=None,
@@ -164,6 +173,18 @@ class LoraGraphModule(fx.GraphModule):
         self._graph = graph
         self._install(cache[graph])
 
+    def show_views(self, *, compiled: bool = True) -> None:
+        """Show the view of the mode after the record's views were exchanged for others."""
+        views = record_of(self).views
+        graph = views[self.training if self.training in views else None]
+        cache: dict[fx.Graph, dict[str, Any]] = self.__dict__.setdefault("_compiled_views", {})
+        cache[self._graph] = self._compiled()
+        self._graph = graph
+        if graph in cache:
+            self._install(cache[graph])
+        elif compiled:
+            self.graph = graph
+
     def _compiled(self) -> dict[str, Any]:
         """What the shown graph was compiled to."""
         return {name: self.__dict__[name] for name in _COMPILED if name in self.__dict__} | {
@@ -187,6 +208,9 @@ class LoraGraphModule(fx.GraphModule):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         record = record_of(self)
         record.originals = {name: fn(tensor) for name, tensor in record.originals.items()}
+        for tensor in record.stashed.values():
+            tensor.data = fn(tensor.data)
+        record.selections.clear()
         if new.device != device:
             move_literals(self._all_graphs(), device, new.device)
             self.recompile()

@@ -47,6 +47,11 @@ class AdapterSite:
     layout: Layout
 
     @property
+    def attributes(self) -> tuple[str, ...]:
+        """All that the adapter adds to the module here."""
+        return (*self.tensors.values(), *(() if self.dropout is None else (self.dropout,)))
+
+    @property
     def tensors(self) -> dict[str, str]:
         """{end of its key in PEFT's file: its attribute}."""
         if self.op == "embedding":
@@ -184,6 +189,7 @@ def _add_adapter(gm: LoraGraphModule, plan: Plan, name: str, dtype: torch.dtype 
     adapter = Adapter(name, plan, sites, _train_in_full(gm, plan.trained))
     record = record_of(gm)
     record.adapters[name] = adapter
+    record.active[name] = 1.0
     record.reinsert = _insert_all
     _insert(gm, adapter, by_path)
     finish(gm)
@@ -196,8 +202,8 @@ def _insert(gm: LoraGraphModule, adapter: Adapter, by_path: dict[str, list[Appli
 
 
 def _insert_all(gm: LoraGraphModule) -> None:
-    """Write every adapter's nodes into views that have none yet."""
-    for adapter in record_of(gm).adapters.values():
+    """Write the nodes of all adapters that count into views that have none yet."""
+    for adapter in (record_of(gm).adapters[name] for name in record_of(gm).active):
         _insert(gm, adapter, _applications_by_path(gm))
 
 
@@ -271,7 +277,7 @@ def _low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterS
         lora_a=site.lora_a,
         lora_b=site.lora_b,
         dropout=site.dropout,
-        scaling=site.scaling,
+        scaling=site.scaling * record_of(gm).active[name],
         layout=site.layout,
         is_flipped=application.stored_in_out != site.layout.stored_in_out,
         needs_cast=gm.get_parameter(site.lora_a).dtype != taken,

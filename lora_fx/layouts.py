@@ -110,8 +110,9 @@ class Matrix:
 class Kernel:
     """A convolution's kernel (out, in / groups, *k), or a transposed one's (in, out / groups, *k).
 
-    A has the kernel's extent, (r, in / groups, *k), and B is pointwise, (out, r / groups, 1, …): each group has r / groups
-    ranks of its own. (PEFT's A mixes all groups, which no grouped kernel can hold; its block diagonal is this one.)
+    A has the kernel's extent, (r, in / groups, *k), and B is pointwise, (out, r / groups, 1, …): each group has
+    r / groups ranks of its own. (PEFT's A mixes all groups, which no grouped kernel can hold; its block diagonal is
+    this one.)
     """
 
     shape: Shape

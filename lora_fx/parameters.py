@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import fx, nn
 
 from .attributes import get_attribute
@@ -57,11 +58,17 @@ def print_trainable_parameters(gm: nn.Module) -> None:
     print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
 
 
+def trained_tensor(gm: fx.GraphModule, name: str) -> torch.Tensor:
+    """A tensor that an adapter trains in full, whether or not the adapter counts at the moment."""
+    tensor: torch.Tensor = record_of(gm).stashed.get(name, get_attribute(gm, name))
+    return tensor
+
+
 def _parameters_of(gm: fx.GraphModule, adapter: Adapter) -> Iterator[nn.Parameter]:
     for site in adapter.sites.values():
-        yield gm.get_parameter(site.lora_a)
-        yield gm.get_parameter(site.lora_b)
+        for attribute in site.tensors.values():
+            yield gm.get_parameter(attribute)
     for name in adapter.trained:
-        value = get_attribute(gm, name)
+        value = trained_tensor(gm, name)
         if isinstance(value, nn.Parameter):
             yield value
