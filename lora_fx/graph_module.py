@@ -76,6 +76,14 @@ class Written:
     nodes: list[tuple[Any, ...]]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The views of one choice of adapters, and what those that were shown are compiled to."""
+
+    views: dict[bool | None, fx.Graph]
+    compiled: dict[fx.Graph, dict[str, Any]] = field(default_factory=dict)
+
+
 @dataclass
 class GraphRecord:
     """What the passes know about one graph module beyond its graph. It lives in `gm.meta`.
@@ -105,7 +113,7 @@ class GraphRecord:
     mixed: dict[bool, tuple[str, ...]] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
-    selections: dict[tuple[tuple[str, float], ...], dict[bool | None, fx.Graph]] = field(default_factory=dict)
+    selections: dict[tuple[tuple[str, float], ...], Selection] = field(default_factory=dict)
     stashed: dict[str, torch.Tensor] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -173,17 +181,20 @@ class LoraGraphModule(fx.GraphModule):
         self._graph = graph
         self._install(cache[graph])
 
-    def show_views(self, *, compiled: bool = True) -> None:
-        """Show the view of the mode after the record's views were exchanged for others."""
-        views = record_of(self).views
-        graph = views[self.training if self.training in views else None]
-        cache: dict[fx.Graph, dict[str, Any]] = self.__dict__.setdefault("_compiled_views", {})
-        cache[self._graph] = self._compiled()
+    def kept_views(self) -> Selection:
+        """The views with what they are compiled to, for `show_views` to come back to."""
+        cache: dict[fx.Graph, dict[str, Any]] = self.__dict__.get("_compiled_views", {})
+        return Selection(dict(record_of(self).views), {**cache, self._graph: self._compiled()})
+
+    def show_views(self, selection: Selection) -> None:
+        """Exchange all views; those that were compiled keep what torch.compile knows them by."""
+        record_of(self).views.update(selection.views)
+        graph = selection.views[self.training if self.training in selection.views else None]
+        self.__dict__["_compiled_views"] = dict(selection.compiled)
         self._graph = graph
-        if graph in cache:
-            self._install(cache[graph])
-        elif compiled:
-            self.graph = graph
+        graph.owning_module = self
+        if graph in selection.compiled:
+            self._install(selection.compiled[graph])
 
     def _compiled(self) -> dict[str, Any]:
         """What the shown graph was compiled to."""

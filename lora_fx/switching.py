@@ -17,7 +17,7 @@ from .attributes import delete_attribute, get_attribute, set_attribute
 from .copying import copy_graph
 from .errors import AdapterError, GraphError
 from .graph import erase_low_rank_paths, finish
-from .graph_module import LoraGraphModule, checked_graph_module, paused_gc, record_of
+from .graph_module import LoraGraphModule, Selection, checked_graph_module, paused_gc, record_of
 from .parameters import find_adapter
 
 
@@ -124,18 +124,16 @@ def _select(gm: LoraGraphModule, active: dict[str, float]) -> None:
         return
     with paused_gc():
         _exchange_trained(gm, active)
-        record.selections[tuple(record.active.items())] = dict(record.views)
+        record.selections[tuple(record.active.items())] = gm.kept_views()
         record.active = active
         known = record.selections.get(tuple(active.items()))
         if known is not None:
-            record.views.update(known)
-            gm.show_views()
+            gm.show_views(known)
             return
         if any(bodies_of(node)[0] for graph in record.views.values() for node in graph.nodes):
             record.selections.clear()  # bodies are modules of their own, which all graphs share and edits change
         else:
-            record.views.update({mode: copy_graph(graph, {}) for mode, graph in record.views.items()})
-            gm.show_views(compiled=False)
+            gm.show_views(Selection({mode: copy_graph(graph, {}) for mode, graph in record.views.items()}))
         erase_low_rank_paths(gm, set(record.adapters))
         assert record.reinsert is not None
         record.reinsert(gm)
