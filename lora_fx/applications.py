@@ -54,6 +54,7 @@ _DECOMPOSED = {
     _aten._native_batch_norm_legit_no_training.default,
 }
 _LINEAR_CLASS = "torch.nn.modules.linear.Linear"
+_EMBEDDING_CLASS = "torch.nn.modules.sparse.Embedding"
 
 
 @dataclass(frozen=True, eq=False)
@@ -499,7 +500,7 @@ def _own_name(
     if own:
         return attribute if attribute in own else own[0]
     lost = f"{path}.weight"
-    if cls == _LINEAR_CLASS and path and lost not in parameters:  # strict export drops the second name of a tied weight
+    if cls in (_LINEAR_CLASS, _EMBEDDING_CLASS) and path and lost not in parameters:  # strict export drops the second name of a tied weight
         return lost
     return attribute
 

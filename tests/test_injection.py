@@ -296,7 +296,7 @@ def explicit(case: zoo.Case, adapted: fx.GraphModule, targets: dict[str, str]) -
             site = sites[path]
             low, up = (adapted.get_parameter(n).double() for n in (site.lora_a, site.lora_b))
             delta = site.scaling * up @ low
-            model.get_parameter(weight).add_(delta.T if site.fan_in_fan_out else delta)
+            model.get_parameter(weight).add_(delta.T if site.layout.stored_in_out else delta)
     return model
 
 
@@ -461,7 +461,7 @@ def test_a_plan_of_another_graph_is_refused_for_what_it_trains_in_full() -> None
         lora_fx.inject(traced("a", "other"), plan)
 
 
-def test_a_target_that_is_no_linear_is_refused_by_name() -> None:
+def test_a_target_means_modules_of_every_kind_that_the_call_reaches() -> None:
     class Patches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -472,7 +472,10 @@ def test_a_target_that_is_no_linear_is_refused_by_name() -> None:
             return self.attn.proj(self.patch.proj(self.patch(x)).transpose(1, 2))
 
     gm = lora_fx.trace(Patches().eval(), torch.randn(2, 3, 5))
-    with pytest.raises(lora_fx.TargetError, match=r"'patch.proj', whose weight is applied by aten.conv1d"):
-        lora_fx.make_plan(gm, LoraConfig(target_modules=["proj"]))
+    plan = lora_fx.make_plan(gm, LoraConfig(target_modules=["proj"]))
+    assert [(target.site.path, target.site.op) for target in plan.targets] == [
+        ("patch.proj", "conv1d"),
+        ("attn.proj", "linear"),
+    ]
     plan = lora_fx.make_plan(gm, LoraConfig(target_modules=["proj"], exclude_modules=["patch.proj"]))
     assert [target.site.path for target in plan.targets] == ["attn.proj"]

@@ -296,10 +296,10 @@ def test_law_4_with_two_adapters(case: Case, tracer: str) -> None:
 def test_law_7_all_tracers_agree_on_the_sites(case: Case) -> None:
     found = {tracer: lora_fx.find_sites(traced(case, tracer)) for tracer in case.tracers}
     for sites in found.values():
-        assert tuple(site.path for site in sites) == case.sites
+        assert tuple(site.path for site in sites if site.is_linear) == case.sites
         # A name that nothing in the graph reads is lost in the graphs that users make themselves.
-        assert [replace(site, aliases=()) for site in sites] == [
-            replace(site, aliases=()) for site in found[case.tracers[0]]
+        assert [replace(site, aliases=()) for site in sites if not site.is_on_weight] == [
+            replace(site, aliases=()) for site in found[case.tracers[0]] if not site.is_on_weight
         ]
 
 

@@ -221,7 +221,7 @@ def test_every_pattern_must_hit(options, fragments: list[str]) -> None:
 
 def test_a_graph_without_sites() -> None:
     gm = lora_fx.trace(nn.Conv1d(3, 5, 1).eval(), torch.randn(2, 3, 7))
-    with pytest.raises(TargetError, match="no linear that can be adapted"):
+    with pytest.raises(TargetError, match="no linear, and all-linear means no other"):
         lora_fx.make_plan(gm, LoraConfig(target_modules="all-linear"))
 
 

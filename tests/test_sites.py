@@ -76,7 +76,8 @@ def test_ties_and_aliases() -> None:
     assert (module.aliases, module.tied_with, module.names) == (("b",), (), ("a", "b"))
     a, b, out = lora_fx.find_sites(traced(BY_NAME["shared_parameter"]))
     assert (a.tied_with, b.tied_with, out.tied_with) == (("b.weight",), ("a.weight",), ())
-    head = lora_fx.find_sites(traced(BY_NAME["tied_head"]))[1]
+    embed, _, head = lora_fx.find_sites(traced(BY_NAME["tied_head"]))
+    assert (embed.op, embed.fan_in_fan_out, embed.tied_with) == ("embedding", True, ("lm_head.weight",))
     assert (head.path, head.weight, head.tied_with, head.is_output_head) == (
         "lm_head",
         "lm_head.weight",
@@ -171,7 +172,7 @@ def test_what_may_stand_between_a_head_and_the_output(after, is_head: bool) -> N
 
 def test_sites_print_as_a_table() -> None:
     text = str(lora_fx.find_sites(traced(BY_NAME["tied_head"])))
-    assert "fc       linear  7 → 7" in text
+    assert "fc       linear     7 → 7" in text
     assert "tied with embed.weight; output head" in text
     assert "(root)" in str(lora_fx.find_sites(traced(BY_NAME["root"])))
     assert "stored (in, out)" in str(lora_fx.find_sites(traced(BY_NAME["addmm"])))
@@ -215,7 +216,7 @@ def test_a_computed_weight_is_refused_not_adapted_in_vain(make, tracer: str) -> 
         gm = zoo.trace_with(tracer, Wrapped(make()).eval(), (torch.randn(3, 7),), {})
     except Exception as error:  # strict export and symbolic_trace cannot take all of them
         pytest.skip(f"torch cannot trace it: {type(error).__name__}")
-    assert [site.path for site in lora_fx.find_sites(gm)] == ["other"]
+    assert [site.path for site in lora_fx.find_sites(gm) if site.is_linear] == ["other"]
     with pytest.raises(TargetError, match=r"'fc', which cannot be adapted: its weight .*exclude_modules=\['fc'\]"):
         lora_fx.make_plan(gm, LoraConfig(target_modules=["fc", "other"]))
     with pytest.warns(LoraFxWarning, match="all-linear leaves out 'fc'"):
@@ -224,7 +225,7 @@ def test_a_computed_weight_is_refused_not_adapted_in_vain(make, tracer: str) -> 
 
 
 class NoSites(nn.Module):
-    """Products and layers that have no two-dimensional parameter to adapt."""
+    """Products and layers that are no linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,8 +249,8 @@ class NoSites(nn.Module):
 def test_must_not_fire(tracer: str) -> None:
     ids = torch.randint(0, 11, (2, 3))
     gm = zoo.trace_with(tracer, NoSites().eval(), (ids,), {})
-    assert lora_fx.find_sites(gm) == ()
-    with pytest.raises(TargetError, match="no linear that can be adapted"), pytest.warns(LoraFxWarning):
+    assert not any(site.is_linear for site in lora_fx.find_sites(gm))
+    with pytest.raises(TargetError, match="leaves no site to adapt"), pytest.warns(LoraFxWarning):
         lora_fx.inject(gm, LoraConfig(target_modules="all-linear"))
 
 
