@@ -336,7 +336,7 @@ def _final_users(node: fx.Node) -> Iterator[fx.Node]:
                         yield from _final_users(placeholders[index])
         elif _undone(user) is not None or unsummed(user) is not user:
             yield from _final_users(user)
-        elif user.target is not _aten._assert_tensor_metadata.default:  # says what a cast was traced with
+        elif ROLE not in user.meta and user.target is not _aten._assert_tensor_metadata.default:  # says what a cast was traced with
             yield user
 
 

@@ -15,9 +15,10 @@ TIES: Yadav et al., arXiv 2306.01708. DARE: Yu et al., arXiv 2311.03099.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -61,8 +62,8 @@ def combine(
     Args:
         terms: deltas of one weight.
         combination_type: one of `COMBINATION_TYPES`.
-        rank: the most that q may be, for "linear" and the svd types; q is no higher than the deltas can make use of.
-            None: no loss for "linear", the highest rank of a term for the others. (Users know it as svd_rank.)
+        rank: the most that q may be, for "linear" and the svd types; q stays below it where rows, columns or the ranks
+            together do. None: no loss for "linear", the highest rank of a term for the others. (Users' svd_rank.)
         density: share of the values that pruning keeps, in (0, 1], counted over all n matrices of a term at once.
         majority_sign_method: how ties elects a sign: "total" by the sum of values, "frequency" by their number.
         generator: for dare; None is torch's own, which PEFT takes.
@@ -70,7 +71,7 @@ def combine(
             work on factors: they give a negative weight's sign to A, and draw for A first.
 
     Returns:
-        Factors in the dtype of the terms, float32 at least.
+        New factors, in the dtype of the terms, float32 at least. Their shapes follow from shapes and rank alone.
     """
     kind = _kind(combination_type)
     _check_options(combination_type, kind, rank, density, majority_sign_method)
@@ -79,7 +80,7 @@ def combine(
     with torch.no_grad():
         left, right = kind.combine(_widened(terms), options)
     _require_finite("the combined delta", left, right)
-    return left, right
+    return left.contiguous(), right.contiguous()
 
 
 @dataclass(frozen=True)
@@ -305,10 +306,12 @@ def _check_terms(terms: Sequence[Term]) -> None:
     if not terms:
         raise ConfigError("there is nothing to combine: no adapter is named that adapts this weight. Name one or more")
     for i, term in enumerate(terms):
-        if not (_is_number(term.weight) and math.isfinite(term.weight)):
+        if not _is_finite(term.weight):
             raise ConfigError(f"the weight of adapter {i} of {len(terms)} is {term.weight!r}; give a finite number")
-        if not (_is_number(term.scaling) and math.isfinite(term.scaling) and term.scaling):
-            raise ConfigError(f"the scaling of adapter {i} of {len(terms)} is {term.scaling!r}; it must not be 0")
+        if not _is_finite(term.scaling) or term.scaling == 0:
+            raise ConfigError(
+                f"the scaling of adapter {i} of {len(terms)} is {term.scaling!r}; give a finite one, not 0"
+            )
         if _weight_shape(term) != _weight_shape(terms[0]) or _weight_shape(term) is None:
             raise AdapterError(
                 f"adapter {i} of {len(terms)} has factors of {tuple(term.left.shape)} and {tuple(term.right.shape)}, "
@@ -347,5 +350,9 @@ def _highest_rank(terms: Sequence[Term]) -> int:
     return max(t.left.shape[2] for t in terms)
 
 
-def _is_number(value: object) -> bool:
+def _is_finite(value: object) -> bool:
+    return _is_number(value) and abs(value) <= sys.float_info.max  # NaN is not, nor an int beyond any float
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -72,7 +72,7 @@ def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
         if path.is_flipped:  # the op takes the weight the other way round than its site
             a, b = graph.call_function(dialect.transpose, (b,)), graph.call_function(dialect.transpose, (a,))
         x = _last_sum(use.x)  # what feeds this op may have got its own path in this very pass
-        if path.needs_cast:
+        if path.needs_cast and not use.family.takes_indices:
             x = graph.call_function(dialect.cast_like, (x, a))
         if path.dropout is not None:
             x = _call_dropout(scope, path.dropout, x)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .calibration import SiteStatistics
 from .errors import ConfigError
 from .init_options import CordaConfig, EvaConfig, InitOptions, LoftQConfig, LoraGAConfig, init_of
 from .merging import Delta, merge
+from .site_statistics import SiteStatistics
 
 # CorDA: share of C's mean diagonal that is added to it, doubled until its inverse is one.
 _DAMPING, _INVERSE_ERROR = 0.01, 0.05
@@ -94,9 +94,7 @@ def initializer_of(init_lora_weights: str) -> Initializer:
 # From the weight ----------------------------------------------------------------------------------
 
 
-def _pissa(
-    matrix: torch.Tensor, r: int, scaling: float, context: Context, *, iterations: int | None = None
-) -> Start:
+def _pissa(matrix: torch.Tensor, r: int, scaling: float, context: Context, *, iterations: int | None = None) -> Start:
     """PiSSA (arXiv 2404.02948): s · B @ A is the best approximation of W of rank r; `iterations` make it a quick one.
 
     The quick one draws from torch's global generator.
@@ -262,12 +260,11 @@ def _loftq(matrix: torch.Tensor, r: int, scaling: float, context: Context) -> St
     """
     options = LoftQConfig.from_peft(context.options)
     _check_rank(matrix, r, context, "loftq")
-    quantised = quantise(matrix, options.loftq_bits)
-    for iteration in range(options.loftq_iter):
-        if iteration:
-            quantised = quantise(matrix - left @ right, options.loftq_bits)  # noqa: F821 (the iteration before)
+    product = torch.zeros_like(matrix)
+    for _ in range(options.loftq_iter):
+        quantised = quantise(matrix - product, options.loftq_bits)
         u, sigma, vh = torch.linalg.svd(matrix - quantised, full_matrices=False)
-        left, right = u[:, :r] * sigma[:r], vh[:r]
+        product = u[:, :r] * sigma[:r] @ vh[:r]  # (out, r) @ (r, in)
     b, a = _halves(u[:, :r], sigma[:r], vh[:r], scaling)
     dtype = context.dtype or matrix.dtype
     return Start(a.to(dtype).contiguous(), b.to(dtype).contiguous(), quantised)
@@ -276,11 +273,11 @@ def _loftq(matrix: torch.Tensor, r: int, scaling: float, context: Context) -> St
 def quantise(matrix: torch.Tensor, bits: int) -> torch.Tensor:
     """The matrix as it comes back from `bits` bits an element: NormalFloat for 2 and 4, integers for 8."""
     if bits == 8:
-        scale = _nonzero(matrix.abs().amax(dim=1, keepdim=True)) / 127
-        return (matrix / scale).round() * scale
+        scale = _divisor(matrix.abs().amax(dim=1, keepdim=True))
+        return (matrix / scale * 127).round() * (scale / 127)
     flat = matrix.reshape(-1)
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % _BLOCK)).reshape(-1, _BLOCK)
-    scale = _nonzero(blocks.abs().amax(dim=1, keepdim=True))
+    scale = _divisor(blocks.abs().amax(dim=1, keepdim=True))
     levels = torch.tensor(normal_float(bits), dtype=matrix.dtype, device=matrix.device)
     nearest = torch.bucketize(blocks / scale, (levels[1:] + levels[:-1]) / 2)
     return (levels[nearest] * scale).reshape(-1)[: len(flat)].reshape(matrix.shape)
@@ -299,9 +296,9 @@ def _quantile(probability: float) -> float:
     return statistics.NormalDist().inv_cdf(probability)
 
 
-def _nonzero(scale: torch.Tensor) -> torch.Tensor:
-    """Scales to divide by: what is all zero stays so."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+def _divisor(largest: torch.Tensor) -> torch.Tensor:
+    """The largest elements, to divide by; what is all zero, or nearly, becomes zero."""
+    return torch.where(largest >= torch.finfo(largest.dtype).tiny, largest, torch.ones_like(largest))
 
 
 # Parts --------------------------------------------------------------------------------------------

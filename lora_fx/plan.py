@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -181,8 +180,7 @@ def _planned(site: Site, config: LoraConfig) -> PlannedSite:
     alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
     if reason := site.layout.why_not_rank(r):
         raise TargetError(
-            f"{site.path!r} cannot be adapted with this rank: {reason}. Choose another r, or give this site its own: "
-            f"rank_pattern={{{re.escape(site.path)!r}: {r * site.in_features}}}"
+            f"{site.path!r} cannot be adapted with this rank: {reason}. Give the site a rank of its own with rank_pattern"
         )
     return PlannedSite(site, r, alpha, scaling_of(alpha, r, use_rslora=config.use_rslora))
 

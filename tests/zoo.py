@@ -468,6 +468,66 @@ class Mixed(nn.Module):
         return self.out(torch.tanh(self.fc(self.norm(self.conv(x))) + self.shift * self.scratch))
 
 
+class Lookups(nn.Module):
+    """Tables of every kind: padded, scaled, looked up twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(13, 7, padding_idx=0), nn.Embedding(5, 7)
+        self.out = nn.Linear(7, 5)
+
+    def forward(self, ids):
+        x = self.words(ids) * 2.5 + self.places(torch.arange(ids.shape[1])) + self.words(ids.flip(1))
+        return self.out(torch.tanh(x))
+
+
+class Kernels(nn.Module):
+    """Convolutions with strides, dilations, padding modes and of each dimension, and transposed ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv1d(2, 6, 3, stride=2, padding=2, dilation=2)
+        self.ring = nn.Conv1d(6, 9, 3, padding="same", padding_mode="circular")
+        self.up = nn.ConvTranspose1d(9, 6, 3, stride=2, output_padding=1)
+        self.two = nn.Conv2d(2, 5, (3, 1), padding=(1, 0), padding_mode="reflect")
+        self.up2 = nn.ConvTranspose2d(5, 3, 2, dilation=2, bias=False)
+        self.three = nn.Conv3d(1, 5, (1, 1, 2))
+
+    def forward(self, x):
+        x = torch.tanh(self.up(torch.tanh(self.ring(torch.tanh(self.one(x))))))
+        x = torch.tanh(self.up2(torch.tanh(self.two(x.unflatten(1, (2, 3))))))
+        return self.three(x.unsqueeze(1))
+
+
+class Experts(nn.Module):
+    """Three experts in one parameter, in both orders, as bmm and as matmul."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.Parameter(torch.randn(3, 11, 7) / 3), nn.Parameter(torch.randn(3, 11, 5) / 3)
+
+    def forward(self, x):
+        hidden = torch.bmm(x, self.gate_up.transpose(1, 2))
+        return torch.matmul(torch.tanh(hidden), self.down).sum(0)
+
+
+class Unread(nn.Module):
+    """Ops that lora_fx does not read: they are fed W + the delta."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(1, 5, 7))
+        self.lstm, self.pair = nn.LSTM(7, 5, batch_first=True), nn.Bilinear(5, 7, 3)
+
+    def forward(self, x):
+        x = x + self.place[:, : x.shape[1]]
+        return self.pair(self.lstm(x)[0], x)
+
+
+def _words(dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (torch.randint(1, 13, (2, 3)),), {}
+
+
 def _ids(dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (torch.randint(0, 17, (3, 5)),), {}
 
@@ -527,6 +587,25 @@ SMALL = (
     Case("structured", Structured, ("fc", "out"), inputs=_structured),
     Case("lora_names", Lora, ("lora_A", "flora_head")),
     Case("mixed", Mixed, ("fc", "out"), shape=(2, 3, 7)),
+    Case("lookups", Lookups, ("out",), inputs=_words, targets=("words", "places"), tracers=EXPORTED),
+    Case(
+        "kernels",
+        Kernels,
+        (),
+        (2, 2, 11),
+        targets=("one", "ring", "up", "two", "up2", "three"),
+        linears=4,
+    ),
+    Case("experts", Experts, (), (3, 4, 7), targets=("gate_up", "down")),
+    Case(
+        "unread",
+        Unread,
+        (),
+        (2, 3, 7),
+        targets=("place", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "pair"),
+        tracers=EXPORTED,
+        linears=4,
+    ),
 )
 
 
@@ -764,6 +843,11 @@ def randomise(gm: fx.GraphModule, adapter: str = "default", size: float = 1.0) -
             generator = torch.Generator().manual_seed(zlib.crc32(name.replace(f".{adapter}.", ".").encode()))
             values = torch.randn(b.shape, generator=generator, dtype=torch.float64)
             b.copy_(values * size / (scalings[name] * b.shape[1] ** 0.5))
+        for site in record_of(gm).adapters[adapter].sites.values():
+            if site.op == "embedding":  # the one that starts at zero is A
+                generator = torch.Generator().manual_seed(zlib.crc32(site.path.encode()))
+                a = gm.get_parameter(site.lora_a)
+                a.copy_(torch.randn(a.shape, generator=generator, dtype=torch.float64))
     return gm
 
 

@@ -22,6 +22,8 @@ _aten = torch.ops.aten
 class Embedding(Family):
     """See `Family`."""
 
+    takes_indices = True
+
     def recognise(self, node: fx.Node, gm: fx.GraphModule) -> Iterator[Use]:
         if node.op == "call_module" and isinstance(module := gm.get_submodule(str(node.target)), nn.Embedding):
             if type(module).forward is nn.Embedding.forward and module.max_norm is None:

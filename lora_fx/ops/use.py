@@ -46,10 +46,12 @@ class Family:
     Attributes:
         is_linear: whether "all-linear" means it.
         is_on_weight: whether the delta is added to the weight that the op takes, rather than to what it gives.
+        takes_indices: whether it takes whole numbers, which are neither cast nor dropped out.
     """
 
     is_linear = False
     is_on_weight = False
+    takes_indices = False
 
     def recognise(self, node: fx.Node, gm: fx.GraphModule) -> Iterator[Use]:
         """The readings of `node` as a use of a weight; none if the op is not of this family."""
