@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,7 +38,7 @@ from .injection import ADAPTER_DTYPES, Adapter, check_adapter_name, inject
 from .matching import matches_names, matches_suffix
 from .parameters import find_adapter, trained_tensor
 from .plan import Plan, module_paths, plan_adapters
-from .sites import find_sites
+from .sites import Site, find_sites
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -67,7 +68,7 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
     config = config_text(adapter.config, **_exact_targets(gm, adapter), **_exact_modules(gm, adapter))
     try:
         path.mkdir(parents=True, exist_ok=True)
-        weights = save(tensors, metadata={"format": "pt"})
+        weights = save(tensors, metadata={"format": "pt", "writer": "lora_fx"})
         _replace_all({path / WEIGHTS_FILE: weights, path / CONFIG_FILE: config.encode("utf-8")})
     except OSError as error:
         raise AdapterError(f"the adapter cannot be written to {str(path)!r}: {error}") from error
@@ -79,6 +80,7 @@ def load_adapter(
     *,
     adapter_name: str = "default",
     adapter_dtype: torch.dtype | None = None,
+    mha_out_proj: Literal["twice", "once"] = "twice",
 ) -> LoraGraphModule:
     """A new graph module with the adapter of `directory` injected; `gm` is untouched.
 
@@ -87,6 +89,9 @@ def load_adapter(
         directory: what PEFT's `save_pretrained` or `save_adapter` wrote; a PEFT directory of several
             adapters is searched for the sub-directory `adapter_name`.
         adapter_name: the name it gets here.
+        mha_out_proj: how the adapter of an nn.MultiheadAttention's output projection is meant. PEFT 0.21 applies it
+            twice (peft#3774), and so did the training of what it saved: "twice" computes what PEFT computes, and warns;
+            "once" takes the file at its word.
         adapter_dtype: of A and B; None keeps the file's on a 16-bit base and takes at least the base's else.
 
     Raises:
@@ -98,33 +103,75 @@ def load_adapter(
     check_adapter_name(adapter_name)
     folder = find_adapter_directory(directory, adapter_name)
     config = read_config(folder)
+    if mha_out_proj not in ("twice", "once"):
+        raise AdapterError(f"mha_out_proj={mha_out_proj!r} must be 'twice' or 'once'")
     tensors = _read_tensors(weights_path(folder))
     plan = _plan_for(gm, config, tensors)
     dtype = adapter_dtype or _dtype_for(plan, tensors)
     result = inject(gm, plan, adapter_name=adapter_name, adapter_dtype=dtype)
     adapter = record_of(result).adapters[adapter_name]
+    doubled = _doubled_keys(plan) if mha_out_proj == "twice" else set()
+    if doubled and not is_ours(weights_path(folder)):
+        warn(
+            f"PEFT applies {min(doubled)!r} twice (peft#3774), so its adapter is read doubled, which computes what "
+            "PEFT computes; load_adapter(..., mha_out_proj='once') takes the file at its word"
+        )
     with torch.no_grad():
         for key, target in _targets(result, adapter).items():
-            target.copy_(tensors[key])
+            target.copy_(tensors[key] * (2 if key in doubled else 1))
     return result
 
 
 def _tensors(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tensor]:
     """{PEFT's key: tensor}, contiguous, on the CPU, none sharing storage with another."""
+    doubled = _doubled_keys(adapter.plan)
     return {
-        f"{PREFIX}{name}": target.detach().cpu().contiguous().clone() for name, target in _named_tensors(gm, adapter)
+        f"{PREFIX}{name}": target.detach().cpu().contiguous().clone() * (0.5 if name in doubled else 1)
+        for name, target in _named_tensors(gm, adapter)
     }
 
 
+def _doubled_keys(plan: Plan) -> set[str]:
+    """The keys of B that PEFT counts twice: output projections of nn.MultiheadAttention (peft#3774)."""
+    return {f"{attention}.base_layer.out_proj.lora_B.weight".lstrip(".") for attention in _whole_attentions(plan)}
+
+
 def _named_tensors(gm: fx.GraphModule, adapter: Adapter) -> Iterable[tuple[str, torch.Tensor]]:
+    prefixes = _prefixes(gm, adapter.plan)
     for site in adapter.sites.values():
-        prefix = f"{site.path}." if site.path else ""
         for key, attribute in site.tensors.items():
-            yield prefix + key, gm.get_parameter(attribute)
+            yield prefixes[site.path] + key, gm.get_parameter(attribute)
     for name in adapter.trained:
         path, _, last = name.rpartition(".")
         # PEFT keeps an adapted module's own parameters in its base_layer.
         yield f"{path}.base_layer.{last}" if path in adapter.sites else name, trained_tensor(gm, name)
+
+
+def _prefixes(gm: fx.GraphModule, plan: Plan) -> dict[str, str]:
+    """{site: what its keys start with}. PEFT nests what it wraps more than once in `base_layer`s.
+
+    Of several parameters of one module that target_parameters means, the first registered is the innermost. The output
+    projection of nn.MultiheadAttention lies inside the wrapper of the packed one.
+    """
+    prefixes = {t.site.path: f"{t.site.path}." if t.site.path else "" for t in plan.targets}
+    order = {name: i for i, (name, _) in enumerate(gm.named_parameters(remove_duplicate=False))}
+    wrapped: dict[str, list[Site]] = {}
+    for site in (target.site for target in plan.targets if target.by_parameter):
+        wrapped.setdefault(site.weight.rpartition(".")[0], []).append(site)
+    for module, sites in wrapped.items():
+        if module:  # PEFT cannot adapt parameters of the root: those keep our own form
+            sites.sort(key=lambda site: -order.get(site.weight, 0))
+            prefixes |= {site.path: f"{module}." + "base_layer." * depth for depth, site in enumerate(sites)}
+    for attention in _whole_attentions(plan):
+        prefixes[f"{attention}.in_proj_weight".lstrip(".")] = f"{attention}.".lstrip(".")
+        prefixes[f"{attention}.out_proj".lstrip(".")] = f"{attention}.base_layer.out_proj.".lstrip(".")
+    return prefixes
+
+
+def _whole_attentions(plan: Plan) -> list[str]:
+    """The nn.MultiheadAttention modules that are adapted as PEFT adapts them: both projections."""
+    found = [t.site.attention for t in plan.targets if t.site.attention is not None and not t.by_parameter]
+    return sorted({attention for attention in found if found.count(attention) == 2})
 
 
 def _exact_targets(gm: fx.GraphModule, adapter: Adapter) -> dict[str, object]:
@@ -195,6 +242,12 @@ def _write_beside(path: Path, data: bytes) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return Path(temporary)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `save_adapter` wrote the file."""
+    with safe_open(str(path), framework="pt") as file:
+        return (file.metadata() or {}).get("writer") == "lora_fx"
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -270,8 +323,9 @@ def _is_base_tensor(gm: fx.GraphModule, key: str, tensor: torch.Tensor) -> bool:
 
 def _expected(gm: fx.GraphModule, plan: Plan) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
+    prefixes = _prefixes(gm, plan)
     for target in plan.targets:
-        prefix = f"{target.site.path}." if target.site.path else ""
+        prefix = prefixes[target.site.path]
         a, b = KEYS_OF_LOOKUPS if target.site.op == "embedding" else KEYS
         shapes[prefix + a] = target.site.layout.a_shape(target.r)
         shapes[prefix + b] = target.site.layout.b_shape(target.r)
@@ -294,7 +348,7 @@ def _dtype_for(plan: Plan, tensors: dict[str, torch.Tensor]) -> torch.dtype:
 
 def _targets(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tensor]:
     """{normalised key: the tensor of the graph that it goes to}."""
-    return {name.replace(".base_layer.", "."): tensor for name, tensor in _named_tensors(gm, adapter)}
+    return {_normalised(parse_key(name, "")): tensor for name, tensor in _named_tensors(gm, adapter)}
 
 
 def _some(keys: list[str], limit: int = 4) -> str:

@@ -336,7 +336,9 @@ def _final_users(node: fx.Node) -> Iterator[fx.Node]:
                         yield from _final_users(placeholders[index])
         elif _undone(user) is not None or unsummed(user) is not user:
             yield from _final_users(user)
-        elif ROLE not in user.meta and user.target is not _aten._assert_tensor_metadata.default:  # says what a cast was traced with
+        elif (
+            ROLE not in user.meta and user.target is not _aten._assert_tensor_metadata.default
+        ):  # says what a cast was traced with
             yield user
 
 
@@ -500,7 +502,9 @@ def _own_name(
     if own:
         return attribute if attribute in own else own[0]
     lost = f"{path}.weight"
-    if cls in (_LINEAR_CLASS, _EMBEDDING_CLASS) and path and lost not in parameters:  # strict export drops the second name of a tied weight
+    if (
+        cls in (_LINEAR_CLASS, _EMBEDDING_CLASS) and path and lost not in parameters
+    ):  # strict export drops the second name of a tied weight
         return lost
     return attribute
 

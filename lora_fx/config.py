@@ -37,7 +37,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "lora_ga_config": (None,),
     "megatron_config": (None,),
     "monteclora_config": (None,),
-    "target_parameters": (None, (), []),
     "trainable_token_indices": (None,),
     "use_bdlora": (None, False),
     "use_dora": (False,),
@@ -79,6 +78,7 @@ class LoraConfig(metaclass=_OptionsChecked):
         layers_to_transform: layer index or indices to keep; needs a list in target_modules.
         layers_pattern: name(s) of the container that the layer index stands behind.
         rank_pattern, alpha_pattern: {regular expression anchored at the end of a name: value}.
+        target_parameters: parameters to adapt, by exact or dotted-suffix names such as "experts.gate_up_proj".
         task_type, base_model_name_or_path, revision, inference_mode, auto_mapping: notes that PEFT
             keeps in its files. They change nothing here and survive load and save.
 
@@ -100,6 +100,7 @@ class LoraConfig(metaclass=_OptionsChecked):
     layers_pattern: Names = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    target_parameters: Sequence[str] | None = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -107,6 +108,7 @@ class LoraConfig(metaclass=_OptionsChecked):
     auto_mapping: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        self._set("lora_dropout", _dropout(self.lora_dropout))
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             self._set(name, _names(name, getattr(self, name)))
         if isinstance(self.modules_to_save, str):
@@ -115,12 +117,19 @@ class LoraConfig(metaclass=_OptionsChecked):
                 f"for instance modules_to_save=[{self.modules_to_save!r}]"
             )
         self._set("modules_to_save", _names("modules_to_save", self.modules_to_save))
+        if isinstance(self.target_parameters, str):
+            raise ConfigError(f"target_parameters={self.target_parameters!r} is a string; give a list of names")
+        self._set("target_parameters", _names("target_parameters", self.target_parameters) or None)
+        if self.target_parameters and self.lora_dropout:
+            raise ConfigError(
+                f"lora_dropout={self.lora_dropout} drops elements of what a module takes, and target_parameters names "
+                "parameters, which take nothing; leave one of the two out"
+            )
         self._set("layers_to_transform", _layers(self.layers_to_transform))
         self._set("r", _rank("r", self.r))
         self._set("lora_alpha", _alpha("lora_alpha", self.lora_alpha))
         self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _rank))
         self._set("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _alpha))
-        self._set("lora_dropout", _dropout(self.lora_dropout))
         for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
             _check_bool(name, getattr(self, name))
         _check_choice("bias", self.bias, BIAS_MODES)

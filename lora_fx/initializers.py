@@ -230,7 +230,7 @@ def _lora_ga(matrix: torch.Tensor, r: int, scaling: float, context: Context) -> 
     if options.scale == "stable":
         factor = matrix.shape[0] ** 0.25 / math.sqrt(options.stable_gamma)
     elif options.scale == "weight_svd" and float(sigma[for_b][0]) > 0:
-        _, largest, _ = torch.svd_lowrank(matrix, q=r, niter=4)
+        _, largest, _ = torch.svd_lowrank(matrix, q=min(4 * r, *matrix.shape), niter=4)
         factor = float(largest[0]) / float(sigma[for_b][0])
     elif options.scale == "gd_scale":
         a, factor = a / scaling, 1 / scaling

@@ -29,6 +29,7 @@ class PlannedSite:
         r, lora_alpha, scaling: after rank_pattern and alpha_pattern; scaling multiplies B @ A.
         shares_with: path of the planned site whose A and B serve this one too, because both apply the
             same tied weight; None for a site with its own.
+        by_parameter: target_parameters means it, rather than target_modules.
     """
 
     site: Site
@@ -36,6 +37,7 @@ class PlannedSite:
     lora_alpha: float
     scaling: float
     shares_with: str | None = None
+    by_parameter: bool = False
 
     @property
     def parameters(self) -> int:
@@ -141,6 +143,8 @@ def plan_adapters(
 
 
 def _target_names(config: LoraConfig, sites: Sites) -> tuple[str, ...] | str:
+    if config.target_modules is None and config.target_parameters:
+        return ()
     if config.target_modules is not None:
         return config.target_modules if isinstance(config.target_modules, str) else tuple(config.target_modules)
     raise TargetError(
@@ -154,12 +158,14 @@ def _reason_to_skip(site: Site, config: LoraConfig, targets: tuple[str, ...] | s
         return "excluded by exclude_modules"
     if _any(site, lambda name: any(name == m or name.startswith(f"{m}.") for m in saved)):
         return "trained in full by modules_to_save"
-    if targets == ALL_LINEAR:
+    if targets == ALL_LINEAR and not is_parameter_target(site, config):
         if not site.is_linear:
             return "no linear, and all-linear means no other"
         if site.is_output_head:
             return "output head, which all-linear leaves out"
         return None if site.gets_gradient else "runs under torch.no_grad, so no gradient would reach it"
+    if is_parameter_target(site, config):
+        return None
     if not _any(site, lambda name: matches_target(name, targets)):
         return "not in target_modules"
     layers, pattern = config.layers_to_transform, config.layers_pattern
@@ -169,20 +175,27 @@ def _reason_to_skip(site: Site, config: LoraConfig, targets: tuple[str, ...] | s
     return None
 
 
+def is_parameter_target(site: Site, config: LoraConfig) -> bool:
+    """Whether target_parameters means the site's weight."""
+    return any(matches_suffix(site.weight, entry) for entry in config.target_parameters or ())
+
+
 def _any(site: Site, predicate: Callable[[str], bool]) -> bool:
     return any(predicate(name) for name in site.names)
 
 
 def _planned(site: Site, config: LoraConfig) -> PlannedSite:
-    rank_key = matching_key(site.path, config.rank_pattern)
-    alpha_key = matching_key(site.path, config.alpha_pattern)
+    by_parameter = is_parameter_target(site, config)
+    name = site.weight if by_parameter else site.path
+    rank_key = matching_key(name, config.rank_pattern)
+    alpha_key = matching_key(name, config.alpha_pattern)
     r = config.r if rank_key is None else config.rank_pattern[rank_key]
     alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
     if reason := site.layout.why_not_rank(r):
         raise TargetError(
-            f"{site.path!r} cannot be adapted with this rank: {reason}. Give the site a rank of its own with rank_pattern"
+            f"{site.path!r} cannot be adapted with this rank: {reason}. rank_pattern can give it a rank of its own"
         )
-    return PlannedSite(site, r, alpha, scaling_of(alpha, r, use_rslora=config.use_rslora))
+    return PlannedSite(site, r, alpha, scaling_of(alpha, r, use_rslora=config.use_rslora), by_parameter=by_parameter)
 
 
 def _shared(gm: fx.GraphModule, reading: Reading, planned: list[PlannedSite]) -> list[PlannedSite]:
@@ -333,12 +346,16 @@ def _check_patterns(
     names = [name for site in sites for name in site.names]
     if targets != ALL_LINEAR:
         _check_entries("target_modules", targets, names, len(sites))
+    _check_entries(
+        "target_parameters", tuple(config.target_parameters or ()), [site.weight for site in sites], len(sites)
+    )
     if config.exclude_modules:
         known = [*names, *(refusal.path for refusal in refusals), *modules]
         entries = config.exclude_modules if isinstance(config.exclude_modules, str) else tuple(config.exclude_modules)
         _check_entries("exclude_modules", entries, known, len(sites))
     for field, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        used = {matching_key(site.path, pattern) for site in chosen}
+        names_used = [site.weight if is_parameter_target(site, config) else site.path for site in chosen]
+        used = {matching_key(name, pattern) for name in names_used}
         for key in pattern:
             if key not in used:
                 raise TargetError(

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .applications import Application, Reading, read_applications
+from .attributes import get_attribute
 from .graph_module import checked_graph_module
 from .heads import is_output_head
 from .layouts import Layout
@@ -36,6 +37,7 @@ class Site:
         is_on_weight: the op is none that lora_fx reads: the delta is built, and added to the weight it takes.
         tied_with: other names of the same tensor, and names of tensors that overlap it.
         aliases: other paths at which the same module stands.
+        attention: the nn.MultiheadAttention that the weight is a projection of, whose name means all its projections.
         is_output_head: its result is an output of the model, at most reshaped, scaled or normalised.
         gets_gradient: False if it runs under torch.no_grad only.
     """
@@ -52,6 +54,7 @@ class Site:
     is_on_weight: bool = False
     tied_with: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    attention: str | None = None
     is_output_head: bool = False
     gets_gradient: bool = True
 
@@ -79,7 +82,7 @@ class Site:
     @property
     def names(self) -> tuple[str, ...]:
         """All names by which target_modules may mean this site."""
-        return (self.path, *self.aliases)
+        return (self.path, *self.aliases, *(() if self.attention is None else (self.attention,)))
 
 
 class Sites(tuple[Site, ...]):
@@ -167,6 +170,7 @@ def _site(
         calls=max(Counter(application.mode for application in found).values()),
         tied_with=tuple(sorted(tied)),
         aliases=tuple(sorted(aliases)),
+        attention=_attention_of(gm, main.weight),
         is_linear=main.use.family.is_linear,
         is_on_weight=main.use.family.is_on_weight,
         is_output_head=any(
@@ -174,6 +178,17 @@ def _site(
         ),
         gets_gradient=any(a.scope.grad for a in found),
     )
+
+
+def _attention_of(gm: fx.GraphModule, weight: str) -> str | None:
+    """The path of the nn.MultiheadAttention with that packed or output projection, known by its parameters."""
+    for own in ("in_proj_weight", "out_proj.weight"):
+        if weight == own or weight.endswith(f".{own}"):
+            path = weight.removesuffix(own)
+            packed, output = get_attribute(gm, f"{path}in_proj_weight"), get_attribute(gm, f"{path}out_proj.weight")
+            if isinstance(packed, nn.Parameter) and isinstance(output, nn.Parameter):
+                return path.removesuffix(".")
+    return None
 
 
 def _remarks(site: Site) -> str:
