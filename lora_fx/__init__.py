@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters import load_adapter, save_adapter
+    from .combination import combine_adapters
     from .config import LoraConfig
     from .equivalence import GraphDiff, assert_equivalent, compare_graphs
     from .errors import (
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapters": ("load_adapter", "save_adapter"),
+    "combination": ("combine_adapters",),
     "config": ("LoraConfig",),
     "equivalence": ("GraphDiff", "assert_equivalent", "compare_graphs"),
     "errors": (
@@ -86,6 +88,7 @@ __all__ = [
     "active_adapters",
     "adapter_names",
     "assert_equivalent",
+    "combine_adapters",
     "compare_graphs",
     "delete_adapter",
     "disable_adapters",

@@ -80,7 +80,8 @@ def initializer_of(init_lora_weights: str) -> Initializer:
         if not bool(torch.isfinite(matrix).all()):
             raise _error(context, init.name, "its weight has NaN or infinite elements", "mend the model's weights")
         wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        start = function(wide, r, scaling, context)
+        with torch.autocast(matrix.device.type, enabled=False):
+            start = function(wide, r, scaling, context)
         for name, factor in (("A", start.a), ("B", start.b)):
             if not bool(torch.isfinite(factor).all()):
                 raise _error(context, init.name, f"{name} would have NaN or infinite elements in {factor.dtype}")

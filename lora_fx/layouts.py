@@ -60,6 +60,15 @@ class Layout(Protocol):
     def delta(self, a: Any, b: Any) -> Any:
         """left @ right in the weight's own shape."""
 
+    def split(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """(B as (n, out, q), A as (n, q, in)), however the weight is stored; `join` takes it back."""
+
+    def join(self, up: Any, down: Any) -> tuple[Any, Any]:
+        """(A, B) of such matrices."""
+
+    def rank(self, q: int) -> int:
+        """The r of an adapter whose matrices have q ranks each."""
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -104,6 +113,15 @@ class Matrix:
     def delta(self, a: Any, b: Any) -> Any:
         left, right = (_aten.t.default(a), _aten.t.default(b)) if self.stored_in_out else (b, a)
         return _aten.matmul.default(left, right)
+
+    def split(self, a: Any, b: Any) -> tuple[Any, Any]:
+        return _aten.unsqueeze.default(b, 0), _aten.unsqueeze.default(a, 0)
+
+    def join(self, up: Any, down: Any) -> tuple[Any, Any]:
+        return _aten.squeeze.dim(down, 0), _aten.squeeze.dim(up, 0)
+
+    def rank(self, q: int) -> int:
+        return q
 
 
 @dataclass(frozen=True)
@@ -166,6 +184,19 @@ class Kernel:
         left, right = self.factors(a, b)
         return _aten.reshape.default(_aten.matmul.default(left, right), list(self.shape))
 
+    def split(self, a: Any, b: Any) -> tuple[Any, Any]:
+        up = _aten.reshape.default(b, [self.groups, self.out_features // self.groups, -1])
+        return up, _aten.reshape.default(
+            a, [self.groups, a.shape[0] // self.groups, self.in_features // self.groups * math.prod(self.extent)]
+        )
+
+    def join(self, up: Any, down: Any) -> tuple[Any, Any]:
+        r = self.rank(down.shape[1])
+        return _aten.reshape.default(down, list(self.a_shape(r))), _aten.reshape.default(up, list(self.b_shape(r)))
+
+    def rank(self, q: int) -> int:
+        return q * self.groups
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -216,6 +247,17 @@ class Experts:
     def delta(self, a: Any, b: Any) -> Any:
         left, right = self.factors(a, b)
         return _aten.matmul.default(left, right)
+
+    def split(self, a: Any, b: Any) -> tuple[Any, Any]:
+        down, up = self.per_expert(a, b)
+        return up, down
+
+    def join(self, up: Any, down: Any) -> tuple[Any, Any]:
+        a = _aten.reshape.default(down, [-1, self.in_features])
+        return a, _aten.reshape.default(_aten.permute.default(up, [1, 2, 0]), [self.out_features, -1])
+
+    def rank(self, q: int) -> int:
+        return q
 
 
 def layout_of(shape: Shape, *, stored_in_out: bool = False) -> Layout | str:

@@ -56,7 +56,8 @@ class Listener:
             raise ConfigError(
                 f"{self.path!r} takes in NaN or infinite elements on these data; mend the batches, or the model's dtype"
             )
-        self.sink.add(rows)
+        with torch.autocast(rows.device.type, enabled=False):  # the model's own may be on around the site
+            self.sink.add(rows)
 
 
 S = TypeVar("S", bound=Sink)

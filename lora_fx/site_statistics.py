@@ -173,7 +173,10 @@ def _checked_loss(value: Any, count: int) -> torch.Tensor:
         shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise ConfigError(f"loss gave {shown}; it must give one number, as a tensor, from (output, batch)")
     if not value.requires_grad:
-        raise ConfigError("loss gave a number without a gradient; compute it from the output with torch, undetached")
+        raise ConfigError(
+            "loss gave a number without a gradient: it was detached from the output, or depends on none of the sites. "
+            "Compute it from the output with torch"
+        )
     if not bool(torch.isfinite(value.detach()).all()):
         raise ConfigError(f"the loss of batch {count} is {float(value.detach())}; mend the batch or the loss")
     return value.reshape(())

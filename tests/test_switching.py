@@ -1,0 +1,128 @@
+"""Many adapters on one graph: which count, by what weight, and what they combine to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from zoo import BY_NAME, distance, randomise, run, tolerance, traced
+
+import lora_fx
+from lora_fx import AdapterError, LoraConfig
+from lora_fx.graph_module import record_of
+
+KINDS = ("stack", "addmm", "lookups", "kernels", "experts", "unread")
+
+
+def two(name: str):
+    """Two adapters of different ranks and scalings on a model of the zoo."""
+    case = BY_NAME[name]
+    gm = lora_fx.inject(traced(case), LoraConfig(r=3, lora_alpha=5, target_modules=case.targeted), adapter_name="a")
+    gm = lora_fx.inject(gm, LoraConfig(r=2, lora_alpha=7, target_modules=case.targeted[:1]), adapter_name="b")
+    return case, randomise(randomise(gm, "a"), "b", size=0.5)
+
+
+def explicit(case: zoo.Case, gm, weights: dict[str, float]) -> list[torch.Tensor]:
+    """What the model gives with each weight replaced by W + Σ weight · scaling · delta, in float64 until the end."""
+    model = case.model()
+    with torch.no_grad():
+        for name, weight in weights.items():
+            for site in record_of(gm).adapters[name].sites.values():
+                a, b = gm.get_parameter(site.lora_a).detach(), gm.get_parameter(site.lora_b).detach()
+                model.get_parameter(site.weight).add_(weight * site.scaling * site.layout.delta(a, b))
+    return run(model, case.arguments())
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("weights", [{"a": 1.0}, {"b": -0.5}, {"a": 0.25, "b": 2.0}], ids=str)
+def test_what_counts_is_computed_and_folded(name: str, weights: dict[str, float]) -> None:
+    case, gm = two(name)
+    base = traced(case)
+    assert lora_fx.set_adapters(gm, weights) is gm
+    assert lora_fx.active_adapters(gm) == weights
+    expected, bound = explicit(case, gm, weights), tolerance(case, torch.float32)
+    assert distance(expected, run(base, case.arguments())) > 100 * bound
+    assert distance(expected, run(gm, case.arguments())) <= bound
+    folded = lora_fx.fold(gm)
+    assert distance(expected, run(folded, case.arguments())) <= bound
+    assert zoo.codes(folded) == zoo.codes(base)
+    assert folded.state_dict().keys() == base.state_dict().keys()
+    assert lora_fx.adapter_names(gm) == ("a", "b")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_disabled_is_the_base_bit_for_bit(name: str) -> None:
+    case, gm = two(name)
+    expected, code = run(gm, case.arguments()), gm.code
+    with lora_fx.disable_adapters(gm) as disabled:
+        zoo.assert_same_bits(run(disabled, case.arguments()), run(zoo.frozen(traced(case)), case.arguments()))
+        assert lora_fx.active_adapters(gm) == {}
+    zoo.assert_same_bits(run(gm, case.arguments()), expected)
+    assert gm.code == code
+
+
+def test_what_is_trained_in_full_goes_and_comes_with_its_adapter() -> None:
+    model, x = nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 5)).eval(), torch.randn(3, 7)
+    gm = lora_fx.inject(lora_fx.trace(model, x), LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(gm):
+            parameter.add_(0.3)
+    trained, parameters = gm(x), lora_fx.lora_parameters(gm)
+    with lora_fx.disable_adapters(gm):
+        assert torch.equal(gm(x), model(x))
+        assert [id(p) for p in lora_fx.lora_parameters(gm)] == [id(p) for p in parameters]
+    assert torch.equal(gm(x), trained)
+    with pytest.raises(AdapterError, match="counts whole or not at all"):
+        lora_fx.set_adapters(gm, {"default": 0.5})
+    lora_fx.delete_adapter(gm, "default")
+    assert torch.equal(gm(x), model(x))
+    assert gm.state_dict().keys() == model.state_dict().keys()
+
+
+def test_switching_compiles_each_choice_once() -> None:
+    case, gm = two("stack")
+    compiled_graphs = 0
+
+    def backend(graph_module, inputs):
+        nonlocal compiled_graphs
+        compiled_graphs += 1
+        return graph_module
+
+    compiled = torch.compile(gm, backend=backend, fullgraph=True)
+    (x,), _ = case.arguments()
+    for _ in range(3):
+        for choice in ("a", "b", ["a", "b"]):
+            compiled(x) if lora_fx.set_adapters(gm, choice) is gm else None
+    assert compiled_graphs == 3
+
+
+@pytest.mark.parametrize("name", ["stack", "addmm", "lookups", "kernels", "experts"])
+@pytest.mark.parametrize("combination_type", ["linear", "cat", "svd"])
+def test_combinations_are_exact(name: str, combination_type: str, tmp_path: Path) -> None:
+    case, gm = two(name)
+    weights = {"a": 0.5, "b": -1.5}
+    options = {"svd_rank": 5} if combination_type == "svd" else {}
+    both = lora_fx.combine_adapters(gm, weights, adapter_name="both", combination_type=combination_type, **options)
+    assert lora_fx.adapter_names(gm) == ("a", "b")
+    assert lora_fx.active_adapters(both) == {"a": 1.0, "b": 1.0}
+    expected, bound = explicit(case, gm, weights), tolerance(case, torch.float32)
+    lora_fx.set_adapters(both, "both")
+    assert distance(expected, run(both, case.arguments())) <= 2 * bound
+    lora_fx.save_adapter(both, tmp_path, adapter_name="both")
+    loaded = lora_fx.load_adapter(traced(case), tmp_path)
+    assert distance(expected, run(loaded, case.arguments())) <= 2 * bound
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [("c", "no adapter 'c'"), ({"a": float("nan")}, "finite"), (3, "must be a mapping"), ({"a": True}, "finite")],
+)
+def test_choices_that_mean_nothing(choice, message: str) -> None:
+    _, gm = two("stack")
+    before = gm.code
+    with pytest.raises(AdapterError, match=message):
+        lora_fx.set_adapters(gm, choice)
+    assert gm.code == before
