@@ -101,10 +101,17 @@ def test_the_base_is_made_up_for_a_and_b_as_they_are_rounded(name) -> None:
 @pytest.mark.parametrize("name", CHANGING)
 def test_what_is_allowed_in_training_does_not_reach_it(name) -> None:
     matrix, before = weight(), torch.get_float32_matmul_precision()
+    known = statistics(matrix)
+    torch.manual_seed(1)
+    plain = start(name, matrix, calibration=known)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = start(name, matrix, calibration=known)
+    assert torch.equal(found.a, plain.a)
+    assert torch.equal(found.base, plain.base)
     torch.set_float32_matmul_precision("medium")
     try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = start(name, matrix, calibration=statistics(matrix.double()))
+        found = start(name, matrix, calibration=known)
     finally:
         torch.set_float32_matmul_precision(before)
     assert (found.base + SCALING * found.b @ found.a - matrix).abs().max() <= bound(matrix) * 8
