@@ -147,7 +147,7 @@ def _check_plan(gm: fx.GraphModule, plan: Plan) -> None:
         if here is None:
             raise TargetError(f"the plan is of another graph: it has a site {target.site.path!r}, this one has not")
         theirs = target.site
-        if here.layout != theirs.layout:
+        if here.layout.shape != theirs.layout.shape:
             raise TargetError(
                 f"the plan is of another graph: {here.path!r} maps {theirs.in_features} → {theirs.out_features} "
                 f"there and {here.in_features} → {here.out_features} here; make_plan(gm, config) makes one for it"

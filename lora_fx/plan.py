@@ -15,6 +15,7 @@ from .attributes import get_attribute
 from .config import ALL_LINEAR, LoraConfig, scaling_of
 from .errors import TargetError, closest, warn
 from .graph_module import checked_graph_module, record_of
+from .layouts import Matrix
 from .matching import layer_index, matches_names, matches_suffix, matches_target, matching_key
 from .sites import Site, Sites, sites_of
 from .tables import counted, format_table
@@ -187,6 +188,8 @@ def _any(site: Site, predicate: Callable[[str], bool]) -> bool:
 def _planned(site: Site, config: LoraConfig) -> PlannedSite:
     by_parameter = is_parameter_target(site, config)
     name = site.weight if by_parameter else site.path
+    if by_parameter and isinstance(site.layout, Matrix):  # PEFT takes a parameter as it is stored, whatever applies it
+        site = replace(site, op="parameter", layout=Matrix(site.layout.rows, site.layout.columns))
     rank_key = matching_key(name, config.rank_pattern)
     alpha_key = matching_key(name, config.alpha_pattern)
     r = config.r if rank_key is None else config.rank_pattern[rank_key]

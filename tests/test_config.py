@@ -136,7 +136,7 @@ REFUSED = [
     ({"use_superlora": True}, ["use_superlora"]),
     ({"use_dora": True}, ["use_dora", "not support", "leave it out"]),
     ({"use_dora": 1}, ["use_dora"]),
-    ({"target_parameters": ["w"]}, ["target_parameters", "leave it out"]),
+    ({"target_parameters": "w"}, ["target_parameters", "list of names"]),
     ({"lora_bias": True}, ["lora_bias", "leave it out"]),
     ({"layer_replication": [(0, 2)]}, ["layer_replication", "leave it out"]),
     ({"trainable_token_indices": [1]}, ["trainable_token_indices", "leave it out"]),

@@ -1,0 +1,15 @@
+"""Rows of the conformance suite that lora_fx does not pass yet: listed by name in not_yet.txt, and counted as xfailed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+NOT_YET = frozenset(Path(__file__).with_name("not_yet.txt").read_text("utf-8").splitlines())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid in NOT_YET:
+            item.add_marker(pytest.mark.xfail(reason="not supported yet: see tests/conformance/not_yet.txt"))
