@@ -1,4 +1,4 @@
-"""Rows of the conformance suite that lora_fx does not pass yet: listed by name in not_yet.txt, and counted as xfailed."""
+"""Rows that lora_fx does not pass yet: listed by name in not_yet.txt, and counted as xfailed."""
 
 from __future__ import annotations
 
