@@ -70,7 +70,6 @@ def combine_adapters(
             rank=svd_rank,
             density=density,
             majority_sign_method=majority_sign_method,
-            stored_in_out=target.site.op == "embedding",
         )
         r = target.site.layout.rank(up.shape[-1])
         values[path] = target.site.layout.join(up, down)

@@ -126,3 +126,31 @@ def test_choices_that_mean_nothing(choice, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         lora_fx.set_adapters(gm, choice)
     assert gm.code == before
+
+
+def test_an_embeddings_factors_are_pruned_as_pefts() -> None:
+    """A stands at the rows that are looked up, however the table is stored: the types on factors tell A from B."""
+    import peft
+
+    model = nn.Sequential(nn.Embedding(13, 7)).eval()
+    ids = torch.arange(13)
+    theirs = peft.get_peft_model(nn.Sequential(nn.Embedding(13, 7)), peft.LoraConfig(r=3, target_modules=["0"]), "one")
+    theirs.add_adapter("two", peft.LoraConfig(r=3, target_modules=["0"]))
+    gm = lora_fx.trace(model, ids)
+    layer = theirs.base_model.model[0]
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(model[0].weight)
+        for name in ("one", "two"):
+            gm = lora_fx.inject(gm, LoraConfig(r=3, target_modules=["0"]), adapter_name=name)
+            site = record_of(gm).adapters[name].sites["0"]
+            a, b = gm.get_parameter(site.lora_a), gm.get_parameter(site.lora_b)
+            layer.lora_embedding_A[name].copy_(a.normal_())
+            layer.lora_embedding_B[name].copy_(b.normal_())
+    options = {"combination_type": "magnitude_prune", "density": 0.5}
+    theirs.base_model.add_weighted_adapter(["one", "two"], [0.7, -1.3], "both", **options)
+    theirs.base_model.set_adapter("both")
+    ours = lora_fx.combine_adapters(gm, {"one": 0.7, "two": -1.3}, adapter_name="both", **options)
+    lora_fx.set_adapters(ours, "both")
+    expected = theirs.eval()(ids)
+    assert float((expected - model(ids)).detach().abs().max()) > 0.1
+    torch.testing.assert_close(ours(ids), expected, rtol=1e-4, atol=1e-5, check_stride=False)
