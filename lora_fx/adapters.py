@@ -37,7 +37,7 @@ from .graph_module import LoraGraphModule, checked_graph_module, record_of
 from .injection import ADAPTER_DTYPES, Adapter, check_adapter_name, inject
 from .matching import matches_names, matches_suffix
 from .parameters import find_adapter, trained_tensor
-from .plan import Plan, module_paths, plan_adapters
+from .plan import Plan, PlannedSite, module_paths, plan_adapters
 from .sites import Site, find_sites
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -111,7 +111,7 @@ def load_adapter(
     result = inject(gm, plan, adapter_name=adapter_name, adapter_dtype=dtype)
     adapter = record_of(result).adapters[adapter_name]
     doubled = _doubled_keys(plan) if mha_out_proj == "twice" else set()
-    if doubled and not is_ours(weights_path(folder)):
+    if doubled and not _is_ours(weights_path(folder)):
         warn(
             f"PEFT applies {min(doubled)!r} twice (peft#3774), so its adapter is read doubled, which computes what "
             "PEFT computes; load_adapter(..., mha_out_proj='once') takes the file at its word"
@@ -244,7 +244,7 @@ def _write_beside(path: Path, data: bytes) -> Path:
     return Path(temporary)
 
 
-def is_ours(path: Path) -> bool:
+def _is_ours(path: Path) -> bool:
     """Whether `save_adapter` wrote the file."""
     with safe_open(str(path), framework="pt") as file:
         return (file.metadata() or {}).get("writer") == "lora_fx"
@@ -305,7 +305,9 @@ def _plan_for(gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.T
                 f"{key!r} has the shape {tuple(tensors[key].shape)}, but this graph takes {shape}: "
                 "another rank (see r and rank_pattern in adapter_config.json) or another model"
             )
-    if any(t.shares_with is not None and not _is_shared(t.site.path, t.shares_with, tensors) for t in plan.targets):
+    prefixes = _prefixes(gm, plan)
+    shared = [(prefixes[t.site.path], prefixes[t.shares_with], t) for t in plan.targets if t.shares_with is not None]
+    if not all(torch.equal(tensors[own + k], tensors[owner + k]) for own, owner, t in shared for k in _keys(t)):
         warn(
             "the file holds different adapters for sites that share one tied weight; each keeps its own, and "
             "folding will untie them"
@@ -326,7 +328,7 @@ def _expected(gm: fx.GraphModule, plan: Plan) -> dict[str, tuple[int, ...]]:
     prefixes = _prefixes(gm, plan)
     for target in plan.targets:
         prefix = prefixes[target.site.path]
-        a, b = KEYS_OF_LOOKUPS if target.site.op == "embedding" else KEYS
+        a, b = _keys(target)
         shapes[prefix + a] = target.site.layout.a_shape(target.r)
         shapes[prefix + b] = target.site.layout.b_shape(target.r)
     for name in plan.trained:
@@ -334,10 +336,8 @@ def _expected(gm: fx.GraphModule, plan: Plan) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _is_shared(path: str, owner: str, tensors: dict[str, torch.Tensor]) -> bool:
-    return all(
-        torch.equal(tensors[f"{path}.{key}"], tensors[f"{owner}.{key}"]) for key in KEYS if f"{path}.{key}" in tensors
-    )
+def _keys(target: PlannedSite) -> tuple[str, str]:
+    return KEYS_OF_LOOKUPS if target.site.is_lookup else KEYS
 
 
 def _dtype_for(plan: Plan, tensors: dict[str, torch.Tensor]) -> torch.dtype:

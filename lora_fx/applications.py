@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,9 +95,8 @@ class Application:
         path: the dotted name that target_modules is matched with.
         weight: the parameter's own name at that path.
         attribute: the name under which the graph reads it; differs from `weight` for tied weights.
-        stored_in_out: the parameter is stored (in, out), as in GPT-2's Conv1D, rather than (out, in).
         mode: the view it is in.
-        layout: how A and B make the parameter's delta.
+        layout: how A and B make the parameter's delta as this op reads it.
     """
 
     scope: Scope
@@ -104,17 +104,17 @@ class Application:
     path: str
     weight: str
     attribute: str
-    stored_in_out: bool
     mode: bool | None
     layout: Layout
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A node that applies something that cannot be adapted, and why."""
+    """A node that applies something that cannot be adapted, and why; `is_linear`, whether "all-linear" means it."""
 
     path: str
     reason: str
+    is_linear: bool = True
 
 
 @dataclass
@@ -146,6 +146,7 @@ def read_applications(gm: fx.GraphModule) -> Reading:
     reading = Reading(names=overlapping_names(parameters), aliases=_module_aliases(gm, parameters))
     for mode, graph in record_of(gm).views.items():
         _check_not_decomposed(graph)
+        start = len(reading.applications)
         found = [
             (node, scope, _read_node(node, scope, mode, parameters, reading))
             for node, scope in _nodes(Scope(graph, gm))
@@ -154,10 +155,8 @@ def read_applications(gm: fx.GraphModule) -> Reading:
         for node, scope, uses in found:
             if uses == [] and node not in claimed:
                 _read_weights(node, scope, mode, parameters, reading)
-    order = {
-        id(node): i for i, node in enumerate(n for g in record_of(gm).views.values() for n, _ in _nodes(Scope(g, gm)))
-    }
-    reading.applications.sort(key=lambda application: order[id(application.use.node)])
+        order = {node: position for position, (node, _, _) in enumerate(found)}
+        reading.applications[start:] = sorted(reading.applications[start:], key=lambda a: order[a.use.node])
     return reading
 
 
@@ -277,9 +276,12 @@ def _steps_of(use: Use) -> list[fx.Node]:
     return [] if isinstance(use.weight, str) else undone_steps(use.weight)
 
 
-# These look at a weight's shape or type, or at all operands alike, and apply nothing.
+# This says what a cast was traced with.
+_ONLY_CHECKS = {_aten._assert_tensor_metadata.default}
+
+# These look at a weight's shape or type, and apply nothing; what becomes of a detached weight is a matter of its own.
 _ONLY_LOOKS = {
-    _aten._assert_tensor_metadata.default,
+    *_ONLY_CHECKS,
     _aten.sym_size.int,
     _aten.sym_numel.default,
     _aten.sym_stride.int,
@@ -336,9 +338,7 @@ def _final_users(node: fx.Node) -> Iterator[fx.Node]:
                         yield from _final_users(placeholders[index])
         elif _undone(user) is not None or unsummed(user) is not user:
             yield from _final_users(user)
-        elif (
-            ROLE not in user.meta and user.target is not _aten._assert_tensor_metadata.default
-        ):  # says what a cast was traced with
+        elif ROLE not in user.meta and user.target not in _ONLY_CHECKS:
             yield user
 
 
@@ -346,26 +346,27 @@ def _application(
     use: Use, scope: Scope, mode: bool | None, parameters: dict[str, nn.Parameter], reading: Reading
 ) -> Application | Refusal | None:
     """The application that a use is; a refusal if it is one that cannot be adapted; None if it is neither."""
+    refused = partial(Refusal, is_linear=use.family.is_linear)
     origin = _origin(use.weight, scope, parameters)
     stack = module_stack(use.node)
     path = stack[-1][0] if stack else ""
     if use.node.op == "call_module":
         path = str(use.node.target)
         if reason := _module_reason(scope.module.get_submodule(path)):
-            return Refusal(path, reason)
+            return refused(path, reason)
     if isinstance(origin, str):
-        return Refusal(path, origin) if use.is_certain else None
+        return refused(path, origin) if use.is_certain else None
     attribute, flipped = origin.name, origin.flipped
     parameter = parameters[attribute]
     weight = _own_name(attribute, stack, use, parameters, reading)
     layout = use.family.layout(use, tuple(parameter.shape), use.takes_in_out != flipped)
     if isinstance(layout, str):
-        return Refusal(_path_of(weight), layout) if use.is_certain else None
+        return refused(_path_of(weight), layout) if use.is_certain else None
     if not parameter.is_floating_point():
-        return Refusal(_path_of(weight), f"{attribute} is {parameter.dtype}, which LoRA cannot be added to")
+        return refused(_path_of(weight), f"{attribute} is {parameter.dtype}, which LoRA cannot be added to")
     if reason := scope.reason or _reason_not_plain(use, scope, parameters, reading.names[attribute]):
-        return Refusal(_path_of(weight), reason)
-    return Application(scope, use, _path_of(weight), weight, attribute, layout.stored_in_out, mode, layout)
+        return refused(_path_of(weight), reason)
+    return Application(scope, use, _path_of(weight), weight, attribute, mode, layout)
 
 
 def _reason_not_plain(use: Use, scope: Scope, parameters: dict[str, nn.Parameter], names: list[str]) -> str | None:
@@ -502,9 +503,8 @@ def _own_name(
     if own:
         return attribute if attribute in own else own[0]
     lost = f"{path}.weight"
-    if (
-        cls in (_LINEAR_CLASS, _EMBEDDING_CLASS) and path and lost not in parameters
-    ):  # strict export drops the second name of a tied weight
+    # strict export drops the second name of a tied weight
+    if cls in (_LINEAR_CLASS, _EMBEDDING_CLASS) and path and lost not in parameters:
         return lost
     return attribute
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +16,7 @@ from .graph_module import LoraGraphModule, checked_graph_module, record_of
 from .injection import Adapter, check_adapter_name, inject
 from .parameters import find_adapter
 from .plan import Plan, PlannedSite
-from .switching import active_adapters, set_adapters
+from .switching import active_adapters, check_weight, set_adapters
 
 
 def combine_adapters(
@@ -53,9 +52,7 @@ def combine_adapters(
         raise AdapterError(f"weights={weights!r} must map adapter names to weights")
     chosen = {name: find_adapter(gm, name) for name in weights}
     for name, adapter in chosen.items():
-        weight = weights[name]
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise AdapterError(f"the weight of adapter {name!r} is {weight!r}; it must be a finite number")
+        check_weight(name, weights[name])
         if adapter.trained:
             raise AdapterError(
                 f"adapter {name!r} trains {adapter.trained[0]!r} in full, which cannot be combined with other values"
@@ -73,7 +70,9 @@ def combine_adapters(
         )
         r = target.site.layout.rank(up.shape[-1])
         values[path] = target.site.layout.join(up, down)
-        targets.append(replace(target, r=r, lora_alpha=r, scaling=1.0, shares_with=None))
+        owners = {t.shares_with for adapter in chosen.values() for t in adapter.plan.targets if t.site.path == path}
+        owner = owners.pop() if len(owners) == 1 else None  # one weight, one adapter: if all of them have it so
+        targets.append(replace(target, r=r, lora_alpha=r, scaling=1.0, shares_with=owner))
     before = active_adapters(gm)
     plan = Plan(_config(targets), tuple(targets), ())
     result = inject(gm, plan, adapter_name=adapter_name)

@@ -23,7 +23,7 @@ from .graph_module import LoraGraphModule, checked_graph_module, copy_sharing_te
 from .injection import Adapter
 from .merging import Delta, Merged, merge, norm_if_finite
 from .parameters import find_adapter
-from .switching import forget_adapter, set_adapters
+from .switching import forget_adapter
 
 
 @dataclass
@@ -72,11 +72,7 @@ def fold(
         raise FoldError("reversible=False goes with inplace=True: without inplace, fold leaves `gm` as it was")
     assert isinstance(gm, LoraGraphModule)
     with paused_gc():
-        weights = {adapter.name: record_of(gm).active.get(adapter.name, 1.0) for adapter in chosen}
-        if any(adapter.name not in record_of(gm).active for adapter in chosen):
-            gm = set_adapters(copy_sharing_tensors(gm) if not inplace else gm, record_of(gm).active | weights)
-            chosen = [record_of(gm).adapters[adapter.name] for adapter in chosen]
-        tasks = fold_tasks(gm, read_applications(gm), chosen, weights)
+        tasks = fold_tasks(gm, read_applications(gm), chosen, record_of(gm).active)
         _check_has_values(gm, tasks)
         if inplace:
             check_not_tied(gm, tasks)
@@ -220,6 +216,12 @@ def _chosen(gm: fx.GraphModule, names: Sequence[str] | str | None) -> list[Adapt
     if not wanted:
         raise FoldError("adapters=[] names nothing to fold; leave it out to fold all")
     chosen = {adapter.name: adapter for adapter in (find_adapter(gm, name) for name in wanted)}
+    for name in chosen:
+        if name not in record.active:
+            raise FoldError(
+                f"adapter {name!r} does not count at the moment, so it has no weight to be folded with; let it count "
+                f"first: set_adapters(gm, {{{name!r}: 1.0}})"
+            )
     return list(chosen.values())
 
 

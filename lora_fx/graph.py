@@ -48,7 +48,6 @@ class LowRankPath:
     dropout: str | None
     scaling: float
     layout: Layout
-    is_flipped: bool
     needs_cast: bool
 
 
@@ -69,14 +68,16 @@ def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
     base = _last_sum(use.node)
     behind = base.next
     with graph.inserting_before(behind):
-        if path.is_flipped:  # the op takes the weight the other way round than its site
-            a, b = graph.call_function(dialect.transpose, (b,)), graph.call_function(dialect.transpose, (a,))
+        layout = path.layout
+        if application.layout != layout:  # the op takes the weight the other way round than its site
+            a, b = write(layout.turn, a, b)
+            layout = application.layout
         x = _last_sum(use.x)  # what feeds this op may have got its own path in this very pass
         if path.needs_cast and not use.family.takes_indices:
             x = graph.call_function(dialect.cast_like, (x, a))
         if path.dropout is not None:
             x = _call_dropout(scope, path.dropout, x)
-        delta = use.family.emit(use, path.layout, x, a, b)
+        delta = use.family.emit(use, layout, x, a, b)
         delta = graph.call_function(dialect.mul, (delta, path.scaling * use.factor))
         if path.needs_cast:
             delta = graph.call_function(dialect.cast_like, (delta, base))
@@ -103,11 +104,11 @@ def _insert_on_weight(application: Application, path: LowRankPath) -> None:
     use.node.replace_input_with(weight, total)
 
 
-def write(function: Callable[..., Any], *nodes: fx.Node) -> fx.Node:
+def write(function: Callable[..., Any], *nodes: fx.Node) -> Any:
     """The nodes of a function of tensors, at the insertion point of the graph that its operands are in."""
     tracer = fx.proxy.GraphAppendingTracer(nodes[0].graph)
-    result: fx.Proxy = function(*(fx.Proxy(node, tracer) for node in nodes))
-    return result.node
+    result = function(*(fx.Proxy(node, tracer) for node in nodes))
+    return tuple(proxy.node for proxy in result) if isinstance(result, tuple) else result.node
 
 
 def _mark_between(first: fx.Node, end: fx.Node, role: Role, of: fx.Node) -> set[fx.Node]:

@@ -195,6 +195,8 @@ class LoraGraphModule(fx.GraphModule):
         graph.owning_module = self
         if graph in selection.compiled:
             self._install(selection.compiled[graph])
+        else:
+            self.recompile()
 
     def _compiled(self) -> dict[str, Any]:
         """What the shown graph was compiled to."""

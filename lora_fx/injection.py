@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from .adapter_files import KEYS, KEYS_OF_LOOKUPS
 from .applications import Application, read_applications
 from .attributes import get_attribute, set_attribute
 from .config import LoraConfig
@@ -16,7 +17,7 @@ from .errors import AdapterError, GraphError, TargetError
 from .graph import LowRankPath, finish, insert_low_rank_path
 from .graph_module import LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
 from .initialization import initialize
-from .layouts import Layout
+from .layouts import Layout, as_stored
 from .plan import Plan, PlannedSite, make_plan
 from .sites import sites_of
 
@@ -29,7 +30,8 @@ class AdapterSite:
     """The attributes of one adapter at one site.
 
     Attributes:
-        path, op: the site's.
+        path: the site's.
+        is_lookup: it is an embedding's, whose A and B have other names in files.
         weight: the base weight's own name; tied weights may be read under another.
         lora_a, lora_b: names of A (r, in) and B (out, r).
         dropout: name of the dropout module, or None.
@@ -38,7 +40,7 @@ class AdapterSite:
     """
 
     path: str
-    op: str
+    is_lookup: bool
     weight: str
     lora_a: str
     lora_b: str
@@ -54,9 +56,7 @@ class AdapterSite:
     @property
     def tensors(self) -> dict[str, str]:
         """{end of its key in PEFT's file: its attribute}."""
-        if self.op == "embedding":
-            return {"lora_embedding_A": self.lora_a, "lora_embedding_B": self.lora_b}
-        return {"lora_A.weight": self.lora_a, "lora_B.weight": self.lora_b}
+        return dict(zip(KEYS_OF_LOOKUPS if self.is_lookup else KEYS, (self.lora_a, self.lora_b), strict=True))
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _check_plan(gm: fx.GraphModule, plan: Plan) -> None:
         if here is None:
             raise TargetError(f"the plan is of another graph: it has a site {target.site.path!r}, this one has not")
         theirs = target.site
-        if here.layout.shape != theirs.layout.shape:
+        if theirs.layout not in (here.layout, as_stored(here.layout)):
             raise TargetError(
                 f"the plan is of another graph: {here.path!r} maps {theirs.in_features} → {theirs.out_features} "
                 f"there and {here.in_features} → {here.out_features} here; make_plan(gm, config) makes one for it"
@@ -226,7 +226,7 @@ def _add_parameters(
     weight = gm.get_parameter(application.attribute)
     prefix = container(application.path, application.weight)
     lora_a, lora_b = f"{prefix}lora_A.{name}.weight", f"{prefix}lora_B.{name}.weight"
-    drops = config.lora_dropout and not target.site.is_on_weight and target.site.op != "embedding"
+    drops = config.lora_dropout and target.site.takes_dropout
     dropout = f"{prefix}lora_dropout.{name}" if drops else None
     for attribute in (lora_a, lora_b):
         _check_free(gm, attribute, name)
@@ -235,7 +235,7 @@ def _add_parameters(
         layout = target.site.layout
         a = nn.Parameter(torch.empty(layout.a_shape(target.r), dtype=dtype, device=weight.device))
         b = nn.Parameter(torch.empty(layout.b_shape(target.r), dtype=dtype, device=weight.device))
-        initialize(a, b, config.init_lora_weights, is_lookup=target.site.op == "embedding", r=target.r)
+        initialize(a, b, config.init_lora_weights, is_lookup=target.site.is_lookup, r=target.r)
     else:  # tied sites: one weight, one adapter, under the name of each
         a, b = gm.get_parameter(owner.lora_a), gm.get_parameter(owner.lora_b)
     set_attribute(gm, lora_a, a)
@@ -244,7 +244,7 @@ def _add_parameters(
         set_attribute(gm, dropout, nn.Dropout(config.lora_dropout).train(gm.training))
     return AdapterSite(
         path=application.path,
-        op=target.site.op,
+        is_lookup=target.site.is_lookup,
         weight=application.weight,
         lora_a=lora_a,
         lora_b=lora_b,
@@ -269,6 +269,11 @@ def _check_free(gm: LoraGraphModule, attribute: str, adapter: str) -> None:
 
 
 def _low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterSite, name: str) -> LowRankPath:
+    if not application.use.family.is_on_weight and application.layout not in (site.layout, site.layout.turned()):
+        raise GraphError(
+            f"{application.path!r} is applied in ways that no one A and B can serve (by {application.use.node.name}: "
+            f"{application.layout}; elsewhere: {site.layout}); leave it out with exclude_modules"
+        )
     weight = application.use.weight
     value = weight.meta.get("val") if isinstance(weight, fx.Node) else None
     taken = value.dtype if isinstance(value, torch.Tensor) else gm.get_parameter(application.attribute).dtype
@@ -279,7 +284,6 @@ def _low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterS
         dropout=site.dropout,
         scaling=site.scaling * record_of(gm).active[name],
         layout=site.layout,
-        is_flipped=application.stored_in_out != site.layout.stored_in_out,
         needs_cast=gm.get_parameter(site.lora_a).dtype != taken,
     )
 

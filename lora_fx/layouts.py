@@ -69,6 +69,12 @@ class Layout(Protocol):
     def rank(self, q: int) -> int:
         """The r of an adapter whose matrices have q ranks each."""
 
+    def turned(self) -> Layout | None:
+        """The layout of the same weight for an op that takes it the other way round; None if there is no such op."""
+
+    def turn(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """(A, B) of the `turned` layout with the same delta."""
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -122,6 +128,12 @@ class Matrix:
 
     def rank(self, q: int) -> int:
         return q
+
+    def turned(self) -> Layout:
+        return Matrix(self.rows, self.columns, not self.stored_in_out)
+
+    def turn(self, a: Any, b: Any) -> tuple[Any, Any]:
+        return _aten.t.default(b), _aten.t.default(a)
 
 
 @dataclass(frozen=True)
@@ -197,6 +209,12 @@ class Kernel:
     def rank(self, q: int) -> int:
         return q * self.groups
 
+    def turned(self) -> None:
+        return None
+
+    def turn(self, a: Any, b: Any) -> tuple[Any, Any]:
+        raise AssertionError("kernels are not turned")
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -258,6 +276,19 @@ class Experts:
 
     def rank(self, q: int) -> int:
         return q
+
+    def turned(self) -> Layout:
+        return Experts(self.shape, not self.stored_in_out)
+
+    def turn(self, a: Any, b: Any) -> tuple[Any, Any]:
+        up, down = self.split(a, b)
+        turned = self.turned()
+        return turned.join(_aten.transpose.int(down, 1, 2), _aten.transpose.int(up, 1, 2))
+
+
+def as_stored(layout: Layout) -> Layout:
+    """How PEFT's target_parameters reads a parameter: a matrix as it is stored, whatever applies it."""
+    return Matrix(layout.rows, layout.columns) if isinstance(layout, Matrix) else layout
 
 
 def layout_of(shape: Shape, *, stored_in_out: bool = False) -> Layout | str:

@@ -15,7 +15,7 @@ from .attributes import get_attribute
 from .config import ALL_LINEAR, LoraConfig, scaling_of
 from .errors import TargetError, closest, warn
 from .graph_module import checked_graph_module, record_of
-from .layouts import Matrix
+from .layouts import as_stored
 from .matching import layer_index, matches_names, matches_suffix, matches_target, matching_key
 from .sites import Site, Sites, sites_of
 from .tables import counted, format_table
@@ -188,8 +188,8 @@ def _any(site: Site, predicate: Callable[[str], bool]) -> bool:
 def _planned(site: Site, config: LoraConfig) -> PlannedSite:
     by_parameter = is_parameter_target(site, config)
     name = site.weight if by_parameter else site.path
-    if by_parameter and isinstance(site.layout, Matrix):  # PEFT takes a parameter as it is stored, whatever applies it
-        site = replace(site, op="parameter", layout=Matrix(site.layout.rows, site.layout.columns))
+    if by_parameter:
+        site = replace(site, op="parameter", layout=as_stored(site.layout))
     rank_key = matching_key(name, config.rank_pattern)
     alpha_key = matching_key(name, config.alpha_pattern)
     r = config.r if rank_key is None else config.rank_pattern[rank_key]
@@ -298,7 +298,7 @@ def _check_trained(gm: fx.GraphModule, trained: tuple[str, ...]) -> None:
 
 def _check_refused(config: LoraConfig, targets: tuple[str, ...] | str, refusals: list[Refusal]) -> None:
     if targets == ALL_LINEAR:
-        for refusal in refusals:
+        for refusal in (refusal for refusal in refusals if refusal.is_linear):
             if not (config.exclude_modules and matches_names(refusal.path, config.exclude_modules)):
                 warn(f"all-linear leaves out {refusal.path!r}: {refusal.reason}")
         return
@@ -333,8 +333,8 @@ def _check_not_linear(
         users = sorted({str(node.target) for node in reading.users.get(f"{path}.weight", ())})
         if users:  # a module that the traced call does not reach is passed over
             raise TargetError(
-                f"target_modules means {path!r}, whose weight is applied by {', '.join(users)}, which lora_fx cannot "
-                f"adapt yet. Leave it out with exclude_modules=[{path!r}]"
+                f"target_modules means {path!r}, whose weight is applied by {', '.join(users)}, which this graph "
+                f"keeps shut; lora_fx.trace(model, args) sees into it. Or leave it out with exclude_modules=[{path!r}]"
             )
 
 
@@ -412,7 +412,7 @@ def _check_layers(config: LoraConfig, targets: tuple[str, ...] | str, names: lis
 def _nothing_chosen(config: LoraConfig, sites: Sites, skipped: list[Skipped], refusals: list[Refusal]) -> TargetError:
     if not sites:
         also = f"; {refusals[0].path!r} cannot be adapted: {refusals[0].reason}" if refusals else ""
-        return TargetError(f"the graph has no linear that can be adapted{also}")
+        return TargetError(f"the graph has no parameter that can be adapted{also}")
     reasons = _some(f"{s.path or '(root)'}: {s.reason}" for s in skipped)
     return TargetError(
         f"target_modules={config.target_modules!r} leaves no site to adapt out of {len(sites)} ({reasons}). "
@@ -424,7 +424,7 @@ def _warn(config: LoraConfig, chosen: list[Site]) -> None:
     for site in chosen:
         if not site.gets_gradient:
             warn(f"{site.path!r} runs under torch.no_grad: its adapter counts, but no gradient will reach it")
-    undropped = [site.path for site in chosen if site.is_on_weight or site.op == "embedding"]
+    undropped = [site.path for site in chosen if not site.takes_dropout]
     if config.lora_dropout and undropped:
         warn(
             f"lora_dropout={config.lora_dropout} drops elements of what a site takes, and does nothing at "

@@ -74,6 +74,16 @@ class Site:
         return self.layout.stored_in_out
 
     @property
+    def is_lookup(self) -> bool:
+        """It is an embedding's table: A and B have names and first values of their own."""
+        return self.op == "embedding"
+
+    @property
+    def takes_dropout(self) -> bool:
+        """There is an input whose elements can be dropped: neither an index nor a weight."""
+        return not (self.is_lookup or self.is_on_weight)
+
+    @property
     def size(self) -> str:
         """`in → out`, with the number of experts before it."""
         experts = f"{self.layout.count} × " if self.layout.count > 1 else ""
@@ -157,7 +167,7 @@ def _site(
     tied: Iterable[str],
     aliases: Iterable[str],
 ) -> Site:
-    main = found[0]
+    main = next((a for a in found if not a.use.family.is_on_weight), found[0])
     parameter = gm.get_parameter(main.attribute)
     return Site(
         path=main.path,

@@ -42,8 +42,7 @@ def set_adapters(gm: fx.GraphModule, adapters: Mapping[str, float] | Sequence[st
     weights = dict(wanted) if isinstance(wanted, Mapping) else dict.fromkeys(wanted, 1.0)
     for name, weight in weights.items():
         adapter = find_adapter(gm, name)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise AdapterError(f"the weight of adapter {name!r} is {weight!r}; it must be a finite number")
+        check_weight(name, weight)
         if adapter.trained and weight not in (0, 1):
             raise AdapterError(
                 f"adapter {name!r} trains {adapter.trained[0]!r} in full, which counts whole or not at all; its weight "
@@ -52,6 +51,12 @@ def set_adapters(gm: fx.GraphModule, adapters: Mapping[str, float] | Sequence[st
     order = record_of(gm).adapters
     _select(gm, {name: float(weights[name]) for name in order if weights.get(name, 0)})
     return gm
+
+
+def check_weight(name: str, weight: object) -> None:
+    """Raise AdapterError unless `weight` is a finite number."""
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise AdapterError(f"the weight of adapter {name!r} is {weight!r}; it must be a finite number")
 
 
 def active_adapters(gm: fx.GraphModule) -> dict[str, float]:

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
-from torch import fx
+from torch import fx, nn
 from zoo import BY_NAME, STACK, assert_same_bits, fingerprint, injected, lora_tensors, randomise, run, traced
 
 import lora_fx
-from lora_fx import AdapterError, ConfigError, LoraConfig, LoraFxError
+from lora_fx import AdapterError, ConfigError, LoraConfig, LoraFxError, LoraFxWarning
 from lora_fx.adapter_files import parse_key
 
 MLP = BY_NAME["mlp"]
@@ -434,3 +434,25 @@ def test_two_keys_that_mean_one_tensor_are_refused(saved: Path) -> None:
     save_file(tensors | extra, saved / WEIGHTS)
     with pytest.raises(AdapterError):
         lora_fx.load_adapter(traced(MLP), saved)
+
+
+def test_tied_embeddings_with_different_adapters_in_a_file_keep_their_own(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Embedding(11, 7), nn.Embedding(11, 7)
+            self.b.weight = self.a.weight
+
+        def forward(self, ids):
+            return self.a(ids) * 2 + self.b(ids.flip(1)).tanh()
+
+    ids, model = torch.randint(0, 11, (2, 5)), Tied().eval()
+    gm = lora_fx.inject(lora_fx.trace(model, ids), LoraConfig(r=2, target_modules=["a", "b"]))
+    lora_fx.save_adapter(randomise(gm), tmp_path)
+    alike = lora_fx.load_adapter(lora_fx.trace(model, ids), tmp_path)
+    assert torch.equal(alike(ids), gm(ids))
+    edit_tensors(tmp_path, lambda t: t["base_model.model.b.lora_embedding_A"].mul_(3))
+    with pytest.warns(LoraFxWarning, match="different adapters for sites that share one tied weight"):
+        loaded = lora_fx.load_adapter(lora_fx.trace(model, ids), tmp_path)
+    assert not torch.equal(loaded(ids), gm(ids))
+    assert lora_fx.lora_parameters(loaded)[0] is not lora_fx.lora_parameters(loaded)[2]

@@ -278,3 +278,25 @@ def test_a_forward_replaced_on_the_instance_is_refused_where_it_is_hidden() -> N
     with pytest.raises(lora_fx.TargetError, match="replaced on the instance"):
         lora_fx.inject(torch.fx.symbolic_trace(model), LoraConfig(target_modules=["0"]))
     assert_folds(randomise(lora_fx.inject(lora_fx.trace(model, (X,)), LoraConfig(target_modules=["0"]))), X, model)
+
+
+def test_a_weight_that_is_fed_to_another_op_with_a_delta_is_read_there() -> None:
+    """Folding one adapter unties the weight from the op that another adapter feeds W + its delta to."""
+
+    class Fed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(7, 7, bias=False)
+            self.w = self.fc.weight
+
+        def forward(self, x):
+            return torch.tanh(self.fc(x)) + torch.cumsum(self.w, 0)[-1]
+
+    x, model = torch.randn(3, 7), Fed().eval()
+    gm = lora_fx.inject(lora_fx.trace(model, x), LoraConfig(target_modules=["w"]), adapter_name="one")
+    gm = lora_fx.inject(gm, LoraConfig(target_modules=["fc"]), adapter_name="two")
+    zoo.randomise(zoo.randomise(gm, "one"), "two")
+    with pytest.warns(LoraFxWarning, match="untied"):
+        folded = lora_fx.fold(gm, adapters="two")
+    assert lora_fx.adapter_names(folded) == ("one",)
+    torch.testing.assert_close(folded(x), gm(x), rtol=1e-5, atol=1e-5)

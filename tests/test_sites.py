@@ -315,3 +315,19 @@ def test_sites_are_plain_values() -> None:
     assert hash(first) == hash(second)
     assert first == second
     assert replace(first[0], path="x") != first[0]
+
+
+def test_a_convolution_whose_kernel_is_computed_is_refused_by_its_name() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = parametrizations.weight_norm(nn.Conv1d(3, 5, 2)), nn.Linear(5, 7)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).transpose(1, 2)).tanh()
+
+    gm = lora_fx.trace(Model().eval(), torch.randn(2, 3, 5))
+    with pytest.raises(TargetError, match="'conv', which cannot be adapted: its weight is computed"):
+        lora_fx.make_plan(gm, LoraConfig(target_modules=["conv"]))
+    plan = lora_fx.make_plan(gm, LoraConfig(target_modules="all-linear"))  # no linear, so no warning
+    assert [target.site.path for target in plan.targets] == ["fc"]

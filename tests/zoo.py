@@ -500,15 +500,16 @@ class Kernels(nn.Module):
 
 
 class Experts(nn.Module):
-    """Three experts in one parameter, in both orders, as bmm and as matmul."""
+    """Three experts in one parameter, in both orders, as bmm and as matmul; one of them read both ways round."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gate_up, self.down = nn.Parameter(torch.randn(3, 11, 7) / 3), nn.Parameter(torch.randn(3, 11, 5) / 3)
 
     def forward(self, x):
-        hidden = torch.bmm(x, self.gate_up.transpose(1, 2))
-        return torch.matmul(torch.tanh(hidden), self.down).sum(0)
+        hidden = torch.tanh(torch.bmm(x, self.gate_up.transpose(1, 2)))
+        back = torch.bmm(torch.tanh(torch.matmul(hidden, self.down)), self.down.transpose(1, 2))
+        return torch.matmul(torch.tanh(back), self.down).sum(0)
 
 
 class Unread(nn.Module):
@@ -596,7 +597,7 @@ SMALL = (
         targets=("one", "ring", "up", "two", "up2", "three"),
         linears=4,
     ),
-    Case("experts", Experts, (), (3, 4, 7), targets=("gate_up", "down")),
+    Case("experts", Experts, (), (3, 4, 7), targets=("gate_up", "down"), linears=4),
     Case(
         "unread",
         Unread,
@@ -844,7 +845,7 @@ def randomise(gm: fx.GraphModule, adapter: str = "default", size: float = 1.0) -
             values = torch.randn(b.shape, generator=generator, dtype=torch.float64)
             b.copy_(values * size / (scalings[name] * b.shape[1] ** 0.5))
         for site in record_of(gm).adapters[adapter].sites.values():
-            if site.op == "embedding":  # the one that starts at zero is A
+            if site.is_lookup:  # the one that starts at zero is A
                 generator = torch.Generator().manual_seed(zlib.crc32(site.path.encode()))
                 a = gm.get_parameter(site.lora_a)
                 a.copy_(torch.randn(a.shape, generator=generator, dtype=torch.float64))

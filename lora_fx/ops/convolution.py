@@ -57,9 +57,25 @@ class Convolution(Family):
             kind = type(module).__name__.lower().replace("convtranspose", "conv_transpose")
             is_own = any(type(module).forward is each.forward for each in _MODULES)
             if is_own and len(node.args) + len(node.kwargs) == 1:  # output_size decides the padding per call
-                yield Use(self, kind, node, f"{node.target}.weight".lstrip("."), argument(node, 0, "input"), False)
+                yield Use(
+                    self,
+                    kind,
+                    node,
+                    f"{node.target}.weight".lstrip("."),
+                    argument(node, 0, "input"),
+                    False,
+                    is_certain=True,
+                )
         elif node.op == "call_function" and node.target in _KINDS:
-            yield Use(self, _KINDS[node.target], node, argument(node, 1, "weight"), argument(node, 0, "input"), False)
+            yield Use(
+                self,
+                _KINDS[node.target],
+                node,
+                argument(node, 1, "weight"),
+                argument(node, 0, "input"),
+                False,
+                is_certain=True,
+            )
 
     def layout(self, use: Use, shape: Shape, stored_in_out: bool) -> Layout | str:
         if stored_in_out or len(shape) < 3:

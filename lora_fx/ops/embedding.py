@@ -28,11 +28,21 @@ class Embedding(Family):
         if node.op == "call_module" and isinstance(module := gm.get_submodule(str(node.target)), nn.Embedding):
             if type(module).forward is nn.Embedding.forward and module.max_norm is None:
                 x = argument(node, 0, "input")
-                yield Use(self, "embedding", node, f"{node.target}.weight".lstrip("."), x, True)
+                yield Use(self, "embedding", node, f"{node.target}.weight".lstrip("."), x, True, is_certain=True)
         elif node.target is _aten.embedding.default:
-            yield Use(self, "embedding", node, argument(node, 0, "weight"), argument(node, 1, "indices"), True)
+            yield Use(
+                self,
+                "embedding",
+                node,
+                argument(node, 0, "weight"),
+                argument(node, 1, "indices"),
+                True,
+                is_certain=True,
+            )
         elif node.target is F.embedding and argument(node, 3, "max_norm") is None:
-            yield Use(self, "embedding", node, argument(node, 1, "weight"), argument(node, 0, "input"), True)
+            yield Use(
+                self, "embedding", node, argument(node, 1, "weight"), argument(node, 0, "input"), True, is_certain=True
+            )
 
     def emit(self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
         graph, dialect = use.node.graph, dialect_of(use.node)

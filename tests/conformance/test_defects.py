@@ -16,7 +16,7 @@ import peft
 import pytest
 import torch
 import zoo
-from models import CASES, Mha, combined, explicit, moved
+from judged import CASES, Mha, combined, explicit, moved
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from test_peft import talkative

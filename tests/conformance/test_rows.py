@@ -19,7 +19,7 @@ import peft
 import pytest
 import torch
 import zoo
-from models import CASES, combined, explicit, moved
+from judged import CASES, combined, explicit, moved
 from safetensors.torch import load_file, save_file
 from test_peft import peft_model, talkative
 from torch import nn
