@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,8 @@ def test_combinations_are_exact(name: str, combination_type: str, tmp_path: Path
 def test_a_choice_is_come_back_to_in_another_mode() -> None:
     """The graph of a mode that was not shown while the choice counted is not compiled yet."""
     case, gm = two("mlp")
-    expected = {name: run(lora_fx.set_adapters(two("mlp")[1].train(), name), case.arguments()) for name in ("a", "b")}
+    fresh = {name: lora_fx.set_adapters(copy.deepcopy(gm).train(), name) for name in ("a", "b")}
+    expected = {name: run(copied, case.arguments()) for name, copied in fresh.items()}
     for name in ("a", "b"):
         lora_fx.set_adapters(gm, name)
     gm.train()

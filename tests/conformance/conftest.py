@@ -1,4 +1,4 @@
-"""Rows that lora_fx does not pass yet: named in not_yet.txt, counted as xfailed; one that passes has to leave the list."""
+"""Rows that lora_fx does not pass yet, named in not_yet.txt; one that passes has to leave the list."""
 
 from __future__ import annotations
 
