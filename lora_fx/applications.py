@@ -8,7 +8,7 @@ and parameters are known by storage, so that every name of a tied weight means t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -293,18 +293,25 @@ def _read_weights(
     node: fx.Node, scope: Scope, mode: bool | None, parameters: dict[str, nn.Parameter], reading: Reading
 ) -> None:
     """The parameters that an op of no family takes: each can be adapted by what the op is fed."""
-    if node.target in _ONLY_LOOKS or bodies_of(node)[0] or not node.users:
+    if node.op not in ("call_function", "call_method") or node.target in _ONLY_LOOKS or not node.users:
         return
-    for use in ON_WEIGHT.recognise(node, scope.module):
-        assert isinstance(use.weight, fx.Node)
-        weight = unsummed(use.weight)
-        if undone_steps(weight):
-            continue  # what reorders a weight is itself the op that takes it
-        found = _application(replace(use, weight=weight, x=weight), scope, mode, parameters, reading)
+    weights = dict.fromkeys(unsummed(operand) for operand in operands_of(node))
+    reads = [weight for weight in weights if _is_read(weight, scope, parameters)]
+    if not reads or bodies_of(node)[0]:
+        return
+    for weight in reads:
+        found = _application(ON_WEIGHT.use(node, weight), scope, mode, parameters, reading)
         if isinstance(found, Application):
             reading.applications.append(found)
         elif found is not None:
             reading.refusals.append(found)
+
+
+def _is_read(operand: fx.Node, scope: Scope, parameters: dict[str, nn.Parameter]) -> bool:
+    """Whether an operand may be a parameter as it is. (What reorders one is itself the op that takes it.)"""
+    if operand.op == "placeholder":
+        return scope.parent is not None
+    return operand.op == "get_attr" and str(operand.target) in parameters
 
 
 def unsummed(operand: fx.Node) -> fx.Node:

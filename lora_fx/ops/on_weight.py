@@ -5,12 +5,10 @@ The op itself stays unread, so this holds for all of them; it costs the delta in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import fx
 
 from ..layouts import Layout, Shape, layout_of
-from .use import Family, Use, operands_of
+from .use import Family, Use
 
 
 class OnWeight(Family):
@@ -18,10 +16,9 @@ class OnWeight(Family):
 
     is_on_weight = True
 
-    def recognise(self, node: fx.Node, gm: fx.GraphModule) -> Iterator[Use]:
-        if node.op in ("call_function", "call_method"):
-            for operand in dict.fromkeys(operands_of(node)):
-                yield Use(self, _name_of(node), node, operand, operand, False)
+    def use(self, node: fx.Node, weight: fx.Node) -> Use:
+        """The reading of one operand of any node as a weight."""
+        return Use(self, _name_of(node), node, weight, weight, takes_in_out=False)
 
     def layout(self, use: Use, shape: Shape, stored_in_out: bool) -> Layout | str:
         return layout_of(shape, stored_in_out=stored_in_out)
