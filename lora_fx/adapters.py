@@ -30,7 +30,7 @@ from .adapter_files import (
     read_config,
     weights_path,
 )
-from .attributes import get_attribute
+from .attributes import get_attribute, get_parameter
 from .config import LoraConfig
 from .errors import AdapterError, closest, warn
 from .graph_module import LoraGraphModule, checked_graph_module, record_of
@@ -140,7 +140,7 @@ def _named_tensors(gm: fx.GraphModule, adapter: Adapter) -> Iterable[tuple[str, 
     prefixes = _prefixes(gm, adapter.plan)
     for site in adapter.sites.values():
         for key, attribute in site.tensors.items():
-            yield prefixes[site.path] + key, gm.get_parameter(attribute)
+            yield prefixes[site.path] + key, get_parameter(gm, attribute)
     for name in adapter.trained:
         path, _, last = name.rpartition(".")
         # PEFT keeps an adapted module's own parameters in its base_layer.

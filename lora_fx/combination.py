@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from .attributes import get_parameter
 from .combining import Term, combine
 from .config import LoraConfig
 from .errors import AdapterError
@@ -79,7 +80,7 @@ def combine_adapters(
     with torch.no_grad():
         for path, site in record_of(result).adapters[adapter_name].sites.items():
             for attribute, value in zip((site.lora_a, site.lora_b), values[path], strict=True):
-                result.get_parameter(attribute).copy_(value)
+                get_parameter(result, attribute).copy_(value)
     return set_adapters(result, before)
 
 
@@ -87,7 +88,7 @@ def _terms(gm: fx.GraphModule, adapter: Adapter, path: str, weight: float) -> li
     site = adapter.sites.get(path)
     if site is None:
         return []
-    a, b = gm.get_parameter(site.lora_a).detach(), gm.get_parameter(site.lora_b).detach()
+    a, b = get_parameter(gm, site.lora_a).detach(), get_parameter(gm, site.lora_b).detach()
     up, down = site.layout.split(a, b)
     return [Term(up, down, weight * site.scaling, site.scaling)]
 

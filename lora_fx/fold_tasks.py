@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from .aliasing import is_same_view, storage_of, view_of
 from .applications import Reading, read_applications
-from .attributes import get_attribute, set_attribute
+from .attributes import get_attribute, get_parameter, set_attribute
 from .errors import FoldError
 from .graph import rebind_weight, rename_reads
 from .graph_module import LoraGraphModule, record_of
@@ -50,9 +50,9 @@ def fold_tasks(
         nodes.setdefault(application.path, []).append(application.use.node)
         attributes[application.path] = application.attribute
     for path, sites in by_path.items():
-        weight = gm.get_parameter(attributes[path])
+        weight = get_parameter(gm, attributes[path])
         # Sites that share A and B hold the same Parameter objects.
-        values = tuple((id(gm.get_parameter(site.lora_a)), site.scaling) for site in sites)
+        values = tuple((id(get_parameter(gm, site.lora_a)), site.scaling) for site in sites)
         groups.setdefault((view_of(weight), values), []).append(path)
     return [_task(gm, reading, paths, by_path[paths[0]], attributes[paths[0]], nodes) for paths in groups.values()]
 
@@ -65,11 +65,11 @@ def _task(
     attribute: str,
     nodes: dict[str, list[fx.Node]],
 ) -> FoldTask:
-    weight = gm.get_parameter(attribute)
+    weight = get_parameter(gm, attribute)
     names = reading.names[attribute]
     adapted = {node for path in paths for node in nodes[path]}
     readers = [name for name in names if any(node not in adapted for node in reading.users.get(name, ()))]
-    aliases = [name for name in names if is_same_view(gm.get_parameter(name), weight)]
+    aliases = [name for name in names if is_same_view(get_parameter(gm, name), weight)]
     return FoldTask(tuple(paths), tuple(sites), attribute, tuple(aliases), tuple(readers))
 
 
@@ -84,7 +84,7 @@ def check_not_tied(gm: LoraGraphModule, tasks: list[FoldTask]) -> None:
                 f"fold(inplace=True) cannot write {task.sites[0].weight!r}: its tensor is also read as "
                 f"{', '.join(task.twins)}, which is not adapted. fold(gm) unties it in a new graph"
             )
-        weight = gm.get_parameter(task.attribute)
+        weight = get_parameter(gm, task.attribute)
         views = [name for name, tensor in others if storage_of(tensor) == storage_of(weight)]
         if views:
             raise FoldError(
@@ -98,13 +98,13 @@ def check_not_tied(gm: LoraGraphModule, tasks: list[FoldTask]) -> None:
 def replace_weights(gm: LoraGraphModule, tasks: list[FoldTask], values: list[torch.Tensor]) -> None:
     """Put the folded weights in place of the base's, for the adapted applications only."""
     parameters = [
-        nn.Parameter(value, requires_grad=gm.get_parameter(task.attribute).requires_grad)
+        nn.Parameter(value, requires_grad=get_parameter(gm, task.attribute).requires_grad)
         for task, value in zip(tasks, values, strict=True)
     ]
     tied: dict[Hashable, list[tuple[FoldTask, nn.Parameter]]] = {}
     for task, parameter in zip(tasks, parameters, strict=True):
         if task.other_readers:
-            tied.setdefault(view_of(gm.get_parameter(task.attribute)), []).append((task, parameter))
+            tied.setdefault(view_of(get_parameter(gm, task.attribute)), []).append((task, parameter))
     if tied:
         reading = read_applications(gm)  # before any name changes
         for group in tied.values():

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from .aliasing import storage_of
 from .applications import read_applications
-from .attributes import delete_attribute, get_attribute, set_attribute
+from .attributes import delete_attribute, get_attribute, get_parameter, set_attribute
 from .errors import FoldError
 from .fold_results import FoldedSite, FoldReport, warn_of_losses
 from .fold_tasks import FoldTask, check_not_tied, fold_tasks, replace_weights
@@ -92,7 +92,7 @@ def _fold_anew(
     """A new graph module with new tensors for the folded weights; the others are shared."""
     values, sites = [], []
     for task in tasks:
-        weight = gm.get_parameter(task.attribute).detach()
+        weight = get_parameter(gm, task.attribute).detach()
         values.append(torch.empty_like(weight))
         sites.append(_merge(gm, task, weight, values[-1], accumulate))
     result = copy_sharing_tensors(gm)
@@ -115,7 +115,7 @@ def _fold_in_place(
     originals: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for task in tasks:
-            weight = gm.get_parameter(task.attribute).detach()
+            weight = get_parameter(gm, task.attribute).detach()
             original = _backed_up(weight, originals)
             sites.append(_merge(gm, task, original, weight, accumulate))
         for adapter in chosen:
@@ -135,7 +135,7 @@ def _fold_for_good(
     gm: LoraGraphModule, tasks: list[FoldTask], chosen: list[Adapter], accumulate: torch.dtype
 ) -> tuple[LoraGraphModule, list[FoldedSite]]:
     """Write into the base's tensors and keep nothing: all is checked before the first write."""
-    weights = [gm.get_parameter(task.attribute).detach() for task in tasks]
+    weights = [get_parameter(gm, task.attribute).detach() for task in tasks]
     deltas = [
         _deltas(gm, task, torch.promote_types(weight.dtype, accumulate))
         for task, weight in zip(tasks, weights, strict=True)
@@ -277,7 +277,7 @@ def _folded_site(task: FoldTask, weight: torch.Tensor, merged: Merged) -> Folded
 def _deltas(gm: LoraGraphModule, task: FoldTask, dtype: torch.dtype) -> list[Delta]:
     deltas = []
     for site in task.sites:
-        a, b = gm.get_parameter(site.lora_a).detach().to(dtype), gm.get_parameter(site.lora_b).detach().to(dtype)
+        a, b = get_parameter(gm, site.lora_a).detach().to(dtype), get_parameter(gm, site.lora_b).detach().to(dtype)
         left, right = site.layout.factors(a, b)
         deltas.append(Delta(left, right, site.scaling))
     return deltas
@@ -285,7 +285,7 @@ def _deltas(gm: LoraGraphModule, task: FoldTask, dtype: torch.dtype) -> list[Del
 
 def _check_has_values(gm: LoraGraphModule, tasks: list[FoldTask]) -> None:
     for task in tasks:
-        if gm.get_parameter(task.attribute).is_meta:
+        if get_parameter(gm, task.attribute).is_meta:
             raise FoldError(
                 f"{task.sites[0].weight!r} is on the meta device and holds no values to fold; load the weights first"
             )
@@ -296,7 +296,7 @@ def _why_not_finite(gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor) -
     if not bool(torch.isfinite(weight).all()):
         return f"the base weight of {where} holds NaN or Inf before folding; mend the model, not the adapter"
     for name in (name for site in task.sites for name in (site.lora_a, site.lora_b)):
-        if not bool(torch.isfinite(gm.get_parameter(name)).all()):
+        if not bool(torch.isfinite(get_parameter(gm, name)).all()):
             return f"folding {where}: {name} holds NaN or Inf, so the adapter is broken; train it again or reload it"
     wide = _matrices(task, weight).double()
     total = sum((d.scaling * (d.left @ d.right) for d in _deltas(gm, task, torch.float64)), start=wide)

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from .adapter_files import KEYS, KEYS_OF_LOOKUPS
 from .applications import Application, read_applications
-from .attributes import get_attribute, set_attribute
+from .attributes import get_attribute, get_parameter, set_attribute
 from .config import LoraConfig
 from .errors import AdapterError, GraphError, TargetError
 from .graph import LowRankPath, finish, insert_low_rank_path
@@ -223,7 +223,7 @@ def _add_parameters(
     dtype: torch.dtype | None,
     owner: AdapterSite | None,
 ) -> AdapterSite:
-    weight = gm.get_parameter(application.attribute)
+    weight = get_parameter(gm, application.attribute)
     prefix = container(application.path, application.weight)
     lora_a, lora_b = f"{prefix}lora_A.{name}.weight", f"{prefix}lora_B.{name}.weight"
     drops = config.lora_dropout and target.site.takes_dropout
@@ -237,7 +237,7 @@ def _add_parameters(
         b = nn.Parameter(torch.empty(layout.b_shape(target.r), dtype=dtype, device=weight.device))
         initialize(a, b, config.init_lora_weights, is_lookup=target.site.is_lookup, r=target.r)
     else:  # tied sites: one weight, one adapter, under the name of each
-        a, b = gm.get_parameter(owner.lora_a), gm.get_parameter(owner.lora_b)
+        a, b = get_parameter(gm, owner.lora_a), get_parameter(gm, owner.lora_b)
     set_attribute(gm, lora_a, a)
     set_attribute(gm, lora_b, b)
     if dropout is not None:
@@ -276,7 +276,7 @@ def _low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterS
         )
     weight = application.use.weight
     value = weight.meta.get("val") if isinstance(weight, fx.Node) else None
-    taken = value.dtype if isinstance(value, torch.Tensor) else gm.get_parameter(application.attribute).dtype
+    taken = value.dtype if isinstance(value, torch.Tensor) else get_parameter(gm, application.attribute).dtype
     return LowRankPath(
         adapter=name,
         lora_a=site.lora_a,
@@ -284,7 +284,7 @@ def _low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterS
         dropout=site.dropout,
         scaling=site.scaling * record_of(gm).active[name],
         layout=site.layout,
-        needs_cast=gm.get_parameter(site.lora_a).dtype != taken,
+        needs_cast=get_parameter(gm, site.lora_a).dtype != taken,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from .attributes import get_attribute
+from .attributes import get_attribute, get_parameter
 from .errors import AdapterError, closest
 from .graph_module import checked_graph_module, record_of
 from .injection import Adapter
@@ -67,7 +67,7 @@ def trained_tensor(gm: fx.GraphModule, name: str) -> torch.Tensor:
 def _parameters_of(gm: fx.GraphModule, adapter: Adapter) -> Iterator[nn.Parameter]:
     for site in adapter.sites.values():
         for attribute in site.tensors.values():
-            yield gm.get_parameter(attribute)
+            yield get_parameter(gm, attribute)
     for name in adapter.trained:
         value = trained_tensor(gm, name)
         if isinstance(value, nn.Parameter):

@@ -11,7 +11,7 @@ from torch import fx
 
 from .aliasing import overlapping_names, view_of
 from .applications import Reading, Refusal, read_applications
-from .attributes import get_attribute
+from .attributes import get_attribute, get_parameter
 from .config import ALL_LINEAR, LoraConfig, scaling_of
 from .errors import TargetError, closest, warn
 from .graph_module import checked_graph_module, record_of
@@ -207,7 +207,7 @@ def _shared(gm: fx.GraphModule, reading: Reading, planned: list[PlannedSite]) ->
     owners: dict[Hashable, list[PlannedSite]] = {}
     result: list[PlannedSite] = []
     for target in planned:
-        on_weight = owners.setdefault(view_of(gm.get_parameter(attribute[target.site.path])), [])
+        on_weight = owners.setdefault(view_of(get_parameter(gm, attribute[target.site.path])), [])
         owner = next((owner for owner in on_weight if _adapts_alike(owner, target)), None)
         if owner is None:
             on_weight.append(target)

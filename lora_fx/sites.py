@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from .applications import Application, Reading, read_applications
-from .attributes import get_attribute
+from .attributes import get_attribute, get_parameter
 from .graph_module import checked_graph_module
 from .heads import is_output_head
 from .layouts import Layout
@@ -168,7 +168,7 @@ def _site(
     aliases: Iterable[str],
 ) -> Site:
     main = next((a for a in found if not a.use.family.is_on_weight), found[0])
-    parameter = gm.get_parameter(main.attribute)
+    parameter = get_parameter(gm, main.attribute)
     return Site(
         path=main.path,
         op=main.use.kind,
