@@ -23,12 +23,16 @@ PREFIX = "base_model.model."
 # What A and B are called in the file: of embeddings, and of everything else.
 KEYS_OF_LOOKUPS = ("lora_embedding_A", "lora_embedding_B")
 KEYS = ("lora_A.weight", "lora_B.weight")
+# With lora_bias, and with use_dora.
+KEY_OF_BIAS, KEY_OF_MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"
 
 # The last lora_A or lora_B counts: a module may be called that itself.
 _HALF = re.compile(r"^((?P<path>.*)\.)?(?P<name>lora_[AB])(\.(?P<adapter>[^.]+))?\.weight$")
+_BIAS = re.compile(r"^((?P<path>.*)\.)?lora_B(\.(?P<adapter>[^.]+))?\.bias$")
+_MAGNITUDE = re.compile(r"^((?P<path>.*)\.)?lora_magnitude_vector(\.[^.]+){0,2}$")
 _LOOKUP = re.compile(r"^((?P<path>.*)\.)?(?P<name>lora_embedding_[AB])(\.(?P<adapter>[^.]+))?$")
 _SAVED_COPY = re.compile(r"\.modules_to_save\.([^.]+\.)?(?=[^.]+$)")
-_OTHER_LORA = re.compile(r"\blora_(magnitude_vector|diag|[AB]\.bias)|token_adapter")
+_OTHER_LORA = re.compile(r"\blora_(diag|A\.bias)|token_adapter")
 
 
 @dataclass(frozen=True)
@@ -128,12 +132,13 @@ def parse_key(key: str, file: str) -> TensorKey:
     """
     name = key.removeprefix(PREFIX)
     if _OTHER_LORA.search(name):
-        raise AdapterError(
-            f"{file!r} holds {key!r}: a kind of adapter (DoRA, bias of B, trained tokens) that "
-            "lora_fx does not support yet"
-        )
+        raise AdapterError(f"{file!r} holds {key!r}: a kind of adapter that lora_fx does not support")
     if match := _HALF.match(name):
         return TensorKey(key, match["path"] or "", f"{match['name']}.weight")
+    if match := _BIAS.match(name):
+        return TensorKey(key, match["path"] or "", KEY_OF_BIAS)
+    if match := _MAGNITUDE.match(name):
+        return TensorKey(key, match["path"] or "", KEY_OF_MAGNITUDE)
     if match := _LOOKUP.match(name):
         return TensorKey(key, match["path"] or "", match["name"])
     name = name.replace(".base_layer.", ".").removeprefix("base_layer.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
@@ -17,6 +18,8 @@ from torch import fx
 
 from .adapter_files import (
     CONFIG_FILE,
+    KEY_OF_BIAS,
+    KEY_OF_MAGNITUDE,
     KEYS,
     KEYS_OF_LOOKUPS,
     PREFIX,
@@ -32,9 +35,12 @@ from .adapter_files import (
 )
 from .attributes import get_attribute, get_parameter
 from .config import LoraConfig
-from .errors import AdapterError, closest, warn
+from .dora import magnitude_shape
+from .errors import AdapterError, ConfigError, closest, warn
 from .graph_module import LoraGraphModule, checked_graph_module, record_of
-from .injection import ADAPTER_DTYPES, Adapter, check_adapter_name, inject
+from .initialization import start_of
+from .injection import ADAPTER_DTYPES, Adapter, NewAdapter, check_adapter_name, inject_new
+from .layouts import without_start
 from .matching import matches_names, matches_suffix
 from .parameters import find_adapter, trained_tensor
 from .plan import Plan, PlannedSite, module_paths, plan_adapters
@@ -65,7 +71,8 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{key!r} of adapter {adapter_name!r} holds NaN or Inf and is not saved")
     path = checked_path(directory)
-    config = config_text(adapter.config, **_exact_targets(gm, adapter), **_exact_modules(gm, adapter))
+    changes = _exact_targets(gm, adapter) | _exact_modules(gm, adapter) | _as_plain(adapter.config)
+    config = config_text(adapter.config, **changes)
     try:
         path.mkdir(parents=True, exist_ok=True)
         weights = save(tensors, metadata={"format": "pt", "writer": "lora_fx"})
@@ -103,12 +110,13 @@ def load_adapter(
     check_adapter_name(adapter_name)
     folder = find_adapter_directory(directory, adapter_name)
     config = read_config(folder)
+    _check_start(config)
     if mha_out_proj not in ("twice", "once"):
         raise AdapterError(f"mha_out_proj={mha_out_proj!r} must be 'twice' or 'once'")
     tensors = _read_tensors(weights_path(folder))
     plan = _plan_for(gm, config, tensors)
     dtype = adapter_dtype or _dtype_for(plan, tensors)
-    result = inject(gm, plan, adapter_name=adapter_name, adapter_dtype=dtype)
+    result = inject_new(gm, NewAdapter(adapter_name, plan, dtype, draws=False))
     adapter = record_of(result).adapters[adapter_name]
     doubled = _doubled_keys(plan) if mha_out_proj == "twice" else set()
     if doubled and not _is_ours(weights_path(folder)):
@@ -122,12 +130,53 @@ def load_adapter(
     return result
 
 
+def _check_start(config: LoraConfig) -> None:
+    """What an adapter takes out of the base must be computable from the base alone."""
+    start = start_of(config)
+    if start is not None and start.changes_base and start.calibration is not None:
+        raise ConfigError(
+            f"the adapter was started by init_lora_weights={start.name!r}, from data that is not in its file, and PEFT "
+            "took the start out of the base; save it as plain LoRA: model.save_pretrained(directory, "
+            "path_initial_model_for_weight_conversion=...). lora_fx.save_adapter always does"
+        )
+
+
 def _tensors(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tensor]:
     """{PEFT's key: tensor}, contiguous, on the CPU, none sharing storage with another."""
     doubled = _doubled_keys(adapter.plan)
+    named = dict(_named_tensors(gm, adapter)) | _without_starts(gm, adapter)
     return {
         f"{PREFIX}{name}": target.detach().cpu().contiguous().clone() * (0.5 if name in doubled else 1)
-        for name, target in _named_tensors(gm, adapter)
+        for name, target in named.items()
+    }
+
+
+def _without_starts(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """A and B of sites that take something off again, as the plain adapter of twice the rank that they are."""
+    found: dict[str, torch.Tensor] = {}
+    prefixes = _prefixes(gm, adapter.plan)
+    for site in adapter.sites.values():
+        if site.start_a is None or site.start_b is None:
+            continue
+        values = [get_attribute(gm, name).detach() for name in (site.lora_a, site.lora_b, site.start_a, site.start_b)]
+        keys = KEYS_OF_LOOKUPS if site.is_lookup else KEYS
+        found |= {prefixes[site.path] + key: whole for key, whole in zip(keys, without_start(*values), strict=True)}
+    return found
+
+
+def _as_plain(config: LoraConfig) -> dict[str, object]:
+    """What changes in the configuration of an adapter that is saved without its start: twice the rank, same scaling."""
+    start = start_of(config)
+    if start is None or not start.changes_base or start.name == "loftq":
+        return {}
+    factor = math.sqrt(2) if config.use_rslora else 2
+    return {
+        "init_lora_weights": True,
+        "r": 2 * config.r,
+        "lora_alpha": factor * config.lora_alpha,
+        "rank_pattern": {key: 2 * r for key, r in config.rank_pattern.items()},
+        "alpha_pattern": {key: factor * alpha for key, alpha in config.alpha_pattern.items()},
+        str(start.field or "corda_config"): None,
     }
 
 
@@ -141,7 +190,7 @@ def _named_tensors(gm: fx.GraphModule, adapter: Adapter) -> Iterable[tuple[str, 
     for site in adapter.sites.values():
         for key, attribute in site.tensors.items():
             yield prefixes[site.path] + key, get_parameter(gm, attribute)
-    for name in adapter.trained:
+    for name in adapter.saved:
         path, _, last = name.rpartition(".")
         # PEFT keeps an adapted module's own parameters in its base_layer.
         yield f"{path}.base_layer.{last}" if path in adapter.sites else name, trained_tensor(gm, name)
@@ -191,7 +240,7 @@ def _exact_modules(gm: fx.GraphModule, adapter: Adapter) -> dict[str, object]:
     if not adapter.config.modules_to_save:
         return {}
     entries = adapter.config.modules_to_save
-    paths = dict.fromkeys(name.rpartition(".")[0] for name in adapter.trained)
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in adapter.saved)
     saved = [path for path in paths if any(matches_suffix(path, entry) for entry in entries)]
     clashes = [other for other in module_paths(gm) if other not in saved and other.endswith(tuple(saved))]
     if clashes:
@@ -307,7 +356,10 @@ def _plan_for(gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.T
             )
     prefixes = _prefixes(gm, plan)
     shared = [(prefixes[t.site.path], prefixes[t.shares_with], t) for t in plan.targets if t.shares_with is not None]
-    if not all(torch.equal(tensors[own + k], tensors[owner + k]) for own, owner, t in shared for k in _keys(t)):
+    ends = {t.site.path: list(_shapes(t, config)) for t in plan.targets}
+    if not all(
+        torch.equal(tensors[own + k], tensors[owner + k]) for own, owner, t in shared for k in ends[t.site.path]
+    ):
         warn(
             "the file holds different adapters for sites that share one tied weight; each keeps its own, and "
             "folding will untie them"
@@ -328,16 +380,22 @@ def _expected(gm: fx.GraphModule, plan: Plan) -> dict[str, tuple[int, ...]]:
     prefixes = _prefixes(gm, plan)
     for target in plan.targets:
         prefix = prefixes[target.site.path]
-        a, b = _keys(target)
-        shapes[prefix + a] = target.site.layout.a_shape(target.r)
-        shapes[prefix + b] = target.site.layout.b_shape(target.r)
+        shapes |= {prefix + end: shape for end, shape in _shapes(target, plan.config).items()}
     for name in plan.trained:
         shapes[name] = tuple(get_attribute(gm, name).shape)
     return shapes
 
 
-def _keys(target: PlannedSite) -> tuple[str, str]:
-    return KEYS_OF_LOOKUPS if target.site.is_lookup else KEYS
+def _shapes(target: PlannedSite, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """{end of a key: the tensor's shape} of one site."""
+    layout = target.site.layout
+    a, b = KEYS_OF_LOOKUPS if target.site.is_lookup else KEYS
+    shapes = {a: layout.a_shape(target.r), b: layout.b_shape(target.r)}
+    if config.lora_bias:
+        shapes[KEY_OF_BIAS] = (layout.out_features,)
+    if config.use_dora:
+        shapes[KEY_OF_MAGNITUDE] = magnitude_shape(layout)
+    return shapes
 
 
 def _dtype_for(plan: Plan, tensors: dict[str, torch.Tensor]) -> torch.dtype:

@@ -376,6 +376,16 @@ def _application(
     return Application(scope, use, _path_of(weight), weight, attribute, mode, layout)
 
 
+def bias_of(application: Application, parameters: dict[str, nn.Parameter]) -> tuple[str | None, float]:
+    """The parameter that the op adds to its product, if it is one, and what it multiplies that with."""
+    use = application.use
+    bias = None if use.family.is_on_weight else use.family.bias(use)
+    if bias is None:
+        return None, 1.0
+    origin = _origin(bias, application.scope, parameters)
+    return (origin.name if isinstance(origin, _Origin) else None), use.family.bias_factor(use)
+
+
 def _reason_not_plain(use: Use, scope: Scope, parameters: dict[str, nn.Parameter], names: list[str]) -> str | None:
     """Why W + ΔW in this one operand would not be W + ΔW in the model, or None."""
     if use.node.op == "call_module":

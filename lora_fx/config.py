@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .errors import ConfigError, closest
+from .errors import ConfigError, closest, warn
+from .init_options import INITS, CordaConfig, EvaConfig, InitOptions, LoftQConfig, LoraGAConfig, init_of
 
 ALL_LINEAR = "all-linear"
 
@@ -27,19 +28,11 @@ TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
-    "corda_config": (None,),
-    "ensure_weight_tying": (False,),
-    "eva_config": (None,),
     "kasa_config": (None,),
     "layer_replication": (None,),
-    "loftq_config": (None, {}),
-    "lora_bias": (False,),
-    "lora_ga_config": (None,),
     "megatron_config": (None,),
     "monteclora_config": (None,),
-    "trainable_token_indices": (None,),
     "use_bdlora": (None, False),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "velora_config": (None,),
 }
@@ -74,7 +67,14 @@ class LoraConfig(metaclass=_OptionsChecked):
         use_rslora: scaling = lora_alpha / sqrt(r) (rsLoRA, arXiv 2312.03732).
         modules_to_save: modules that are trained in full and saved with the adapter.
         init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B
-            zero) or False (both random, for debugging).
+            zero), False (both random, for debugging), or from the weight: "pissa", "pissa_niter_16",
+            "olora", "orthogonal", "mica", "loftq"; or from data, see `lora_fx.calibrate`: "eva", "corda", "lora_ga".
+        eva_config, corda_config, lora_ga_config, loftq_config: options of the start of that name.
+        use_dora: train the norm of each output beside its direction (DoRA, arXiv 2402.09353).
+        lora_bias: B has a bias; folding it needs a bias in the base.
+        trainable_token_indices: rows of the input embedding that are trained as they are, or {name of an embedding:
+            rows}; a head that is tied with it follows.
+        ensure_weight_tying: layers of one tied weight are adapted together, by one adapter.
         layers_to_transform: layer index or indices to keep; needs a list in target_modules.
         layers_pattern: name(s) of the container that the layer index stands behind.
         rank_pattern, alpha_pattern: {regular expression anchored at the end of a name: value}.
@@ -95,12 +95,20 @@ class LoraConfig(metaclass=_OptionsChecked):
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     modules_to_save: Sequence[str] | None = None
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | str = True
     layers_to_transform: Sequence[int] | int | None = None
     layers_pattern: Names = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     target_parameters: Sequence[str] | None = None
+    use_dora: bool = False
+    lora_bias: bool = False
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    ensure_weight_tying: bool = False
+    eva_config: EvaConfig | Mapping[str, Any] | None = None
+    corda_config: CordaConfig | Mapping[str, Any] | None = None
+    lora_ga_config: LoraGAConfig | Mapping[str, Any] | None = None
+    loftq_config: LoftQConfig | Mapping[str, Any] | None = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -130,17 +138,18 @@ class LoraConfig(metaclass=_OptionsChecked):
         self._set("lora_alpha", _alpha("lora_alpha", self.lora_alpha))
         self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _rank))
         self._set("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _alpha))
-        for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
+        for name in (
+            *("fan_in_fan_out", "use_rslora", "inference_mode"),
+            *("use_dora", "lora_bias", "ensure_weight_tying"),
+        ):
             _check_bool(name, getattr(self, name))
         _check_choice("bias", self.bias, BIAS_MODES)
         if self.task_type is not None:
             self._set("task_type", _text("task_type", self.task_type))
             _check_choice("task_type", self.task_type, TASK_TYPES)
-        if self.init_lora_weights != "gaussian" and not isinstance(self.init_lora_weights, bool):
-            raise ConfigError(
-                f"init_lora_weights={self.init_lora_weights!r} must be one of 'gaussian', True, False."
-                f"{closest(str(self.init_lora_weights), ['gaussian'])}"
-            )
+        self._set("trainable_token_indices", _tokens(self.trainable_token_indices))
+        self._check_init()
+        self._check_variants()
         for name in ("base_model_name_or_path", "revision"):
             if getattr(self, name) is not None:
                 self._set(name, _text(name, getattr(self, name)))
@@ -149,6 +158,43 @@ class LoraConfig(metaclass=_OptionsChecked):
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # frozen to everyone else
+
+    def _check_init(self) -> None:
+        init = None
+        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() != "gaussian":
+            init = init_of(self.init_lora_weights)
+        elif not isinstance(self.init_lora_weights, (bool, str)):
+            init_of(self.init_lora_weights)  # which says what it may be
+        if isinstance(self.init_lora_weights, str):
+            self._set("init_lora_weights", _text("init_lora_weights", self.init_lora_weights).lower())
+        for other in INITS.values():
+            if other.field is None or other.options is None:
+                continue
+            given = getattr(self, other.field)
+            self._set(other.field, None if given is None or given == {} else other.options.from_peft(given))
+            if getattr(self, other.field) is None:
+                continue
+            if init is None or init.name != other.name:
+                warn(
+                    f"{other.field} is given, but init_lora_weights={self.init_lora_weights!r} does not use it; "
+                    f"init_lora_weights={other.name!r} does"
+                )
+
+    def _check_variants(self) -> None:
+        """What PEFT refuses together, and what has no meaning together."""
+        if self.use_dora and self.lora_bias:
+            raise ConfigError("use_dora and lora_bias do not go together: DoRA scales the product without a bias")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(
+                f"lora_bias goes with init_lora_weights=True or False, not {self.init_lora_weights!r}, which makes A "
+                "and B only"
+            )
+        for name in ("use_dora", "lora_bias"):
+            if getattr(self, name) and self.target_parameters:
+                raise ConfigError(
+                    f"{name} is of modules, and target_parameters={list(self.target_parameters)!r} names parameters; "
+                    "leave one of the two out"
+                )
 
     def _check_layers(self) -> None:
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -189,8 +235,8 @@ class LoraConfig(metaclass=_OptionsChecked):
         """The fields as PEFT's adapter_config.json holds them (JSON types only)."""
         fields: dict[str, Any] = {"peft_type": "LORA"}
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            fields[f.name] = list(value) if isinstance(value, tuple) else value
+            fields[f.name] = _plain(getattr(self, f.name))
+        fields["loftq_config"] = fields["loftq_config"] or {}  # which is how PEFT says none
         return fields
 
 
@@ -256,6 +302,38 @@ def _check_expression(name: str, expression: str, used: str | None = None) -> No
         raise ConfigError(
             f"{name}={expression!r} is not a regular expression: {error}. Give a list of names if these are plain names"
         ) from error
+
+
+def _plain(value: Any) -> Any:
+    """A field's value in JSON's types."""
+    if isinstance(value, InitOptions):
+        return value.to_peft()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _tokens(value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    """Rows of embeddings, each once, in the order given: that is the order in PEFT's files."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        found = {key: _tokens(rows) for key, rows in value.items()}
+        if not found or not all(
+            isinstance(key, str) and key and isinstance(rows, tuple) for key, rows in found.items()
+        ):
+            raise ConfigError(f"trainable_token_indices={value!r} must map names of embeddings to lists of rows")
+        return found  # type: ignore[return-value]
+    if not isinstance(value, (list, tuple, range)) or not value:
+        raise ConfigError(
+            f"trainable_token_indices={value!r} must be a list of rows, or map names of embeddings to such lists"
+        )
+    for row in value:
+        if isinstance(row, bool) or not isinstance(row, int) or row < 0:
+            raise ConfigError(f"trainable_token_indices holds {row!r}; rows are integers from 0")
+    if len(set(value)) != len(value):
+        raise ConfigError(f"trainable_token_indices={list(value)!r} holds a row twice")
+    return tuple(value)
 
 
 def _layers(value: Any) -> tuple[int, ...] | int | None:

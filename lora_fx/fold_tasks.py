@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from .aliasing import is_same_view, storage_of, view_of
-from .applications import Reading, read_applications
+from .applications import Application, Reading, bias_of, read_applications
 from .attributes import get_attribute, get_parameter, set_attribute
 from .errors import FoldError
+from .fold_terms import BiasTerm, LowRankTerm, Term
 from .graph import rebind_weight, rename_reads
 from .graph_module import LoraGraphModule, record_of
-from .injection import Adapter, AdapterSite
+from .injection import Adapter
 
 
 @dataclass(frozen=True)
 class FoldTask:
-    """One weight to fold: all the adapters' sites on it that fold into the same tensor."""
+    """One tensor of the base to fold into: all that the adapters add to it.
+
+    Attributes:
+        paths: the sites, all of which read the result.
+        terms: the summands; each of them for the same tensor.
+        attribute: the name under which the graph reads the tensor.
+        aliases: all names of it.
+        other_readers: those under which something reads it that is not adapted.
+    """
 
     paths: tuple[str, ...]
-    sites: tuple[AdapterSite, ...]
+    terms: tuple[Term, ...]
     attribute: str
     aliases: tuple[str, ...]
     other_readers: tuple[str, ...]
 
     @property
+    def tensor(self) -> str:
+        """The tensor's own name at the first site."""
+        return self.terms[0].tensor
+
+    @property
     def twins(self) -> tuple[str, ...]:
         """Other names of a tied weight that keep the base's value; empty where nothing else reads it."""
-        own = self.sites[0].weight
+        own = self.tensor
         names = [name for name in self.aliases if name != own] or [n for n in self.other_readers if n != own]
         return tuple(names or (own,)) if self.other_readers else ()
 
@@ -39,38 +53,69 @@ def fold_tasks(
     gm: LoraGraphModule, reading: Reading, chosen: list[Adapter], weights: dict[str, float]
 ) -> list[FoldTask]:
     """One task per resulting tensor: sites that share weight and adapters fold together."""
-    by_path: dict[str, list[AdapterSite]] = {}
+    by_path: dict[str, list[LowRankTerm]] = {}
     for adapter in chosen:
         for path, site in adapter.sites.items():
-            by_path.setdefault(path, []).append(replace(site, scaling=site.scaling * weights[adapter.name]))
+            by_path.setdefault(path, []).append(LowRankTerm(site, weights[adapter.name]))
     groups: dict[object, list[str]] = {}
-    nodes: dict[str, list[fx.Node]] = {}
-    attributes: dict[str, str] = {}
+    applications: dict[str, list[Application]] = {}
     for application in reading.applications:
-        nodes.setdefault(application.path, []).append(application.use.node)
-        attributes[application.path] = application.attribute
-    for path, sites in by_path.items():
-        weight = get_parameter(gm, attributes[path])
+        applications.setdefault(application.path, []).append(application)
+    for path, terms in by_path.items():
+        weight = get_parameter(gm, applications[path][-1].attribute)
         # Sites that share A and B hold the same Parameter objects.
-        values = tuple((id(get_parameter(gm, site.lora_a)), site.scaling) for site in sites)
+        values = tuple((id(get_parameter(gm, t.site.lora_a)), t.site.scaling, t.strength) for t in terms)
         groups.setdefault((view_of(weight), values), []).append(path)
-    return [_task(gm, reading, paths, by_path[paths[0]], attributes[paths[0]], nodes) for paths in groups.values()]
+    tasks = [
+        _task(gm, reading, paths, by_path[paths[0]], applications[paths[0]][-1].attribute, applications)
+        for paths in groups.values()
+    ]
+    return [*tasks, *_bias_tasks(gm, reading, by_path, applications)]
 
 
 def _task(
     gm: LoraGraphModule,
     reading: Reading,
     paths: list[str],
-    sites: list[AdapterSite],
+    terms: Sequence[Term],
     attribute: str,
-    nodes: dict[str, list[fx.Node]],
+    applications: dict[str, list[Application]],
 ) -> FoldTask:
     weight = get_parameter(gm, attribute)
     names = reading.names[attribute]
-    adapted = {node for path in paths for node in nodes[path]}
+    adapted = {application.use.node for path in paths for application in applications[path]}
     readers = [name for name in names if any(node not in adapted for node in reading.users.get(name, ()))]
     aliases = [name for name in names if is_same_view(get_parameter(gm, name), weight)]
-    return FoldTask(tuple(paths), tuple(sites), attribute, tuple(aliases), tuple(readers))
+    return FoldTask(tuple(paths), tuple(terms), attribute, tuple(aliases), tuple(readers))
+
+
+def _bias_tasks(
+    gm: LoraGraphModule,
+    reading: Reading,
+    by_path: dict[str, list[LowRankTerm]],
+    applications: dict[str, list[Application]],
+) -> Iterator[FoldTask]:
+    """With lora_bias, the bias of the base takes that of B."""
+    parameters = dict(gm.named_parameters(remove_duplicate=False))
+    for path, terms in by_path.items():
+        with_bias = [term for term in terms if term.site.lora_bias is not None]
+        if not with_bias:
+            continue
+        biases = {bias_of(application, parameters) for application in applications[path]}
+        bias, factor = biases.pop()
+        if bias is None or biases:
+            raise FoldError(
+                f"{path!r} has a lora_bias, and no bias of its own in the base to fold it into; give the base module "
+                "one (of zeros) before tracing, or train without lora_bias"
+            )
+        found = [BiasTerm(term.site, term.strength, bias, factor) for term in with_bias]
+        task = _task(gm, reading, [path], found, bias, applications)
+        if task.other_readers:
+            raise FoldError(
+                f"the bias {bias!r}, into which the lora_bias of {path!r} goes, is also read by something that is not "
+                "adapted; leave lora_bias out, or give both a bias of their own before tracing"
+            )
+        yield task
 
 
 def check_not_tied(gm: LoraGraphModule, tasks: list[FoldTask]) -> None:
@@ -81,7 +126,7 @@ def check_not_tied(gm: LoraGraphModule, tasks: list[FoldTask]) -> None:
     for task in tasks:
         if task.other_readers:
             raise FoldError(
-                f"fold(inplace=True) cannot write {task.sites[0].weight!r}: its tensor is also read as "
+                f"fold(inplace=True) cannot write {task.tensor!r}: its tensor is also read as "
                 f"{', '.join(task.twins)}, which is not adapted. fold(gm) unties it in a new graph"
             )
         weight = get_parameter(gm, task.attribute)

@@ -21,7 +21,7 @@ from .fold_tasks import FoldTask, check_not_tied, fold_tasks, replace_weights
 from .graph import erase_low_rank_paths, finish
 from .graph_module import LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
 from .injection import Adapter
-from .merging import Delta, Merged, merge, norm_if_finite
+from .merging import AnyDelta, Merged, merge, norm_if_finite
 from .parameters import find_adapter
 from .switching import forget_adapter
 
@@ -137,7 +137,7 @@ def _fold_for_good(
     """Write into the base's tensors and keep nothing: all is checked before the first write."""
     weights = [get_parameter(gm, task.attribute).detach() for task in tasks]
     deltas = [
-        _deltas(gm, task, torch.promote_types(weight.dtype, accumulate))
+        _deltas(gm, task, weight, torch.promote_types(weight.dtype, accumulate))
         for task, weight in zip(tasks, weights, strict=True)
     ]
     norms = []
@@ -145,15 +145,18 @@ def _fold_for_good(
         norms.append(norm_if_finite(_matrices(task, weight), factors))
         if norms[-1] is None and not _merged(task, weight, factors, torch.empty_like(weight)).is_finite:
             raise FoldError(_why_not_finite(gm, task, weight))
-    trained = [(record_of(gm).originals[n], get_attribute(gm, n).detach()) for a in chosen for n in a.trained]
+    originals = dict(record_of(gm).originals)
+    trained = [(originals[n], get_attribute(gm, n).detach()) for a in chosen for n in a.trained]
     _keep_base_tensors(gm, gm, chosen)
     _remove_adapters(gm, chosen)
     finish(gm)
     for base, value in trained:
         base.copy_(value)
+    # Where the graph had a weight of its own, the result goes into the base's.
+    targets = [originals.get(task.attribute, weight) for task, weight in zip(tasks, weights, strict=True)]
     return gm, [
-        _folded_site(task, weight, _merged(task, weight, factors, weight, weight_norm=norm))
-        for task, weight, factors, norm in zip(tasks, weights, deltas, norms, strict=True)
+        _folded_site(task, weight, _merged(task, weight, factors, target, weight_norm=norm))
+        for task, weight, factors, target, norm in zip(tasks, weights, deltas, targets, norms, strict=True)
     ]
 
 
@@ -233,20 +236,20 @@ def _merge(
     Raises:
         FoldError: if it would not be finite.
     """
-    merged = _merged(task, weight, _deltas(gm, task, torch.promote_types(weight.dtype, accumulate)), into)
+    merged = _merged(task, weight, _deltas(gm, task, weight, torch.promote_types(weight.dtype, accumulate)), into)
     if not merged.is_finite:
         raise FoldError(_why_not_finite(gm, task, weight))
     return _folded_site(task, weight, merged)
 
 
 def _matrices(task: FoldTask, weight: torch.Tensor) -> torch.Tensor:
-    return task.sites[0].layout.matrices(weight)  # type: ignore[no-any-return]
+    return task.terms[0].matrices(weight)
 
 
 def _merged(
     task: FoldTask,
     weight: torch.Tensor,
-    deltas: list[Delta],
+    deltas: list[AnyDelta],
     into: torch.Tensor,
     *,
     weight_norm: float | None = None,
@@ -265,7 +268,7 @@ def _merged(
 def _folded_site(task: FoldTask, weight: torch.Tensor, merged: Merged) -> FoldedSite:
     return FoldedSite(
         path=task.paths[0],
-        weight=task.sites[0].weight,
+        weight=task.tensor,
         dtype=weight.dtype,
         weight_norm=merged.weight_norm,
         delta_norm=merged.delta_norm,
@@ -274,32 +277,28 @@ def _folded_site(task: FoldTask, weight: torch.Tensor, merged: Merged) -> Folded
     )
 
 
-def _deltas(gm: LoraGraphModule, task: FoldTask, dtype: torch.dtype) -> list[Delta]:
-    deltas = []
-    for site in task.sites:
-        a, b = get_parameter(gm, site.lora_a).detach().to(dtype), get_parameter(gm, site.lora_b).detach().to(dtype)
-        left, right = site.layout.factors(a, b)
-        deltas.append(Delta(left, right, site.scaling))
-    return deltas
+def _deltas(gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor, dtype: torch.dtype) -> list[AnyDelta]:
+    return [term.delta(gm, weight, dtype) for term in task.terms]
 
 
 def _check_has_values(gm: LoraGraphModule, tasks: list[FoldTask]) -> None:
     for task in tasks:
         if get_parameter(gm, task.attribute).is_meta:
             raise FoldError(
-                f"{task.sites[0].weight!r} is on the meta device and holds no values to fold; load the weights first"
+                f"{task.tensor!r} is on the meta device and holds no values to fold; load the weights first"
             )
 
 
 def _why_not_finite(gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor) -> str:
-    where = f"{task.paths[0]!r} ({task.sites[0].weight})"
+    where = f"{task.paths[0]!r} ({task.tensor})"
     if not bool(torch.isfinite(weight).all()):
         return f"the base weight of {where} holds NaN or Inf before folding; mend the model, not the adapter"
-    for name in (name for site in task.sites for name in (site.lora_a, site.lora_b)):
-        if not bool(torch.isfinite(get_parameter(gm, name)).all()):
+    for name in (name for term in task.terms for name in term.parts):
+        if not bool(torch.isfinite(get_attribute(gm, name)).all()):
             return f"folding {where}: {name} holds NaN or Inf, so the adapter is broken; train it again or reload it"
     wide = _matrices(task, weight).double()
-    total = sum((d.scaling * (d.left @ d.right) for d in _deltas(gm, task, torch.float64)), start=wide)
+    total = torch.empty_like(wide)
+    merge(wide, _deltas(gm, task, weight, torch.float64), total)
     return (
         f"folding {where}: |W + ΔW| reaches {float(total.abs().max()):.4g}, beyond {weight.dtype}'s largest number "
         f"{torch.finfo(weight.dtype).max:.4g}; fold a float32 copy of the model, gm.float()"

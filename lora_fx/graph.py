@@ -16,8 +16,10 @@ from torch import fx
 
 from .applications import Application, Scope, bodies_of, body_module, is_undone, undone_steps, unsummed
 from .attributes import get_attribute
+from .dora import gain
+from .errors import GraphError
 from .graph_module import ROLE, LoraGraphModule, record_of
-from .layouts import Layout
+from .layouts import Layout, without_start
 from .ops.use import dialect_of, operands_of
 
 _aten = torch.ops.aten
@@ -40,13 +42,27 @@ class Role:
 
 @dataclass(frozen=True)
 class LowRankPath:
-    """What to write beside one application: the attributes to read and the factor on B @ A."""
+    """What to write beside one application: the attributes to read, and the factors.
+
+    Attributes:
+        adapter, lora_a, lora_b, dropout, scaling, layout: see `injection.AdapterSite`.
+        lora_bias: what B adds, or None.
+        magnitude: DoRA's m, or None.
+        start_a, start_b: A and B as they were first, whose product is taken off again; or None.
+        strength: what the choice of adapters multiplies all of it with.
+        needs_cast: A and B are of another dtype than what the op takes.
+    """
 
     adapter: str
     lora_a: str
     lora_b: str
+    lora_bias: str | None
+    magnitude: str | None
+    start_a: str | None
+    start_b: str | None
     dropout: str | None
     scaling: float
+    strength: float
     layout: Layout
     needs_cast: bool
 
@@ -63,11 +79,11 @@ def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
     use, scope = application.use, application.scope
     graph, dialect = scope.graph, dialect_of(use.node)
     role = Role(path.adapter)
-    a = _read(scope, path.lora_a, use.node, role)
-    b = _read(scope, path.lora_b, use.node, role)
+    read = _reads(application, path, role)
     base = _last_sum(use.node)
     behind = base.next
     with graph.inserting_before(behind):
+        a, b = _whole_factors(read)
         layout = path.layout
         if application.layout != layout:  # the op takes the weight the other way round than its site
             a, b = write(layout.turn, a, b)
@@ -78,7 +94,13 @@ def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
         if path.dropout is not None:
             x = _call_dropout(scope, path.dropout, x)
         delta = use.family.emit(use, layout, x, a, b)
-        delta = graph.call_function(dialect.mul, (delta, path.scaling * use.factor))
+        if path.lora_bias is not None:
+            delta = graph.call_function(dialect.add, (delta, _along_outputs(application, read["lora_bias"])))
+        if path.magnitude is None:
+            delta = graph.call_function(dialect.mul, (delta, path.scaling * path.strength * use.factor))
+        else:
+            delta = graph.call_function(dialect.mul, (delta, path.scaling * use.factor))
+            delta = _with_magnitude(application, path, read, delta)
         if path.needs_cast:
             delta = graph.call_function(dialect.cast_like, (delta, base))
         total = graph.call_function(dialect.add, (base, delta))
@@ -87,21 +109,103 @@ def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
     base.replace_all_uses_with(total, delete_user_cb=lambda user: user not in inserted)
 
 
+def _reads(application: Application, path: LowRankPath, role: Role) -> dict[str, fx.Node]:
+    """{field of the path: the node that reads its tensor}; DoRA reads the weight and the op's bias too."""
+    use, scope = application.use, application.scope
+    fields = ("lora_a", "lora_b", "lora_bias", "magnitude", "start_a", "start_b")
+    names: dict[str, str | None] = {name: getattr(path, name) for name in fields}
+    if path.magnitude is not None:
+        bias = None if use.family.is_on_weight else use.family.bias(use)
+        names |= {"weight": application.attribute, "bias": bias if isinstance(bias, str) else None}
+    return {name: _read(scope, target, use.node, role) for name, target in names.items() if target is not None}
+
+
+def _whole_factors(read: dict[str, fx.Node]) -> tuple[fx.Node, fx.Node]:
+    """A and B, and with them what they started from, which is taken off."""
+    if "start_a" not in read:
+        return read["lora_a"], read["lora_b"]
+    a, b = write(without_start, *(read[name] for name in ("lora_a", "lora_b", "start_a", "start_b")))
+    return a, b
+
+
+def _along_outputs(application: Application, values: fx.Node) -> fx.Node:
+    """(out,) so that it broadcasts along the outputs of the op's result."""
+    axis = application.use.family.out_axis(application.use)
+    if axis is None:
+        raise GraphError(
+            f"{application.path!r}: on which axis of the result of {application.use.node.name} its outputs lie is not "
+            "to be seen in the graph, and use_dora and lora_bias need it; leave it out with exclude_modules"
+        )
+    if axis == -1:
+        return values
+    return values.graph.call_function(_aten.reshape.default, (values, [-1, *(1 for _ in range(-axis - 1))]))
+
+
+def _with_magnitude(application: Application, path: LowRankPath, read: dict[str, fx.Node], delta: fx.Node) -> fx.Node:
+    """strength · (gain · (own + delta) − own), of the product without bias: exactly 0 while gain is 1 and delta 0."""
+    use, graph, dialect = application.use, delta.graph, dialect_of(application.use.node)
+    own = use.node
+    if path.needs_cast:
+        own = graph.call_function(dialect.cast_like, (own, read["lora_a"]))
+    bias = read.get("bias") or use.family.bias(use)
+    if isinstance(bias, fx.Node):
+        if use.family.bias_is_per_output:
+            bias = _along_outputs(application, bias)
+        if (factor := use.family.bias_factor(use)) != 1:
+            bias = graph.call_function(dialect.mul, (bias, factor))
+        own = graph.call_function(dialect.sub, (own, bias))
+    gains = _along_outputs(application, _gains(path, read))
+    changed = graph.call_function(dialect.mul, (graph.call_function(dialect.add, (own, delta)), gains))
+    delta = graph.call_function(dialect.sub, (changed, own))
+    return delta if path.strength == 1 else graph.call_function(dialect.mul, (delta, path.strength))
+
+
+def _gains(path: LowRankPath, read: dict[str, fx.Node]) -> fx.Node:
+    """m / ‖W + ΔW‖, (out,)."""
+    a, b = _whole_factors(read)
+    weight = read["weight"]
+    if path.needs_cast:
+        weight = weight.graph.call_function(_aten.type_as.default, (weight, read["lora_a"]))
+
+    def gains(weight: Any, a: Any, b: Any, magnitude: Any) -> Any:
+        return gain(path.layout, weight, a, b, magnitude, path.scaling)
+
+    found: fx.Node = write(gains, weight, a, b, read["magnitude"])
+    return found
+
+
 def _insert_on_weight(application: Application, path: LowRankPath) -> None:
     """Feed W + scaling · delta to the op, in the weight's own dtype. Each op that reads the weight has its own sum."""
     use, scope = application.use, application.scope
     role = Role(path.adapter)
-    a, b = _read(scope, path.lora_a, use.node, role), _read(scope, path.lora_b, use.node, role)
+    read = _reads(application, path, role)
     weight = next(operand for operand in operands_of(use.node) if unsummed(operand) is use.weight)
     before = use.node.prev
     with scope.graph.inserting_before(use.node):
-        delta = scope.graph.call_function(_aten.mul.Tensor, (write(path.layout.delta, a, b), path.scaling))
+        delta = write(path.layout.delta, *_whole_factors(read))
+        if path.magnitude is None:
+            delta = scope.graph.call_function(_aten.mul.Tensor, (delta, path.scaling * path.strength))
+        else:
+            delta = scope.graph.call_function(_aten.mul.Tensor, (delta, path.scaling))
+            delta = _weight_with_magnitude(scope.graph, path, read, delta)
         if path.needs_cast:
             delta = scope.graph.call_function(_aten.type_as.default, (delta, weight))
         total = scope.graph.call_function(_aten.add.Tensor, (weight, delta))
     _mark_between(before, use.node, role, use.node)
     total.meta[ROLE] = Role(path.adapter, is_sum=True, is_on_weight=True)
     use.node.replace_input_with(weight, total)
+
+
+def _weight_with_magnitude(graph: fx.Graph, path: LowRankPath, read: dict[str, fx.Node], delta: fx.Node) -> fx.Node:
+    """strength · (gain · (W + delta) − W)."""
+    gains, weight = _gains(path, read), read["weight"]
+    if path.needs_cast:
+        weight = graph.call_function(_aten.type_as.default, (weight, delta))
+    if not path.layout.stored_in_out:
+        gains = graph.call_function(_aten.reshape.default, (gains, [-1, *(1 for _ in path.layout.shape[1:])]))
+    changed = graph.call_function(_aten.mul.Tensor, (graph.call_function(_aten.add.Tensor, (weight, delta)), gains))
+    delta = graph.call_function(_aten.sub.Tensor, (changed, weight))
+    return graph.call_function(_aten.mul.Tensor, (delta, path.strength))
 
 
 def write(function: Callable[..., Any], *nodes: fx.Node) -> Any:

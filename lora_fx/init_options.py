@@ -187,6 +187,7 @@ class Init:
         field: the option of LoraConfig that holds its options.
         options: their class.
         iterations: the N of "pissa_niter_N".
+        frozen: which of "lora_a" and "lora_b" are not trained.
     """
 
     name: str
@@ -195,6 +196,7 @@ class Init:
     field: str | None = None
     options: type[InitOptions] | None = None
     iterations: int | None = None
+    frozen: tuple[str, ...] = ()
 
 
 # What `init_lora_weights` may say beside True, False and "gaussian".
@@ -205,7 +207,7 @@ INITS = {
         Init("eva", calibration="components", field="eva_config", options=EvaConfig),
         Init("loftq", changes_base=True, field="loftq_config", options=LoftQConfig),
         Init("lora_ga", changes_base=True, calibration="gradient", field="lora_ga_config", options=LoraGAConfig),
-        Init("mica"),
+        Init("mica", frozen=("lora_b",)),
         Init("olora", changes_base=True),
         Init("orthogonal"),
         Init("pissa", changes_base=True),

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import keyword
+import math
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
-from .adapter_files import KEYS, KEYS_OF_LOOKUPS
+from .adapter_files import KEY_OF_BIAS, KEY_OF_MAGNITUDE, KEYS, KEYS_OF_LOOKUPS
 from .applications import Application, read_applications
 from .attributes import get_attribute, get_parameter, set_attribute
 from .config import LoraConfig
-from .errors import AdapterError, GraphError, TargetError
+from .dora import magnitude_shape, weight_norm
+from .errors import AdapterError, ConfigError, GraphError, TargetError
 from .graph import LowRankPath, finish, insert_low_rank_path
 from .graph_module import LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
-from .initialization import initialize
-from .layouts import Layout, as_stored
+from .initialization import First, computed, initialize, start_of
+from .initializers import Context
+from .layouts import Layout, as_stored, without_start
 from .plan import Plan, PlannedSite, make_plan
 from .sites import sites_of
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 _HALVES = (torch.float16, torch.bfloat16)
 ADAPTER_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -37,6 +44,10 @@ class AdapterSite:
         dropout: name of the dropout module, or None.
         scaling: the factor on B @ A.
         layout: how A and B make the weight's delta.
+        lora_bias: name of what B adds (out,), scaled as B @ A is; None without.
+        magnitude: name of DoRA's m; None without.
+        start_a, start_b: names of A and B as they were first, whose product is taken off again; None where it is 0.
+        strength: what `set_adapters` multiplies the whole delta with; 1 but in folding.
     """
 
     path: str
@@ -47,26 +58,48 @@ class AdapterSite:
     dropout: str | None
     scaling: float
     layout: Layout
+    lora_bias: str | None = None
+    magnitude: str | None = None
+    start_a: str | None = None
+    start_b: str | None = None
+    strength: float = 1.0
 
     @property
     def attributes(self) -> tuple[str, ...]:
         """All that the adapter adds to the module here."""
-        return (*self.tensors.values(), *(() if self.dropout is None else (self.dropout,)))
+        others = (self.dropout, self.start_a, self.start_b)
+        return (*self.tensors.values(), *(name for name in others if name is not None))
 
     @property
     def tensors(self) -> dict[str, str]:
         """{end of its key in PEFT's file: its attribute}."""
-        return dict(zip(KEYS_OF_LOOKUPS if self.is_lookup else KEYS, (self.lora_a, self.lora_b), strict=True))
+        a, b = KEYS_OF_LOOKUPS if self.is_lookup else KEYS
+        names = {a: self.lora_a, b: self.lora_b, KEY_OF_BIAS: self.lora_bias, KEY_OF_MAGNITUDE: self.magnitude}
+        return {key: name for key, name in names.items() if name is not None}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One injected adapter: its plan, its attributes by site path, and the base tensors it trains in full."""
+    """One injected adapter.
+
+    Attributes:
+        name, plan: what it was made from.
+        sites: its attributes, by site path.
+        trained: names of the base tensors of which the graph has the adapter's own in place of the base's: those that
+            it trains in full, and `rebased`.
+        rebased: those that it holds, frozen, in place of the base's (init_lora_weights="loftq").
+    """
 
     name: str
     plan: Plan
     sites: dict[str, AdapterSite]
     trained: tuple[str, ...]
+    rebased: tuple[str, ...] = ()
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """Names of the base tensors that it trains in full."""
+        return tuple(name for name in self.trained if name not in self.rebased)
 
     @property
     def config(self) -> LoraConfig:
@@ -80,6 +113,7 @@ def inject(
     *,
     adapter_name: str = "default",
     adapter_dtype: torch.dtype | None = None,
+    calibration: Calibration | None = None,
 ) -> LoraGraphModule:
     """A new graph module with LoRA beside every target; `gm` and the model it came from are untouched.
 
@@ -91,12 +125,56 @@ def inject(
         config_or_plan: a `LoraConfig`, a `peft.LoraConfig`, a mapping of its fields, or a `Plan` of `gm`.
         adapter_name: letters, digits, `_` and `-`; part of the parameters' names.
         adapter_dtype: of A and B. None is PEFT's default: float32 for a 16-bit base, else the base's.
+        calibration: from `lora_fx.calibrate`, for init_lora_weights="eva", "corda" and "lora_ga".
 
     Raises:
         ConfigError, TargetError, GraphError: as `make_plan`.
         AdapterError: if the name is taken or cannot be used.
     """
     gm = checked_graph_module(gm)
+    _check_new(gm, adapter_name, adapter_dtype)
+    if isinstance(config_or_plan, Plan):
+        plan = config_or_plan
+        _check_plan(gm, plan)
+    else:
+        plan = make_plan(gm, config_or_plan)
+    _check_calibration(plan.config, calibration)
+    return inject_new(gm, NewAdapter(adapter_name, plan, adapter_dtype, calibration))
+
+
+@dataclass(frozen=True, eq=False)
+class NewAdapter:
+    """An adapter to be made.
+
+    Attributes:
+        name, plan, dtype, calibration: see `inject`.
+        draws: its first values matter; False if others are to be copied over them.
+    """
+
+    name: str
+    plan: Plan
+    dtype: torch.dtype | None = None
+    calibration: Calibration | None = None
+    draws: bool = True
+
+    def context(self, path: str, dtype: torch.dtype) -> Context:
+        """What an initializer is told about one site."""
+        statistics = None if self.calibration is None else self.calibration.statistics.get(path)
+        return Context(path, calibration=statistics, dtype=dtype)
+
+
+def inject_new(gm: fx.GraphModule, new: NewAdapter) -> LoraGraphModule:
+    """`inject` with a plan of `gm`'s own."""
+    _check_new(gm, new.name, new.dtype)
+    _check_trained_once(gm, new.plan)
+    with paused_gc():
+        result = copy_sharing_tensors(gm)
+        _freeze(result)
+        _add_adapter(result, new)
+    return result
+
+
+def _check_new(gm: fx.GraphModule, adapter_name: str, adapter_dtype: torch.dtype | None) -> None:
     check_adapter_name(adapter_name)
     _check_dtype(adapter_dtype)
     record = record_of(gm)
@@ -107,17 +185,23 @@ def inject(
             f"the graph already has an adapter {adapter_name!r}; give another adapter_name "
             f"(taken: {', '.join(record.adapters)})"
         )
-    if isinstance(config_or_plan, Plan):
-        plan = config_or_plan
-        _check_plan(gm, plan)
-    else:
-        plan = make_plan(gm, config_or_plan)
-    _check_trained_once(gm, plan)
-    with paused_gc():
-        result = copy_sharing_tensors(gm)
-        _freeze(result)
-        _add_adapter(result, plan, adapter_name, adapter_dtype)
-    return result
+
+
+def _check_calibration(config: LoraConfig, calibration: Calibration | None) -> None:
+    start = start_of(config)
+    needs = start is not None and start.calibration is not None
+    if needs and calibration is None:
+        extra = ", loss=..." if start is not None and start.calibration == "gradient" else ""
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} starts from data; give it: "
+            f"found = lora_fx.calibrate(gm, config, batches{extra}), then "
+            "lora_fx.inject(gm, found.config, calibration=found)"
+        )
+    if calibration is not None and not needs:
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} takes no data; leave calibration out. 'eva', 'corda' and "
+            "'lora_ga' take some"
+        )
 
 
 def check_adapter_name(name: object) -> None:
@@ -179,17 +263,18 @@ def _freeze(gm: LoraGraphModule) -> None:
         parameter.requires_grad_(False)
 
 
-def _add_adapter(gm: LoraGraphModule, plan: Plan, name: str, dtype: torch.dtype | None) -> None:
+def _add_adapter(gm: LoraGraphModule, new: NewAdapter) -> None:
     by_path = _applications_by_path(gm)
     sites: dict[str, AdapterSite] = {}
-    for target in plan.targets:
+    known = set(record_of(gm).originals)
+    for target in new.plan.targets:
         owner = None if target.shares_with is None else sites[target.shares_with]
-        first = by_path[target.site.path][0]
-        sites[target.site.path] = _add_parameters(gm, first, target, plan.config, name, dtype, owner)
-    adapter = Adapter(name, plan, sites, _train_in_full(gm, plan.trained))
+        sites[target.site.path] = _add_parameters(gm, by_path[target.site.path][0], target, new, owner)
     record = record_of(gm)
-    record.adapters[name] = adapter
-    record.active[name] = 1.0
+    rebased = tuple(name for name in record.originals if name not in known)
+    adapter = Adapter(new.name, new.plan, sites, (*_train_in_full(gm, new.plan.trained), *rebased), rebased)
+    record.adapters[new.name] = adapter
+    record.active[new.name] = 1.0
     record.reinsert = _insert_all
     _insert(gm, adapter, by_path)
     finish(gm)
@@ -215,43 +300,93 @@ def _applications_by_path(gm: LoraGraphModule) -> dict[str, list[Application]]:
 
 
 def _add_parameters(
-    gm: LoraGraphModule,
-    application: Application,
-    target: PlannedSite,
-    config: LoraConfig,
-    name: str,
-    dtype: torch.dtype | None,
-    owner: AdapterSite | None,
+    gm: LoraGraphModule, application: Application, target: PlannedSite, new: NewAdapter, owner: AdapterSite | None
 ) -> AdapterSite:
-    weight = get_parameter(gm, application.attribute)
-    prefix = container(application.path, application.weight)
-    lora_a, lora_b = f"{prefix}lora_A.{name}.weight", f"{prefix}lora_B.{name}.weight"
-    drops = config.lora_dropout and target.site.takes_dropout
-    dropout = f"{prefix}lora_dropout.{name}" if drops else None
-    for attribute in (lora_a, lora_b):
-        _check_free(gm, attribute, name)
+    prefix, name, config = container(application.path, application.weight), new.name, new.plan.config
     if owner is None:
-        dtype = dtype or (torch.float32 if weight.dtype in _HALVES else weight.dtype)
-        layout = target.site.layout
-        a = nn.Parameter(torch.empty(layout.a_shape(target.r), dtype=dtype, device=weight.device))
-        b = nn.Parameter(torch.empty(layout.b_shape(target.r), dtype=dtype, device=weight.device))
-        initialize(a, b, config.init_lora_weights, is_lookup=target.site.is_lookup, r=target.r)
+        values = _first_values(gm, application, target, new)
     else:  # tied sites: one weight, one adapter, under the name of each
-        a, b = get_parameter(gm, owner.lora_a), get_parameter(gm, owner.lora_b)
-    set_attribute(gm, lora_a, a)
-    set_attribute(gm, lora_b, b)
+        values = {field: get_attribute(gm, own) for field in _ENDS if (own := getattr(owner, field)) is not None}
+    names: dict[str, Any] = {field: prefix + _ENDS[field].format(name) for field in values}
+    for field, attribute in names.items():
+        _check_free(gm, attribute, name)
+        set_attribute(gm, attribute, values[field])
+    dropout = f"{prefix}lora_dropout.{name}" if config.lora_dropout and target.site.takes_dropout else None
     if dropout is not None:
         set_attribute(gm, dropout, nn.Dropout(config.lora_dropout).train(gm.training))
     return AdapterSite(
         path=application.path,
         is_lookup=target.site.is_lookup,
         weight=application.weight,
-        lora_a=lora_a,
-        lora_b=lora_b,
         dropout=dropout,
         scaling=target.scaling,
         layout=target.site.layout,
+        **names,
     )
+
+
+# Where the tensors of an AdapterSite stand, behind the module's name.
+_ENDS = {
+    "lora_a": "lora_A.{}.weight",
+    "lora_b": "lora_B.{}.weight",
+    "lora_bias": "lora_B.{}.bias",
+    "magnitude": "lora_magnitude_vector.{}.weight",
+    "start_a": "lora_A.{}.start",
+    "start_b": "lora_B.{}.start",
+}
+
+
+def _first_values(
+    gm: LoraGraphModule, application: Application, target: PlannedSite, new: NewAdapter
+) -> dict[str, torch.Tensor]:
+    """{field of AdapterSite: its parameter or buffer, as it starts}."""
+    weight = get_parameter(gm, application.attribute).detach()
+    dtype = new.dtype or (torch.float32 if weight.dtype in _HALVES else weight.dtype)
+    layout, config, r = target.site.layout, new.plan.config, target.r
+    start = start_of(config)
+    if start is not None and (new.draws or start.changes_base):
+        first = computed(weight, layout, r, target.scaling, config, new.context(target.site.path, dtype))
+    else:
+        first = First(
+            torch.empty(layout.a_shape(r), dtype=dtype, device=weight.device),
+            torch.zeros(layout.b_shape(r), dtype=dtype, device=weight.device),
+        )
+        if new.draws:
+            initialize(first.a, first.b, config.init_lora_weights, is_lookup=target.site.is_lookup, r=r)
+    if first.base is not None:
+        _replace_base(gm, application, target, first.base)
+    values = {"lora_a": first.a, "lora_b": first.b}
+    a, b = first.a, first.b
+    buffers: dict[str, torch.Tensor] = {}
+    if first.start is not None:
+        buffers = dict(zip(("start_a", "start_b"), first.start, strict=True))
+        a, b = without_start(a, b, *first.start)
+    if config.lora_bias:
+        values["lora_bias"] = torch.zeros(layout.out_features, dtype=dtype, device=weight.device)
+        if config.init_lora_weights is False:  # as nn.Linear starts
+            nn.init.uniform_(values["lora_bias"], -1 / math.sqrt(r), 1 / math.sqrt(r))
+    if config.use_dora:
+        norm = weight_norm(layout, weight.to(dtype), a, b, target.scaling)
+        if not weight.is_meta and not bool(torch.isfinite(norm).all()):
+            raise AdapterError(
+                f"{target.site.path!r}: the norms that use_dora divides by are not finite in {dtype}; "
+                "inject(..., adapter_dtype=torch.float32) has room for them, if the weight itself is finite"
+            )
+        values["magnitude"] = norm.reshape(magnitude_shape(layout))
+    frozen = () if start is None else start.frozen
+    return {field: nn.Parameter(value, field not in frozen) for field, value in values.items()} | buffers
+
+
+def _replace_base(gm: LoraGraphModule, application: Application, target: PlannedSite, base: torch.Tensor) -> None:
+    """Give the graph a base weight of its own, as `_train_in_full` does, but frozen."""
+    if target.site.tied_with:
+        raise TargetError(
+            f"init_lora_weights='loftq' replaces the weight of {target.site.path!r}, which is tied with "
+            f"{', '.join(target.site.tied_with)}; leave it out with exclude_modules"
+        )
+    record = record_of(gm)
+    record.originals[application.attribute] = get_parameter(gm, application.attribute).detach()
+    set_attribute(gm, application.attribute, nn.Parameter(base, requires_grad=False))
 
 
 def container(path: str, weight: str) -> str:
@@ -262,7 +397,7 @@ def container(path: str, weight: str) -> str:
 
 
 def _check_free(gm: LoraGraphModule, attribute: str, adapter: str) -> None:
-    holder = attribute.removesuffix(f".{adapter}.weight")
+    holder = attribute.rpartition(".")[0].removesuffix(f".{adapter}")
     existing = get_attribute(gm, holder)
     if get_attribute(gm, attribute) is not None or not (existing is None or type(existing) is nn.Module):
         raise GraphError(f"the model already has an attribute {holder!r}, where the adapter's parameters go; rename it")
@@ -281,8 +416,13 @@ def _low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterS
         adapter=name,
         lora_a=site.lora_a,
         lora_b=site.lora_b,
+        lora_bias=site.lora_bias,
+        magnitude=site.magnitude,
+        start_a=site.start_a,
+        start_b=site.start_b,
         dropout=site.dropout,
-        scaling=site.scaling * record_of(gm).active[name],
+        scaling=site.scaling,
+        strength=record_of(gm).active[name],
         layout=site.layout,
         needs_cast=get_parameter(gm, site.lora_a).dtype != taken,
     )

@@ -286,6 +286,11 @@ class Experts:
         return turned.join(_aten.transpose.int(down, 1, 2), _aten.transpose.int(up, 1, 2))
 
 
+def without_start(a: Any, b: Any, a0: Any, b0: Any) -> tuple[Any, Any]:
+    """A and B of B @ A − B0 @ A0: of twice the rank. For matrices, and kernels without groups."""
+    return _aten.cat.default([a, a0], 0), _aten.cat.default([b, _aten.neg.default(b0)], 1)
+
+
 def as_stored(layout: Layout) -> Layout:
     """How PEFT's target_parameters reads a parameter: a matrix as it is stored, whatever applies it."""
     return Matrix(layout.rows, layout.columns) if isinstance(layout, Matrix) else layout

@@ -22,11 +22,76 @@ _NEGLIGIBLE = 1e-3
 
 @dataclass(frozen=True)
 class Delta:
-    """scaling · left @ right, in the order in which the weight is stored: left (n, rows, r), right (n, r, columns)."""
+    """scaling · left @ right, in the order in which the weight is stored: left (n, rows, r), right (n, r, columns).
+
+    And `gain` times the weight itself, where there is one: (n, rows, 1) or (n, 1, columns).
+    """
 
     left: torch.Tensor
     right: torch.Tensor
     scaling: float
+    gain: torch.Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to accumulate in."""
+        return self.left.dtype
+
+    def to(self, dtype: torch.dtype) -> Delta:
+        """In another dtype."""
+        gain = None if self.gain is None else self.gain.to(dtype)
+        return Delta(self.left.to(dtype), self.right.to(dtype), self.scaling, gain)
+
+    def is_zero(self) -> bool:
+        """Whether a factor is zero throughout, and the other has no NaN or Inf to multiply it with."""
+        factors = (self.left, self.right)
+        no_product = not all(bool(f.any()) for f in factors) and all(bool(torch.isfinite(f).all()) for f in factors)
+        return no_product and (self.gain is None or not bool(self.gain.any()))
+
+    def bound(self, norm: float) -> float:
+        """What no element of it is above; `norm` is the weight's."""
+        product = abs(self.scaling) * float(self.left.norm()) * float(self.right.norm())
+        return product + (0.0 if self.gain is None else norm * float(self.gain.abs().max()))
+
+    def add_to(self, total: torch.Tensor, n: int, rows: slice, out: torch.Tensor) -> torch.Tensor:
+        """Write total + scaling · left @ right, of some rows of one matrix, to `out`; the gain is not in it."""
+        return torch.addmm(total, self.left[n, rows], self.right[n], alpha=self.scaling, out=out)
+
+
+@dataclass(frozen=True)
+class RowsDelta:
+    """scaling · values (k, columns), added to the rows `index` (k,) of the only matrix."""
+
+    index: torch.Tensor
+    values: torch.Tensor
+    scaling: float
+    gain: None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to accumulate in."""
+        return self.values.dtype
+
+    def to(self, dtype: torch.dtype) -> RowsDelta:
+        """In another dtype."""
+        return RowsDelta(self.index, self.values.to(dtype), self.scaling)
+
+    def is_zero(self) -> bool:
+        """Whether it adds nothing."""
+        return not bool(self.values.any())
+
+    def bound(self, norm: float) -> float:
+        """What no element of it is above."""
+        return abs(self.scaling) * float(self.values.norm())
+
+    def add_to(self, total: torch.Tensor, n: int, rows: slice, out: torch.Tensor) -> torch.Tensor:
+        """Write total + scaling · values, for those that lie in `rows`, to `out`."""
+        here = (self.index >= rows.start) & (self.index < rows.stop)
+        added = total.index_add(0, self.index[here] - rows.start, self.values[here], alpha=self.scaling)
+        return out.copy_(added)
+
+
+AnyDelta = Delta | RowsDelta
 
 
 @dataclass(frozen=True)
@@ -46,7 +111,7 @@ class Merged:
 
 
 def merge(
-    weight: torch.Tensor, deltas: Sequence[Delta], into: torch.Tensor, *, weight_norm: float | None = None
+    weight: torch.Tensor, deltas: Sequence[AnyDelta], into: torch.Tensor, *, weight_norm: float | None = None
 ) -> Merged:
     """Write weight + Σ deltas to `into`.
 
@@ -56,20 +121,23 @@ def merge(
         into: the weight's shape and dtype; the weight itself, or other memory.
         weight_norm: what `norm_if_finite` told; then finiteness is not looked at once more.
     """
-    before = after = lost = 0.0
-    accumulate = deltas[0].left.dtype
-    if all(_is_zero(delta) for delta in deltas):
+    before = after = lost = changed = 0.0
+    accumulate = deltas[0].dtype
+    if all(delta.is_zero() for delta in deltas):
         deltas = ()  # the same bits, −0.0 among them, which adding 0.0 would change
+    has_products_only = all(isinstance(delta, Delta) and delta.gain is None for delta in deltas)
     with _full_precision():
         for n, rows, block in _blocks(weight, accumulate):
             rounded = into[n, rows]
             before += _squares(block) if weight_norm is None else 0.0
+            original = None if has_products_only else block.clone()
             total = _sum(block, deltas, n, rows, rounded if rounded.dtype == accumulate else block)
+            changed += 0.0 if original is None else _squares(total - original)
             after += _squares(total) if weight_norm is None else 0.0
             if total is not rounded:
                 rounded.copy_(total)
                 lost += _squares(total.sub_(rounded))  # infinite where the narrower dtype is too narrow
-    delta_norm = _norm_of_sum(deltas)
+    delta_norm = _norm_of_sum(deltas) if has_products_only else math.sqrt(changed)
     if weight_norm is None:
         weight_norm, norm = _root(before, weight), _root(after, into)
     else:
@@ -79,13 +147,11 @@ def merge(
     return Merged(weight_norm, delta_norm, _share_kept(lost, delta_norm), math.isfinite(norm) and math.isfinite(lost))
 
 
-def norm_if_finite(weight: torch.Tensor, deltas: Sequence[Delta]) -> float | None:
+def norm_if_finite(weight: torch.Tensor, deltas: Sequence[AnyDelta]) -> float | None:
     """‖weight‖, if norms alone tell that weight + Σ deltas has no NaN and no infinite element; None: no verdict."""
-    squares = sum(_squares(block) for _, _, block in _blocks(weight, deltas[0].left.dtype))
+    squares = sum(_squares(block) for _, _, block in _blocks(weight, deltas[0].dtype))
     norm = math.sqrt(squares) if math.isfinite(squares) else math.inf
-    largest = norm
-    for delta in deltas:  # no element of L @ R is above ‖L‖ ‖R‖
-        largest += abs(delta.scaling) * float(delta.left.norm()) * float(delta.right.norm())
+    largest = norm + sum(delta.bound(norm) for delta in deltas)  # no element of L @ R is above ‖L‖ ‖R‖
     return norm if largest < torch.finfo(weight.dtype).max / 2 else None  # NaN is below nothing
 
 
@@ -102,22 +168,26 @@ def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, sli
             yield n, slice(start, start + step), block if buffer is None else buffer[: len(block)].copy_(block)
 
 
-def _sum(block: torch.Tensor, deltas: Sequence[Delta], n: int, rows: slice, out: torch.Tensor) -> torch.Tensor:
-    total = block if deltas else out.copy_(block)
+def _sum(block: torch.Tensor, deltas: Sequence[AnyDelta], n: int, rows: slice, out: torch.Tensor) -> torch.Tensor:
+    gains = [delta.gain for delta in deltas if delta.gain is not None]
+    if gains:
+        total = torch.mul(block, 1 + sum(gain[n, rows] if len(gain[n]) > 1 else gain[n] for gain in gains), out=out)
+    else:
+        total = block if deltas else out.copy_(block)
     for delta in deltas:  # (rows, r) @ (r, columns) -> (rows, columns)
-        total = torch.addmm(total, delta.left[n, rows], delta.right[n], alpha=delta.scaling, out=out)
+        total = delta.add_to(total, n, rows, out)
     return total
 
 
 def _lost_to_rounding(
-    weight: torch.Tensor, deltas: Sequence[Delta], into: torch.Tensor, norm: float, delta_norm: float
+    weight: torch.Tensor, deltas: Sequence[AnyDelta], into: torch.Tensor, norm: float, delta_norm: float
 ) -> float:
     """‖into − (W + Δ)‖ where sums were made in the weight's own dtype: measured in float64 only if it could matter."""
     bound = torch.finfo(weight.dtype).eps / 2 * norm  # rounding moves each element by eps / 2 of itself at most
     is_overwritten = weight.data_ptr() == into.data_ptr()
     if bound < _NEGLIGIBLE * delta_norm or weight.dtype == torch.float64 or is_overwritten:
         return bound
-    wide = [Delta(d.left.double(), d.right.double(), d.scaling) for d in deltas]
+    wide = [delta.to(torch.float64) for delta in deltas]
     lost = 0.0
     for n, rows, block in _blocks(weight, torch.float64):
         lost += _squares(_sum(block, wide, n, rows, block) - into[n, rows])
@@ -128,20 +198,15 @@ def _share_kept(lost_squared: float, delta_norm: float) -> float:
     return max(0.0, 1 - math.sqrt(lost_squared) / delta_norm) if delta_norm else 1.0
 
 
-def _norm_of_sum(deltas: Sequence[Delta]) -> float:
+def _norm_of_sum(deltas: Sequence[AnyDelta]) -> float:
     """‖Σ s L R‖ without forming it: ⟨s L R, t M N⟩ = s t · tr((Lᵀ M)(N Rᵀ)), products of r × r."""
+    products = [delta for delta in deltas if isinstance(delta, Delta)]
     squared = 0.0
-    for one in deltas:
-        for other in deltas:
+    for one in products:
+        for other in products:
             inner = (one.left.mT @ other.left).double() * (one.right @ other.right.mT).double()
             squared += one.scaling * other.scaling * float(inner.sum())
     return math.sqrt(max(squared, 0.0))
-
-
-def _is_zero(delta: Delta) -> bool:
-    """Whether a factor is zero throughout, and the other has no NaN or Inf to multiply it with."""
-    factors = (delta.left, delta.right)
-    return not all(bool(f.any()) for f in factors) and all(bool(torch.isfinite(f).all()) for f in factors)
 
 
 def _squares(values: torch.Tensor) -> float:

@@ -266,7 +266,7 @@ def _saved_tensors(gm: fx.GraphModule, saved: list[str]) -> Iterator[str]:
 def _names_of_adapters(gm: fx.GraphModule) -> set[str]:
     """A and B of adapters that are there already, which belong to no module of the base."""
     sites = (site for adapter in record_of(gm).adapters.values() for site in adapter.sites.values())
-    return {name for site in sites for name in (site.lora_a, site.lora_b)}
+    return {name for site in sites for name in site.attributes}
 
 
 def _biases(gm: fx.GraphModule, config: LoraConfig, chosen: list[Site]) -> Iterator[str]:

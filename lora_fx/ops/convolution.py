@@ -103,6 +103,12 @@ class Convolution(Family):
             _POINTWISE[dims][is_aten], (down, b, None, *_STILL[dims][is_aten], options["groups"])
         )
 
+    def out_axis(self, use: Use) -> int:
+        return -1 - int(use.kind[-2])
+
+    def bias(self, use: Use) -> fx.Node | str | None:
+        return super().bias(use) if use.node.op == "call_module" else argument(use.node, 2, "bias")
+
 
 def _is_transposed(use: Use) -> bool:
     return use.kind.startswith("conv_transpose")

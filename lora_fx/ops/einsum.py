@@ -52,6 +52,16 @@ class Einsum(Family):
         op, args = dialect.einsum(f"{middle},{new}{rank}->{result}", down, b)
         return graph.call_function(op, args)
 
+    def out_axis(self, use: Use) -> int | None:
+        parsed = _parse(use.node)
+        assert parsed is not None
+        equation, operands = parsed
+        position = next(i for i, operand in enumerate(operands) if operand is use.weight)
+        indices = _weight_indices(equation, position)
+        assert indices is not None
+        behind = _terms(equation)[2].partition(indices[1])[2]
+        return None if "." in behind else -1 - len(behind)
+
 
 def _parse(node: fx.Node) -> tuple[str, list[fx.Node]] | None:
     equation = argument(node, 0, "equation")

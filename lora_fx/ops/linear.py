@@ -33,5 +33,8 @@ class Linear(Family):
         down = graph.call_function(linear, (x, a))  # (..., in) @ (r, in)ᵀ -> (..., r)
         return graph.call_function(linear, (down, b))  # (..., r) @ (out, r)ᵀ -> (..., out)
 
+    def bias(self, use: Use) -> fx.Node | str | None:
+        return super().bias(use) if use.node.op == "call_module" else argument(use.node, 2, "bias")
+
 
 FAMILY = Linear()

@@ -35,6 +35,7 @@ class Matmul(Family):
     """See `Family`."""
 
     is_linear = True
+    bias_is_per_output = False
 
     def recognise(self, node: fx.Node, gm: fx.GraphModule) -> Iterator[Use]:
         if node.op not in ("call_function", "call_method"):
@@ -59,6 +60,20 @@ class Matmul(Family):
             return graph.call_function(dialect.linear, (down, b))  # (..., r) @ (out, r)ᵀ -> (..., out)
         down = graph.call_function(dialect.matmul, (a, x))  # (r, in) @ (..., in, n) -> (..., r, n)
         return graph.call_function(dialect.matmul, (b, down))  # (out, r) @ (..., r, n) -> (..., out, n)
+
+    def out_axis(self, use: Use) -> int | None:
+        if use.takes_in_out or use.kind == "mv":
+            return -1
+        value = use.x.meta.get("val")
+        if use.kind != "matmul":
+            return -2
+        return None if value is None else -2 if value.ndim > 1 else -1
+
+    def bias(self, use: Use) -> fx.Node | str | None:
+        return argument(use.node, 0, "input") if use.kind == "addmm" else None
+
+    def bias_factor(self, use: Use) -> float:
+        return use.node.kwargs.get("beta", 1) if use.kind == "addmm" else 1  # type: ignore[return-value]
 
 
 FAMILY = Matmul()

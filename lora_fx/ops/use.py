@@ -47,11 +47,13 @@ class Family:
         is_linear: whether "all-linear" means it.
         is_on_weight: whether the delta is added to the weight that the op takes, rather than to what it gives.
         takes_indices: whether it takes whole numbers, which are neither cast nor dropped out.
+        bias_is_per_output: whether its bias is (out,), rather than something that broadcasts with its result.
     """
 
     is_linear = False
     is_on_weight = False
     takes_indices = False
+    bias_is_per_output = True
 
     def recognise(self, node: fx.Node, gm: fx.GraphModule) -> Iterator[Use]:
         """The readings of `node` as a use of a weight; none if the op is not of this family."""
@@ -67,6 +69,23 @@ class Family:
         """Write the low-rank path applied to `x` at the graph's insertion point; a and b as the layout has them."""
         raise NotImplementedError
 
+    def out_axis(self, use: Use) -> int | None:
+        """The axis of the op's result, counted from its end, along which the weight's outputs lie; None if unknown."""
+        return -1
+
+    def bias_factor(self, use: Use) -> float:
+        """What the op multiplies its bias with."""
+        return 1
+
+    def bias(self, use: Use) -> fx.Node | str | None:
+        """What the op adds to its product: a node, or the dotted name of a module's parameter; None for nothing."""
+        if use.node.op != "call_module":
+            return None
+        owner = use.node.graph.owning_module
+        assert owner is not None
+        has_bias = getattr(owner.get_submodule(str(use.node.target)), "bias", None) is not None
+        return f"{use.node.target}.bias" if has_bias else None
+
 
 @dataclass(frozen=True)
 class Dialect:
@@ -77,6 +96,7 @@ class Dialect:
     einsum: Callable[[str, fx.Node, fx.Node], tuple[Callable[..., Any], tuple[Any, ...]]]
     mul: Callable[..., Any]
     add: Callable[..., Any]
+    sub: Callable[..., Any]
     cast_like: Callable[..., Any]
     transpose: Callable[..., Any]
 
@@ -88,6 +108,7 @@ ATEN = Dialect(
     einsum=lambda equation, x, w: (_aten.einsum.default, (equation, [x, w])),
     mul=_aten.mul.Tensor,
     add=_aten.add.Tensor,
+    sub=_aten.sub.Tensor,
     cast_like=_aten.type_as.default,
     transpose=_aten.t.default,
 )
@@ -97,6 +118,7 @@ PYTHON = Dialect(
     einsum=lambda equation, x, w: (torch.einsum, (equation, x, w)),
     mul=operator.mul,
     add=operator.add,
+    sub=operator.sub,
     cast_like=torch.Tensor.type_as,
     transpose=torch.t,
 )

@@ -1,0 +1,107 @@
+"""What one adapter adds to one tensor of the base, ready to be merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import fx
+
+from .attributes import get_attribute
+from .dora import gain
+from .injection import AdapterSite
+from .layouts import without_start
+from .merging import AnyDelta, Delta
+
+
+class Term(Protocol):
+    """One summand of a folded tensor."""
+
+    @property
+    def tensor(self) -> str:
+        """Own name of the base tensor at the site."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the adapter's tensors that it is made of."""
+
+    @property
+    def strength(self) -> float:
+        """What `set_adapters` multiplies it with."""
+
+    def matrices(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The base tensor as (n, rows, columns)."""
+
+    def delta(self, gm: fx.GraphModule, tensor: torch.Tensor, dtype: torch.dtype) -> AnyDelta:
+        """What is added to it, in `dtype`."""
+
+
+@dataclass(frozen=True)
+class LowRankTerm:
+    """scaling · B @ A of one site; with DoRA, m / ‖W + ΔW‖ ⊙ (W + ΔW) − W."""
+
+    site: AdapterSite
+    strength: float
+
+    @property
+    def tensor(self) -> str:
+        return self.site.weight
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        site = self.site
+        names = (site.lora_a, site.lora_b, site.magnitude, site.start_a, site.start_b)
+        return tuple(name for name in names if name is not None)
+
+    def matrices(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.site.layout.matrices(tensor)  # type: ignore[no-any-return]
+
+    def delta(self, gm: fx.GraphModule, tensor: torch.Tensor, dtype: torch.dtype) -> Delta:
+        site, layout = self.site, self.site.layout
+        a, b = _value(gm, site.lora_a, dtype), _value(gm, site.lora_b, dtype)
+        if site.start_a is not None and site.start_b is not None:
+            a, b = without_start(a, b, _value(gm, site.start_a, dtype), _value(gm, site.start_b, dtype))
+        left, right = layout.factors(a, b)
+        if site.magnitude is None:
+            return Delta(left, right, site.scaling * self.strength)
+        gains = gain(layout, tensor.to(dtype), a, b, _value(gm, site.magnitude, dtype), site.scaling)
+        if layout.stored_in_out:
+            gains = gains.reshape(1, 1, -1)
+            right = right * gains
+        else:
+            gains = gains.reshape(len(left), -1, 1)
+            left = left * gains
+        return Delta(left, right, site.scaling * self.strength, gain=(gains - 1) * self.strength)
+
+
+@dataclass(frozen=True)
+class BiasTerm:
+    """scaling · the bias of B, which the base's bias takes."""
+
+    site: AdapterSite
+    strength: float
+    bias: str
+    factor: float = 1.0
+
+    @property
+    def tensor(self) -> str:
+        return self.bias
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        assert self.site.lora_bias is not None
+        return (self.site.lora_bias,)
+
+    def matrices(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(1, 1, -1)
+
+    def delta(self, gm: fx.GraphModule, tensor: torch.Tensor, dtype: torch.dtype) -> Delta:
+        added = _value(gm, self.parts[0], dtype).reshape(1, 1, -1)
+        return Delta(torch.ones_like(added[..., :1]), added, self.site.scaling * self.strength / self.factor)
+
+
+def _value(gm: fx.GraphModule, name: str, dtype: torch.dtype) -> torch.Tensor:
+    value = get_attribute(gm, name)
+    assert isinstance(value, torch.Tensor)
+    return value.detach().to(dtype)
