@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters import load_adapter, save_adapter
+    from .calibration import Calibration, calibrate
     from .combination import combine_adapters
     from .config import LoraConfig
     from .equivalence import GraphDiff, assert_equivalent, compare_graphs
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .fold_results import FoldReport
     from .folding import fold, fold_report, unfold
     from .graph_module import LoraGraphModule, TraceRecord, adapter_names, trace_record
+    from .init_options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
     from .injection import inject
     from .parameters import lora_parameters, print_trainable_parameters, trainable_parameters
     from .plan import Plan, make_plan
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapters": ("load_adapter", "save_adapter"),
+    "calibration": ("Calibration", "calibrate"),
     "combination": ("combine_adapters",),
     "config": ("LoraConfig",),
     "equivalence": ("GraphDiff", "assert_equivalent", "compare_graphs"),
@@ -59,6 +62,7 @@ _HOMES = {
     "fold_results": ("FoldReport",),
     "folding": ("fold", "fold_report", "unfold"),
     "graph_module": ("LoraGraphModule", "TraceRecord", "adapter_names", "trace_record"),
+    "init_options": ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"),
     "injection": ("inject",),
     "parameters": ("lora_parameters", "print_trainable_parameters", "trainable_parameters"),
     "plan": ("Plan", "make_plan"),
@@ -70,15 +74,20 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 
 __all__ = [
     "AdapterError",
+    "Calibration",
     "ConfigError",
+    "CordaConfig",
+    "EvaConfig",
     "ExportError",
     "FoldError",
     "FoldReport",
     "GraphDiff",
     "GraphError",
+    "LoftQConfig",
     "LoraConfig",
     "LoraFxError",
     "LoraFxWarning",
+    "LoraGAConfig",
     "LoraGraphModule",
     "Plan",
     "Site",
@@ -88,6 +97,7 @@ __all__ = [
     "active_adapters",
     "adapter_names",
     "assert_equivalent",
+    "calibrate",
     "combine_adapters",
     "compare_graphs",
     "delete_adapter",

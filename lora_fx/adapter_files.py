@@ -25,6 +25,8 @@ KEYS_OF_LOOKUPS = ("lora_embedding_A", "lora_embedding_B")
 KEYS = ("lora_A.weight", "lora_B.weight")
 # With lora_bias, and with use_dora.
 KEY_OF_BIAS, KEY_OF_MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"
+# Rows of trainable_token_indices, as they are, whatever the name says.
+KEY_OF_ROWS = "token_adapter.trainable_tokens_delta"
 
 # The last lora_A or lora_B counts: a module may be called that itself.
 _HALF = re.compile(r"^((?P<path>.*)\.)?(?P<name>lora_[AB])(\.(?P<adapter>[^.]+))?\.weight$")
@@ -32,7 +34,8 @@ _BIAS = re.compile(r"^((?P<path>.*)\.)?lora_B(\.(?P<adapter>[^.]+))?\.bias$")
 _MAGNITUDE = re.compile(r"^((?P<path>.*)\.)?lora_magnitude_vector(\.[^.]+){0,2}$")
 _LOOKUP = re.compile(r"^((?P<path>.*)\.)?(?P<name>lora_embedding_[AB])(\.(?P<adapter>[^.]+))?$")
 _SAVED_COPY = re.compile(r"\.modules_to_save\.([^.]+\.)?(?=[^.]+$)")
-_OTHER_LORA = re.compile(r"\blora_(diag|A\.bias)|token_adapter")
+_ROWS = re.compile(r"^((?P<path>.*)\.)?token_adapter\.trainable_tokens_delta(\.[^.]+)?$")
+_OTHER_LORA = re.compile(r"\blora_(diag|A\.bias)")
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,8 @@ def parse_key(key: str, file: str) -> TensorKey:
         return TensorKey(key, match["path"] or "", KEY_OF_BIAS)
     if match := _MAGNITUDE.match(name):
         return TensorKey(key, match["path"] or "", KEY_OF_MAGNITUDE)
+    if match := _ROWS.match(name):
+        return TensorKey(key, match["path"] or "", KEY_OF_ROWS)
     if match := _LOOKUP.match(name):
         return TensorKey(key, match["path"] or "", match["name"])
     name = name.replace(".base_layer.", ".").removeprefix("base_layer.")

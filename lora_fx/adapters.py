@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ from .adapter_files import (
     CONFIG_FILE,
     KEY_OF_BIAS,
     KEY_OF_MAGNITUDE,
+    KEY_OF_ROWS,
     KEYS,
     KEYS_OF_LOOKUPS,
     PREFIX,
@@ -40,7 +42,7 @@ from .errors import AdapterError, ConfigError, closest, warn
 from .graph_module import LoraGraphModule, checked_graph_module, record_of
 from .initialization import start_of
 from .injection import ADAPTER_DTYPES, Adapter, NewAdapter, check_adapter_name, inject_new
-from .layouts import without_start
+from .layouts import Kernel, without_start
 from .matching import matches_names, matches_suffix
 from .parameters import find_adapter, trained_tensor
 from .plan import Plan, PlannedSite, module_paths, plan_adapters
@@ -110,11 +112,11 @@ def load_adapter(
     check_adapter_name(adapter_name)
     folder = find_adapter_directory(directory, adapter_name)
     config = read_config(folder)
-    _check_start(config)
+    _check_start(config, folder)
     if mha_out_proj not in ("twice", "once"):
         raise AdapterError(f"mha_out_proj={mha_out_proj!r} must be 'twice' or 'once'")
     tensors = _read_tensors(weights_path(folder))
-    plan = _plan_for(gm, config, tensors)
+    plan, tensors = _in_groups(gm, _plan_for(gm, config, tensors), tensors)
     dtype = adapter_dtype or _dtype_for(plan, tensors)
     result = inject_new(gm, NewAdapter(adapter_name, plan, dtype, draws=False))
     adapter = record_of(result).adapters[adapter_name]
@@ -130,13 +132,13 @@ def load_adapter(
     return result
 
 
-def _check_start(config: LoraConfig) -> None:
+def _check_start(config: LoraConfig, folder: Path) -> None:
     """What an adapter takes out of the base must be computable from the base alone."""
     start = start_of(config)
     if start is not None and start.changes_base and start.calibration is not None:
         raise ConfigError(
-            f"the adapter was started by init_lora_weights={start.name!r}, from data that is not in its file, and PEFT "
-            "took the start out of the base; save it as plain LoRA: model.save_pretrained(directory, "
+            f"{str(folder / CONFIG_FILE)!r}: the adapter was started by init_lora_weights={start.name!r}, from data "
+            "that is not in its file, and PEFT took the start out of the base; save it as plain LoRA: model.save_pretrained(directory, "
             "path_initial_model_for_weight_conversion=...). lora_fx.save_adapter always does"
         )
 
@@ -144,7 +146,8 @@ def _check_start(config: LoraConfig) -> None:
 def _tensors(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tensor]:
     """{PEFT's key: tensor}, contiguous, on the CPU, none sharing storage with another."""
     doubled = _doubled_keys(adapter.plan)
-    named = dict(_named_tensors(gm, adapter)) | _without_starts(gm, adapter)
+    named = dict(_named_tensors(gm, adapter)) | _without_starts(gm, adapter) | _dense_kernels(gm, adapter)
+    named |= _turned_copies(gm, adapter, named)
     return {
         f"{PREFIX}{name}": target.detach().cpu().contiguous().clone() * (0.5 if name in doubled else 1)
         for name, target in named.items()
@@ -162,6 +165,53 @@ def _without_starts(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Ten
         keys = KEYS_OF_LOOKUPS if site.is_lookup else KEYS
         found |= {prefixes[site.path] + key: whole for key, whole in zip(keys, without_start(*values), strict=True)}
     return found
+
+
+def _turned_copies(gm: fx.GraphModule, adapter: Adapter, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A and B of tied sites that take those of another site turned, as PEFT's ensure_weight_tying writes them."""
+    prefixes = _prefixes(gm, adapter.plan)
+    found: dict[str, torch.Tensor] = {}
+    for target in adapter.plan.targets:
+        if target.shares_with is None or not adapter.sites[target.site.path].is_turned:
+            continue
+        owner = adapter.sites[target.shares_with]
+        a, b = (named[prefixes[owner.path] + key].detach() for key in (KEYS_OF_LOOKUPS if owner.is_lookup else KEYS))
+        keys = KEYS_OF_LOOKUPS if target.site.is_lookup else KEYS
+        turned = owner.layout.turn(a, b)
+        found |= {prefixes[target.site.path] + key: value for key, value in zip(keys, turned, strict=True)}
+    return found
+
+
+def _dense_kernels(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """A of convolutions with groups, with the zeros between the groups that PEFT expects."""
+    prefixes = _prefixes(gm, adapter.plan)
+    return {
+        f"{prefixes[site.path]}{KEYS[0]}": site.layout.dense(get_parameter(gm, site.lora_a).detach())
+        for site in adapter.sites.values()
+        if isinstance(site.layout, Kernel) and site.layout.groups > 1
+    }
+
+
+def _in_groups(
+    gm: fx.GraphModule, plan: Plan, tensors: dict[str, torch.Tensor]
+) -> tuple[Plan, dict[str, torch.Tensor]]:
+    """PEFT's A of convolutions with groups as ours has it; where it mixes the groups, the plan says so."""
+    prefixes, targets, tensors = _prefixes(gm, plan), [], dict(tensors)
+    for target in plan.targets:
+        layout, key = target.site.layout, f"{prefixes[target.site.path]}{KEYS[0]}"
+        if isinstance(layout, Kernel) and layout.groups > 1 and not layout.is_transposed:
+            grouped = layout.grouped(tensors[key])
+            if grouped is not None:
+                tensors[key] = grouped
+            elif plan.config.use_dora:
+                raise AdapterError(
+                    f"{key!r} mixes the groups of a convolution, whose kernel keeps them apart, and use_dora needs the "
+                    "norms of the kernel; PEFT 0.21 divides by those of another matrix. The file means no weight"
+                )
+            else:
+                target = replace(target, site=replace(target.site, layout=replace(layout, mixes_groups=True)))
+        targets.append(target)
+    return replace(plan, targets=tuple(targets)), tensors
 
 
 def _as_plain(config: LoraConfig) -> dict[str, object]:
@@ -187,9 +237,9 @@ def _doubled_keys(plan: Plan) -> set[str]:
 
 def _named_tensors(gm: fx.GraphModule, adapter: Adapter) -> Iterable[tuple[str, torch.Tensor]]:
     prefixes = _prefixes(gm, adapter.plan)
-    for site in adapter.sites.values():
-        for key, attribute in site.tensors.items():
-            yield prefixes[site.path] + key, get_parameter(gm, attribute)
+    for member in adapter.members:
+        for key, attribute in member.tensors.items():
+            yield prefixes[member.path] + key, get_parameter(gm, attribute)
     for name in adapter.saved:
         path, _, last = name.rpartition(".")
         # PEFT keeps an adapted module's own parameters in its base_layer.
@@ -202,7 +252,8 @@ def _prefixes(gm: fx.GraphModule, plan: Plan) -> dict[str, str]:
     Of several parameters of one module that target_parameters means, the first registered is the innermost. The output
     projection of nn.MultiheadAttention lies inside the wrapper of the packed one.
     """
-    prefixes = {t.site.path: f"{t.site.path}." if t.site.path else "" for t in plan.targets}
+    paths = [*(target.site.path for target in plan.targets), *(rows.site.path for rows in plan.tokens)]
+    prefixes = {path: f"{path}." if path else "" for path in paths}
     order = {name: i for i, (name, _) in enumerate(gm.named_parameters(remove_duplicate=False))}
     wrapped: dict[str, list[Site]] = {}
     for site in (target.site for target in plan.targets if target.by_parameter):
@@ -355,17 +406,26 @@ def _plan_for(gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.T
                 "another rank (see r and rank_pattern in adapter_config.json) or another model"
             )
     prefixes = _prefixes(gm, plan)
-    shared = [(prefixes[t.site.path], prefixes[t.shares_with], t) for t in plan.targets if t.shares_with is not None]
-    ends = {t.site.path: list(_shapes(t, config)) for t in plan.targets}
-    if not all(
-        torch.equal(tensors[own + k], tensors[owner + k]) for own, owner, t in shared for k in ends[t.site.path]
-    ):
+    if not all(_says_the_same(prefixes, plan, target, tensors) for target in plan.targets):
         warn(
             "the file holds different adapters for sites that share one tied weight; each keeps its own, and "
             "folding will untie them"
         )
         return plan_adapters(gm, config, every_pattern_hits=False, share_tied=False)
     return plan
+
+
+def _says_the_same(prefixes: dict[str, str], plan: Plan, target: PlannedSite, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether the file has the same adapter for a site as for the one that it shares a tied weight with."""
+    if target.shares_with is None:
+        return True
+    owner = next(other for other in plan.targets if other.site.path == target.shares_with)
+    own, owned = (
+        [tensors[prefixes[each.site.path] + end] for end in _shapes(each, plan.config)] for each in (target, owner)
+    )
+    if owner.site.layout != target.site.layout:
+        owned = [*owner.site.layout.turn(*owned[:2]), *owned[2:]]
+    return all(torch.equal(mine, theirs) for mine, theirs in zip(own, owned, strict=True))
 
 
 def _is_base_tensor(gm: fx.GraphModule, key: str, tensor: torch.Tensor) -> bool:
@@ -381,6 +441,8 @@ def _expected(gm: fx.GraphModule, plan: Plan) -> dict[str, tuple[int, ...]]:
     for target in plan.targets:
         prefix = prefixes[target.site.path]
         shapes |= {prefix + end: shape for end, shape in _shapes(target, plan.config).items()}
+    for rows in plan.tokens:
+        shapes[prefixes[rows.site.path] + KEY_OF_ROWS] = (len(rows.rows), rows.site.out_features)
     for name in plan.trained:
         shapes[name] = tuple(get_attribute(gm, name).shape)
     return shapes
@@ -390,7 +452,8 @@ def _shapes(target: PlannedSite, config: LoraConfig) -> dict[str, tuple[int, ...
     """{end of a key: the tensor's shape} of one site."""
     layout = target.site.layout
     a, b = KEYS_OF_LOOKUPS if target.site.is_lookup else KEYS
-    shapes = {a: layout.a_shape(target.r), b: layout.b_shape(target.r)}
+    a_shape = layout.dense_shape(target.r) if isinstance(layout, Kernel) else layout.a_shape(target.r)
+    shapes = {a: a_shape, b: layout.b_shape(target.r)}
     if config.lora_bias:
         shapes[KEY_OF_BIAS] = (layout.out_features,)
     if config.use_dora:

@@ -9,12 +9,13 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from .attributes import get_parameter
+from .attributes import get_attribute, get_parameter
 from .combining import Term, combine
 from .config import LoraConfig
 from .errors import AdapterError
 from .graph_module import LoraGraphModule, checked_graph_module, record_of
 from .injection import Adapter, check_adapter_name, inject
+from .layouts import without_start
 from .parameters import find_adapter
 from .plan import Plan, PlannedSite
 from .switching import active_adapters, check_weight, set_adapters
@@ -54,6 +55,11 @@ def combine_adapters(
     chosen = {name: find_adapter(gm, name) for name in weights}
     for name, adapter in chosen.items():
         check_weight(name, weights[name])
+        if adapter.tokens:
+            raise AdapterError(
+                f"adapter {name!r} trains rows of {next(iter(adapter.tokens))!r} as they are, "
+                "which are no A and B to combine; set_adapters(gm, {...}) lets several adapters count"
+            )
         if adapter.trained:
             raise AdapterError(
                 f"adapter {name!r} trains {adapter.trained[0]!r} in full, which cannot be combined with other values"
@@ -88,7 +94,17 @@ def _terms(gm: fx.GraphModule, adapter: Adapter, path: str, weight: float) -> li
     site = adapter.sites.get(path)
     if site is None:
         return []
+    if site.magnitude is not None or site.lora_bias is not None:
+        option = "lora_bias" if site.magnitude is None else "use_dora"
+        raise AdapterError(
+            f"adapter {adapter.name!r} was made with {option}, so its effect is more than B @ A, which is all that "
+            "combine_adapters combines; set_adapters(gm, {...}) lets several count, each with its weight"
+        )
+    if reason := site.layout.why_no_weight():
+        raise AdapterError(f"{path!r} of adapter {adapter.name!r} cannot be combined: {reason}")
     a, b = get_parameter(gm, site.lora_a).detach(), get_parameter(gm, site.lora_b).detach()
+    if site.start_a is not None and site.start_b is not None:
+        a, b = without_start(a, b, get_attribute(gm, site.start_a), get_attribute(gm, site.start_b))
     up, down = site.layout.split(a, b)
     return [Term(up, down, weight * site.scaling, site.scaling)]
 

@@ -108,7 +108,7 @@ class LoraConfig(metaclass=_OptionsChecked):
     eva_config: EvaConfig | Mapping[str, Any] | None = None
     corda_config: CordaConfig | Mapping[str, Any] | None = None
     lora_ga_config: LoraGAConfig | Mapping[str, Any] | None = None
-    loftq_config: LoftQConfig | Mapping[str, Any] | None = None
+    loftq_config: LoftQConfig | Mapping[str, Any] = field(default_factory=dict)
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -171,9 +171,10 @@ class LoraConfig(metaclass=_OptionsChecked):
             if other.field is None or other.options is None:
                 continue
             given = getattr(self, other.field)
-            self._set(other.field, None if given is None or given == {} else other.options.from_peft(given))
-            if getattr(self, other.field) is None:
+            if given is None or given == {}:
+                self._set(other.field, {} if other.name == "loftq" else None)  # as PEFT says none
                 continue
+            self._set(other.field, other.options.from_peft(given))
             if init is None or init.name != other.name:
                 warn(
                     f"{other.field} is given, but init_lora_weights={self.init_lora_weights!r} does not use it; "
@@ -236,7 +237,6 @@ class LoraConfig(metaclass=_OptionsChecked):
         fields: dict[str, Any] = {"peft_type": "LORA"}
         for f in dataclasses.fields(self):
             fields[f.name] = _plain(getattr(self, f.name))
-        fields["loftq_config"] = fields["loftq_config"] or {}  # which is how PEFT says none
         return fields
 
 

@@ -12,7 +12,7 @@ from .aliasing import is_same_view, storage_of, view_of
 from .applications import Application, Reading, bias_of, read_applications
 from .attributes import get_attribute, get_parameter, set_attribute
 from .errors import FoldError
-from .fold_terms import BiasTerm, LowRankTerm, Term
+from .fold_terms import BiasTerm, LowRankTerm, RowsTerm, Term
 from .graph import rebind_weight, rename_reads
 from .graph_module import LoraGraphModule, record_of
 from .injection import Adapter
@@ -53,10 +53,13 @@ def fold_tasks(
     gm: LoraGraphModule, reading: Reading, chosen: list[Adapter], weights: dict[str, float]
 ) -> list[FoldTask]:
     """One task per resulting tensor: sites that share weight and adapters fold together."""
-    by_path: dict[str, list[LowRankTerm]] = {}
+    by_path: dict[str, list[Term]] = {}
     for adapter in chosen:
         for path, site in adapter.sites.items():
             by_path.setdefault(path, []).append(LowRankTerm(site, weights[adapter.name]))
+        for rows in adapter.tokens.values():
+            for path in rows.readers:
+                by_path.setdefault(path, []).append(RowsTerm(rows, weights[adapter.name]))
     groups: dict[object, list[str]] = {}
     applications: dict[str, list[Application]] = {}
     for application in reading.applications:
@@ -64,7 +67,7 @@ def fold_tasks(
     for path, terms in by_path.items():
         weight = get_parameter(gm, applications[path][-1].attribute)
         # Sites that share A and B hold the same Parameter objects.
-        values = tuple((id(get_parameter(gm, t.site.lora_a)), t.site.scaling, t.strength) for t in terms)
+        values = tuple((id(get_parameter(gm, term.parts[0])), term.scalings) for term in terms)
         groups.setdefault((view_of(weight), values), []).append(path)
     tasks = [
         _task(gm, reading, paths, by_path[paths[0]], applications[paths[0]][-1].attribute, applications)
@@ -92,13 +95,14 @@ def _task(
 def _bias_tasks(
     gm: LoraGraphModule,
     reading: Reading,
-    by_path: dict[str, list[LowRankTerm]],
+    by_path: dict[str, list[Term]],
     applications: dict[str, list[Application]],
 ) -> Iterator[FoldTask]:
     """With lora_bias, the bias of the base takes that of B."""
     parameters = dict(gm.named_parameters(remove_duplicate=False))
     for path, terms in by_path.items():
-        with_bias = [term for term in terms if term.site.lora_bias is not None]
+        low_rank = [term for term in terms if isinstance(term, LowRankTerm)]
+        with_bias = [term for term in low_rank if term.site.lora_bias is not None]
         if not with_bias:
             continue
         biases = {bias_of(application, parameters) for application in applications[path]}

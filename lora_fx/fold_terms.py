@@ -10,9 +10,10 @@ from torch import fx
 
 from .attributes import get_attribute
 from .dora import gain
-from .injection import AdapterSite
+from .errors import FoldError
+from .injection import AdapterSite, RowsSite
 from .layouts import without_start
-from .merging import AnyDelta, Delta
+from .merging import AnyDelta, Delta, RowsDelta
 
 
 class Term(Protocol):
@@ -27,8 +28,8 @@ class Term(Protocol):
         """Names of the adapter's tensors that it is made of."""
 
     @property
-    def strength(self) -> float:
-        """What `set_adapters` multiplies it with."""
+    def scalings(self) -> tuple[float, float]:
+        """The factor on B @ A, and what `set_adapters` multiplies the whole with."""
 
     def matrices(self, tensor: torch.Tensor) -> torch.Tensor:
         """The base tensor as (n, rows, columns)."""
@@ -54,11 +55,17 @@ class LowRankTerm:
         names = (site.lora_a, site.lora_b, site.magnitude, site.start_a, site.start_b)
         return tuple(name for name in names if name is not None)
 
+    @property
+    def scalings(self) -> tuple[float, float]:
+        return self.site.scaling, self.strength
+
     def matrices(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.site.layout.matrices(tensor)  # type: ignore[no-any-return]
 
     def delta(self, gm: fx.GraphModule, tensor: torch.Tensor, dtype: torch.dtype) -> Delta:
         site, layout = self.site, self.site.layout
+        if reason := layout.why_no_weight():
+            raise FoldError(f"{site.path!r} cannot be folded: {reason}. The injected graph computes it as it is")
         a, b = _value(gm, site.lora_a, dtype), _value(gm, site.lora_b, dtype)
         if site.start_a is not None and site.start_b is not None:
             a, b = without_start(a, b, _value(gm, site.start_a, dtype), _value(gm, site.start_b, dtype))
@@ -93,12 +100,43 @@ class BiasTerm:
         assert self.site.lora_bias is not None
         return (self.site.lora_bias,)
 
+    @property
+    def scalings(self) -> tuple[float, float]:
+        return self.site.scaling, self.strength
+
     def matrices(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.reshape(1, 1, -1)
 
     def delta(self, gm: fx.GraphModule, tensor: torch.Tensor, dtype: torch.dtype) -> Delta:
         added = _value(gm, self.parts[0], dtype).reshape(1, 1, -1)
         return Delta(torch.ones_like(added[..., :1]), added, self.site.scaling * self.strength / self.factor)
+
+
+@dataclass(frozen=True)
+class RowsTerm:
+    """Trained rows of an embedding in place of the base's."""
+
+    site: RowsSite
+    strength: float
+
+    @property
+    def tensor(self) -> str:
+        return self.site.weight
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.site.rows,)
+
+    @property
+    def scalings(self) -> tuple[float, float]:
+        return 1.0, self.strength
+
+    def matrices(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unsqueeze(0)
+
+    def delta(self, gm: fx.GraphModule, tensor: torch.Tensor, dtype: torch.dtype) -> RowsDelta:
+        index = get_attribute(gm, self.site.index)
+        return RowsDelta(index, _value(gm, self.site.rows, dtype) - tensor[index].to(dtype), self.strength)
 
 
 def _value(gm: fx.GraphModule, name: str, dtype: torch.dtype) -> torch.Tensor:

@@ -331,7 +331,7 @@ def _remove_adapters(gm: LoraGraphModule, chosen: list[Adapter]) -> None:
     record = record_of(gm)
     erase_low_rank_paths(gm, {adapter.name for adapter in chosen})
     for adapter in chosen:
-        for attribute in (a for site in adapter.sites.values() for a in site.attributes):
+        for attribute in (attribute for member in adapter.members for attribute in member.attributes):
             delete_attribute(gm, attribute)
         for name in adapter.trained:
             record.originals.pop(name, None)

@@ -67,6 +67,18 @@ class LowRankPath:
     needs_cast: bool
 
 
+@dataclass(frozen=True)
+class RowsPath:
+    """What to write where an embedding's table is applied: see `injection.RowsSite` and `LowRankPath`."""
+
+    adapter: str
+    rows: str
+    index: str
+    slots: str
+    strength: float
+    needs_cast: bool
+
+
 def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
     """Write result + scaling · B(A(dropout(x))) behind the node and give it to the node's users.
 
@@ -107,6 +119,63 @@ def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
     inserted = _mark_between(base, behind, role, use.node)
     total.meta[ROLE] = Role(path.adapter, is_sum=True)
     base.replace_all_uses_with(total, delete_user_cb=lambda user: user not in inserted)
+
+
+def insert_rows(application: Application, path: RowsPath) -> None:
+    """Let one application of a table see the trained rows in place of the base's, by what they differ.
+
+    A lookup gets the difference of the rows that it looks up, a product that of the outputs that are these rows.
+    """
+    use, scope = application.use, application.scope
+    graph, role = scope.graph, Role(path.adapter)
+    names = {"weight": application.attribute, "rows": path.rows, "index": path.index, "slots": path.slots}
+    read = {name: _read(scope, attribute, use.node, role) for name, attribute in names.items()}
+    if use.family.is_on_weight:
+        base = next(operand for operand in operands_of(use.node) if unsummed(operand) is use.weight)
+        before, behind = use.node.prev, use.node
+    else:
+        base = _last_sum(use.node)
+        before, behind = base, base.next
+    with graph.inserting_before(behind):
+        difference = write(_difference, read["rows"], read["weight"], read["index"])  # (k, dim), in the rows' dtype
+        if path.strength != 1:
+            difference = graph.call_function(_aten.mul.Tensor, (difference, path.strength))
+        if path.needs_cast:
+            difference = graph.call_function(_aten.type_as.default, (difference, base))
+        if use.family.is_on_weight:
+            total = graph.call_function(_aten.index_add.default, (base, 0, read["index"], difference))
+        elif use.family.takes_indices:
+            delta = write(_looked_up, difference, read["slots"], _last_sum(use.x))
+            total = graph.call_function(_aten.add.Tensor, (base, delta))
+        else:
+            is_product = not application.layout.stored_in_out and use.family.is_linear
+            if not is_product or use.family.out_axis(use) != -1:
+                raise GraphError(
+                    f"{application.path!r} applies the table of trainable_token_indices as {use.kind}, where lora_fx "
+                    "cannot tell its rows; untie it before tracing, or leave trainable_token_indices out"
+                )
+            x = _last_sum(use.x)
+            delta = graph.call_function(_aten.linear.default, (x, difference))  # (..., dim) @ (k, dim)ᵀ -> (..., k)
+            if use.factor != 1:
+                delta = graph.call_function(_aten.mul.Tensor, (delta, use.factor))
+            total = graph.call_function(_aten.index_add.default, (base, -1, read["index"], delta))
+    inserted = _mark_between(before, behind, role, use.node)
+    total.meta[ROLE] = Role(path.adapter, is_sum=True, is_on_weight=use.family.is_on_weight)
+    if use.family.is_on_weight:
+        use.node.replace_input_with(base, total)
+    else:
+        base.replace_all_uses_with(total, delete_user_cb=lambda user: user not in inserted)
+
+
+def _difference(rows: Any, weight: Any, index: Any) -> Any:
+    """By what the trained rows differ from the base's."""
+    return _aten.sub.Tensor(rows, _aten.type_as.default(_aten.index_select.default(weight, 0, index), rows))
+
+
+def _looked_up(difference: Any, slots: Any, ids: Any) -> Any:
+    """The difference of each row that is looked up, 0 for those that are not trained: (...) -> (..., dim)."""
+    with_zero = _aten.constant_pad_nd.default(difference, [0, 0, 1, 0])
+    return _aten.embedding.default(with_zero, _aten.index.Tensor(slots, [ids]))
 
 
 def _reads(application: Application, path: LowRankPath, role: Role) -> dict[str, fx.Node]:

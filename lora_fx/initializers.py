@@ -129,7 +129,12 @@ def _mica(matrix: torch.Tensor, r: int, scaling: float, context: Context) -> Sta
 def _orthogonal(matrix: torch.Tensor, r: int, scaling: float, context: Context) -> Start:
     """B @ A = 0 with neither of them zero: they are spanned by alternate rows of one orthogonal matrix."""
     if r % 2:
-        raise _error(context, "orthogonal", f"r={r} is odd, and A and B take half of it each", f"choose r={r + 1}")
+        raise _error(
+            context,
+            "orthogonal",
+            f"r={r} is odd, and A and B take half of it each",
+            f"choose an even rank, such as r={r + 1}",
+        )
     out_features, in_features = matrix.shape
     draw = functools.partial(torch.randn, dtype=matrix.dtype, device=matrix.device)
     q, _ = torch.linalg.qr(draw(r, r))

@@ -5,24 +5,24 @@ from __future__ import annotations
 import keyword
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
-from .adapter_files import KEY_OF_BIAS, KEY_OF_MAGNITUDE, KEYS, KEYS_OF_LOOKUPS
+from .adapter_files import KEY_OF_BIAS, KEY_OF_MAGNITUDE, KEY_OF_ROWS, KEYS, KEYS_OF_LOOKUPS
 from .applications import Application, read_applications
 from .attributes import get_attribute, get_parameter, set_attribute
 from .config import LoraConfig
 from .dora import magnitude_shape, weight_norm
 from .errors import AdapterError, ConfigError, GraphError, TargetError
-from .graph import LowRankPath, finish, insert_low_rank_path
+from .graph import LowRankPath, RowsPath, finish, insert_low_rank_path, insert_rows
 from .graph_module import LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
 from .initialization import First, computed, initialize, start_of
 from .initializers import Context
 from .layouts import Layout, as_stored, without_start
-from .plan import Plan, PlannedSite, make_plan
+from .plan import Plan, PlannedRows, PlannedSite, make_plan
 from .sites import sites_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class AdapterSite:
         lora_bias: name of what B adds (out,), scaled as B @ A is; None without.
         magnitude: name of DoRA's m; None without.
         start_a, start_b: names of A and B as they were first, whose product is taken off again; None where it is 0.
-        strength: what `set_adapters` multiplies the whole delta with; 1 but in folding.
+        is_turned: A and B are those of a tied site that takes the weight the other way round, and so is the layout.
     """
 
     path: str
@@ -62,20 +62,52 @@ class AdapterSite:
     magnitude: str | None = None
     start_a: str | None = None
     start_b: str | None = None
-    strength: float = 1.0
+    is_turned: bool = False
 
     @property
     def attributes(self) -> tuple[str, ...]:
         """All that the adapter adds to the module here."""
-        others = (self.dropout, self.start_a, self.start_b)
+        others = (self.dropout,) if self.is_turned else (self.dropout, self.start_a, self.start_b)
         return (*self.tensors.values(), *(name for name in others if name is not None))
 
     @property
     def tensors(self) -> dict[str, str]:
-        """{end of its key in PEFT's file: its attribute}."""
+        """{end of its key in PEFT's file: its attribute}; none for those that another site has."""
+        if self.is_turned:
+            return {}
         a, b = KEYS_OF_LOOKUPS if self.is_lookup else KEYS
         names = {a: self.lora_a, b: self.lora_b, KEY_OF_BIAS: self.lora_bias, KEY_OF_MAGNITUDE: self.magnitude}
         return {key: name for key, name in names.items() if name is not None}
+
+
+@dataclass(frozen=True)
+class RowsSite:
+    """Rows of one embedding that an adapter trains as they are.
+
+    Attributes:
+        path, weight: as of AdapterSite.
+        readers: paths of all sites that apply the weight.
+        rows: name of the trained rows (k, dim).
+        index: name of the buffer (k,) that says which rows they are.
+        slots: name of the buffer (vocabulary,) with 1 + the place of each row among them, 0 for all others.
+    """
+
+    path: str
+    weight: str
+    readers: tuple[str, ...]
+    rows: str
+    index: str
+    slots: str
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """All that the adapter adds to the module here."""
+        return self.rows, self.index, self.slots
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """{end of its key in PEFT's file: its attribute}."""
+        return {KEY_OF_ROWS: self.rows}
 
 
 @dataclass(frozen=True)
@@ -87,6 +119,7 @@ class Adapter:
         sites: its attributes, by site path.
         trained: names of the base tensors of which the graph has the adapter's own in place of the base's: those that
             it trains in full, and `rebased`.
+        tokens: its rows of embeddings, by site path.
         rebased: those that it holds, frozen, in place of the base's (init_lora_weights="loftq").
     """
 
@@ -94,7 +127,13 @@ class Adapter:
     plan: Plan
     sites: dict[str, AdapterSite]
     trained: tuple[str, ...]
+    tokens: dict[str, RowsSite] = field(default_factory=dict)
     rebased: tuple[str, ...] = ()
+
+    @property
+    def members(self) -> tuple[AdapterSite | RowsSite, ...]:
+        """All places at which it has tensors of its own."""
+        return (*self.sites.values(), *self.tokens.values())
 
     @property
     def saved(self) -> tuple[str, ...]:
@@ -270,9 +309,11 @@ def _add_adapter(gm: LoraGraphModule, new: NewAdapter) -> None:
     for target in new.plan.targets:
         owner = None if target.shares_with is None else sites[target.shares_with]
         sites[target.site.path] = _add_parameters(gm, by_path[target.site.path][0], target, new, owner)
+    tokens = {rows.site.path: _add_rows(gm, by_path[rows.site.path][0], rows, new) for rows in new.plan.tokens}
     record = record_of(gm)
     rebased = tuple(name for name in record.originals if name not in known)
-    adapter = Adapter(new.name, new.plan, sites, (*_train_in_full(gm, new.plan.trained), *rebased), rebased)
+    trained = (*_train_in_full(gm, new.plan.trained), *rebased)
+    adapter = Adapter(new.name, new.plan, sites, trained, tokens, rebased)
     record.adapters[new.name] = adapter
     record.active[new.name] = 1.0
     record.reinsert = _insert_all
@@ -284,6 +325,9 @@ def _insert(gm: LoraGraphModule, adapter: Adapter, by_path: dict[str, list[Appli
     for path, site in adapter.sites.items():
         for application in by_path[path]:
             insert_low_rank_path(application, _low_rank_path(gm, application, site, adapter.name))
+    for rows in adapter.tokens.values():
+        for application in (application for path in rows.readers for application in by_path[path]):
+            insert_rows(application, _rows_path(gm, application, rows, adapter.name))
 
 
 def _insert_all(gm: LoraGraphModule) -> None:
@@ -303,17 +347,29 @@ def _add_parameters(
     gm: LoraGraphModule, application: Application, target: PlannedSite, new: NewAdapter, owner: AdapterSite | None
 ) -> AdapterSite:
     prefix, name, config = container(application.path, application.weight), new.name, new.plan.config
-    if owner is None:
+    turned = owner is not None and owner.layout != target.site.layout
+    if owner is not None and turned:
+        values = {}
+    elif owner is None:
         values = _first_values(gm, application, target, new)
     else:  # tied sites: one weight, one adapter, under the name of each
-        values = {field: get_attribute(gm, own) for field in _ENDS if (own := getattr(owner, field)) is not None}
-    names: dict[str, Any] = {field: prefix + _ENDS[field].format(name) for field in values}
-    for field, attribute in names.items():
+        values = {part: get_attribute(gm, own) for part in _ENDS if (own := getattr(owner, part)) is not None}
+    names: dict[str, Any] = {part: prefix + _ENDS[part].format(name) for part in values}
+    for part, attribute in names.items():
         _check_free(gm, attribute, name)
-        set_attribute(gm, attribute, values[field])
+        set_attribute(gm, attribute, values[part])
     dropout = f"{prefix}lora_dropout.{name}" if config.lora_dropout and target.site.takes_dropout else None
     if dropout is not None:
         set_attribute(gm, dropout, nn.Dropout(config.lora_dropout).train(gm.training))
+    if owner is not None and turned:
+        return replace(
+            owner,
+            path=application.path,
+            is_lookup=target.site.is_lookup,
+            weight=application.weight,
+            dropout=dropout,
+            is_turned=True,
+        )
     return AdapterSite(
         path=application.path,
         is_lookup=target.site.is_lookup,
@@ -323,6 +379,28 @@ def _add_parameters(
         layout=target.site.layout,
         **names,
     )
+
+
+def _add_rows(gm: LoraGraphModule, application: Application, planned: PlannedRows, new: NewAdapter) -> RowsSite:
+    weight = get_parameter(gm, application.attribute).detach()
+    dtype = new.dtype or (torch.float32 if weight.dtype in _HALVES else weight.dtype)
+    index = torch.tensor(planned.rows, device=weight.device)
+    slots = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
+    slots[index] = torch.arange(1, len(index) + 1, device=weight.device)
+    stem = f"{container(application.path, application.weight)}token_adapter.{{}}.{new.name}"
+    site = RowsSite(
+        path=application.path,
+        weight=application.weight,
+        readers=planned.readers,
+        rows=stem.format("trainable_tokens_delta"),
+        index=stem.format("index"),
+        slots=stem.format("slots"),
+    )
+    rows = nn.Parameter(weight[index].to(dtype))
+    for name, value in zip(site.attributes, (rows, index, slots), strict=True):
+        _check_free(gm, f"{name}.", new.name)
+        set_attribute(gm, name, value, persistent=False)
+    return site
 
 
 # Where the tensors of an AdapterSite stand, behind the module's name.
@@ -348,7 +426,7 @@ def _first_values(
         first = computed(weight, layout, r, target.scaling, config, new.context(target.site.path, dtype))
     else:
         first = First(
-            torch.empty(layout.a_shape(r), dtype=dtype, device=weight.device),
+            torch.zeros(layout.a_shape(r), dtype=dtype, device=weight.device),
             torch.zeros(layout.b_shape(r), dtype=dtype, device=weight.device),
         )
         if new.draws:
@@ -374,7 +452,7 @@ def _first_values(
             )
         values["magnitude"] = norm.reshape(magnitude_shape(layout))
     frozen = () if start is None else start.frozen
-    return {field: nn.Parameter(value, field not in frozen) for field, value in values.items()} | buffers
+    return {part: nn.Parameter(value, part not in frozen) for part, value in values.items()} | buffers
 
 
 def _replace_base(gm: LoraGraphModule, application: Application, target: PlannedSite, base: torch.Tensor) -> None:
@@ -409,6 +487,15 @@ def _low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterS
             f"{application.path!r} is applied in ways that no one A and B can serve (by {application.use.node.name}: "
             f"{application.layout}; elsewhere: {site.layout}); leave it out with exclude_modules"
         )
+    if (
+        application.layout != site.layout
+        and (site.magnitude or site.lora_bias)
+        and not application.use.family.is_on_weight
+    ):
+        raise GraphError(
+            f"{application.path!r} is also applied the other way round (by {application.use.node.name}), where "
+            "use_dora and lora_bias have no meaning; leave it out with exclude_modules"
+        )
     weight = application.use.weight
     value = weight.meta.get("val") if isinstance(weight, fx.Node) else None
     taken = value.dtype if isinstance(value, torch.Tensor) else get_parameter(gm, application.attribute).dtype
@@ -425,6 +512,17 @@ def _low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterS
         strength=record_of(gm).active[name],
         layout=site.layout,
         needs_cast=get_parameter(gm, site.lora_a).dtype != taken,
+    )
+
+
+def _rows_path(gm: LoraGraphModule, application: Application, site: RowsSite, name: str) -> RowsPath:
+    return RowsPath(
+        adapter=name,
+        rows=site.rows,
+        index=site.index,
+        slots=site.slots,
+        strength=record_of(gm).active[name],
+        needs_cast=get_parameter(gm, site.rows).dtype != get_parameter(gm, application.attribute).dtype,
     )
 
 

@@ -9,7 +9,7 @@ they work on tensors and, to write nodes, on `fx.Proxy`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +50,9 @@ class Layout(Protocol):
 
     def why_not_rank(self, r: int) -> str | None:
         """Why there can be no adapter of rank r, or None."""
+
+    def why_no_weight(self) -> str | None:
+        """Why no weight of that shape can hold what A and B do, or None."""
 
     def matrices(self, weight: Any) -> Any:
         """The weight as (n, rows, columns); a view where its memory allows one."""
@@ -109,6 +112,9 @@ class Matrix:
     def why_not_rank(self, r: int) -> str | None:
         return None
 
+    def why_no_weight(self) -> str | None:
+        return None
+
     def matrices(self, weight: Any) -> Any:
         return _aten.unsqueeze.default(weight, 0)
 
@@ -141,13 +147,17 @@ class Kernel:
     """A convolution's kernel (out, in / groups, *k), or a transposed one's (in, out / groups, *k).
 
     A has the kernel's extent, (r, in / groups, *k), and B is pointwise, (out, r / groups, 1, …): each group has
-    r / groups ranks of its own. (PEFT's A mixes all groups, which no grouped kernel can hold; its block diagonal is
-    this one.)
+    r / groups ranks of its own. PEFT's A is (r, in, *k) for any groups: `dense` and `grouped` lead there and back.
+
+    Attributes:
+        mixes_groups: A is (r, in, *k) and not zero between groups, so that each rank sees all groups of inputs. That
+            can be computed beside the op, and no grouped kernel can hold it.
     """
 
     shape: Shape
     groups: int = 1
     is_transposed: bool = False
+    mixes_groups: bool = field(default=False, compare=False)
     stored_in_out: bool = False
     count: int = 1
 
@@ -165,7 +175,7 @@ class Kernel:
         return self.shape[2:]
 
     def a_shape(self, r: int) -> Shape:
-        return r, self.in_features // self.groups, *self.extent
+        return r, self.in_features // (1 if self.mixes_groups else self.groups), *self.extent
 
     def b_shape(self, r: int) -> Shape:
         return self.out_features, r // self.groups, *(1 for _ in self.extent)
@@ -174,6 +184,31 @@ class Kernel:
         if r % self.groups == 0:
             return None
         return f"r={r} is no multiple of its {self.groups} groups, which share the ranks out among them"
+
+    def why_no_weight(self) -> str | None:
+        if not self.mixes_groups:
+            return None
+        return f"its A mixes the {self.groups} groups of inputs, which the convolution's grouped kernel keeps apart"
+
+    def dense_shape(self, r: int) -> Shape:
+        """Shape of A as PEFT has it."""
+        return self.a_shape(r) if self.is_transposed else (r, self.in_features, *self.extent)
+
+    def dense(self, a: torch.Tensor) -> torch.Tensor:
+        """A as PEFT has it, (r, in, *k): zero between groups."""
+        if self.groups == 1 or self.is_transposed or self.mixes_groups:
+            return a
+        blocks = a.reshape(self.groups, len(a) // self.groups, -1).unbind()
+        whole: torch.Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+        return whole.reshape(len(a), self.in_features, *self.extent)
+
+    def grouped(self, whole: torch.Tensor) -> torch.Tensor | None:
+        """A of PEFT's (r, in, *k); None if it mixes the groups."""
+        inputs = self.in_features // self.groups
+        rows = whole.reshape(self.groups, -1, self.groups, inputs, *self.extent)
+        own = torch.stack([rows[group, :, group] for group in range(self.groups)])
+        a = own.reshape(-1, inputs, *self.extent)
+        return a if bool((self.dense(a) == whole).all()) else None
 
     def matrices(self, weight: Any) -> Any:
         points = math.prod(self.extent)
@@ -245,6 +280,9 @@ class Experts:
         return self.out_features, r * self.count
 
     def why_not_rank(self, r: int) -> str | None:
+        return None
+
+    def why_no_weight(self) -> str | None:
         return None
 
     def matrices(self, weight: Any) -> Any:

@@ -65,10 +65,10 @@ def trained_tensor(gm: fx.GraphModule, name: str) -> torch.Tensor:
 
 
 def _parameters_of(gm: fx.GraphModule, adapter: Adapter) -> Iterator[nn.Parameter]:
-    for site in adapter.sites.values():
-        for attribute in site.tensors.values():
+    for member in adapter.members:
+        for attribute in member.tensors.values():
             yield get_parameter(gm, attribute)
-    for name in adapter.trained:
+    for name in adapter.saved:
         value = trained_tensor(gm, name)
         if isinstance(value, nn.Parameter):
             yield value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from .aliasing import overlapping_names, view_of
 from .applications import Reading, Refusal, read_applications
 from .attributes import get_attribute, get_parameter
 from .config import ALL_LINEAR, LoraConfig, scaling_of
+from .dora import why_no_magnitude
 from .errors import TargetError, closest, warn
 from .graph_module import checked_graph_module, record_of
 from .layouts import as_stored
@@ -48,6 +49,21 @@ class PlannedSite:
 
 
 @dataclass(frozen=True)
+class PlannedRows:
+    """Rows of an embedding that are trained as they are (trainable_token_indices).
+
+    Attributes:
+        site: the embedding's.
+        rows: which, in the order of the file.
+        readers: paths of all sites that apply its weight, which all get the trained rows.
+    """
+
+    site: Site
+    rows: tuple[int, ...]
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Skipped:
     """One site that gets none, and why."""
 
@@ -65,12 +81,14 @@ class Plan:
         skipped: every other site, and the linears that cannot be adapted, with the reason.
         trained: full names of the base parameters and buffers that are trained and saved as they are:
             those of modules_to_save, and biases with bias="all" or "lora_only".
+        tokens: the embeddings of which some rows are trained as they are.
     """
 
     config: LoraConfig
     targets: tuple[PlannedSite, ...]
     skipped: tuple[Skipped, ...]
     trained: tuple[str, ...] = ()
+    tokens: tuple[PlannedRows, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -84,6 +102,8 @@ class Plan:
         text += f"\n\n{format_table(header, rows)}"
         if self.trained:
             text += f"\n\n{counted(len(self.trained), 'tensor')} of the base trained in full: {', '.join(self.trained)}"
+        for planned in self.tokens:
+            text += f"\n\n{counted(len(planned.rows), 'row')} of {planned.site.path} trained in full"
         if self.skipped:
             table = format_table(("not adapted", "why"), [(s.path or "(root)", s.reason) for s in self.skipped])
             text += f"\n\n{table}"
@@ -131,16 +151,22 @@ def plan_adapters(
         _check_refused(config, targets, refusals)
         _check_patterns(config, targets, sites, chosen, refusals, module_paths(gm))
         _check_not_linear(gm, config, targets, reading, [*sites, *refusals], saved)
-    if not chosen:
+    tokens = _tokens(gm, config, reading, sites, saved)
+    if config.ensure_weight_tying:
+        chosen = _with_tied(gm, reading, sites, chosen, saved)
+        skipped = [each for each in skipped if each.path not in {site.path for site in chosen}]
+    if not chosen and not tokens:
         raise _nothing_chosen(config, sites, skipped, refusals)
     skipped.extend(Skipped(refusal.path, f"cannot be adapted: {refusal.reason}") for refusal in refusals)
     planned = [_planned(site, config) for site in chosen]
     if share_tied:
         planned = _shared(gm, reading, planned)
+        if config.ensure_weight_tying:
+            planned = _tie_turned(planned, _views(gm, reading))
     trained = tuple(dict.fromkeys([*_saved_tensors(gm, saved), *_biases(gm, config, chosen)]))
     _check_trained(gm, trained)
     _warn(config, chosen)
-    return Plan(config, tuple(planned), tuple(skipped), trained)
+    return Plan(config, tuple(planned), tuple(skipped), trained, tokens)
 
 
 def _target_names(config: LoraConfig, sites: Sites) -> tuple[str, ...] | str:
@@ -198,16 +224,27 @@ def _planned(site: Site, config: LoraConfig) -> PlannedSite:
         raise TargetError(
             f"{site.path!r} cannot be adapted with this rank: {reason}. rank_pattern can give it a rank of its own"
         )
+    if reason := _why_no_variant(site, config):
+        raise TargetError(f"{site.path!r} cannot be adapted: {reason}. Leave it out with exclude_modules")
     return PlannedSite(site, r, alpha, scaling_of(alpha, r, use_rslora=config.use_rslora), by_parameter=by_parameter)
+
+
+def _why_no_variant(site: Site, config: LoraConfig) -> str | None:
+    """Why use_dora or lora_bias cannot be had at the site, or None."""
+    if config.use_dora:
+        return why_no_magnitude(site.layout)
+    if config.lora_bias and (site.is_lookup or site.is_on_weight or site.layout.count > 1):
+        return f"lora_bias is added to what a linear or a convolution gives, and this is {site.op}"
+    return None
 
 
 def _shared(gm: fx.GraphModule, reading: Reading, planned: list[PlannedSite]) -> list[PlannedSite]:
     """One weight has one adapter: of several sites on it, the first owns A and B."""
-    attribute = {a.path: a.attribute for a in reading.applications}
+    views = _views(gm, reading)
     owners: dict[Hashable, list[PlannedSite]] = {}
     result: list[PlannedSite] = []
     for target in planned:
-        on_weight = owners.setdefault(view_of(get_parameter(gm, attribute[target.site.path])), [])
+        on_weight = owners.setdefault(views[target.site.path], [])
         owner = next((owner for owner in on_weight if _adapts_alike(owner, target)), None)
         if owner is None:
             on_weight.append(target)
@@ -215,8 +252,96 @@ def _shared(gm: fx.GraphModule, reading: Reading, planned: list[PlannedSite]) ->
     return result
 
 
+def _views(gm: fx.GraphModule, reading: Reading) -> dict[str, Hashable]:
+    """{site: the tensor that it applies, as a value}."""
+    attributes = {application.path: application.attribute for application in reading.applications}
+    return {path: view_of(get_parameter(gm, attribute)) for path, attribute in attributes.items()}
+
+
 def _adapts_alike(a: PlannedSite, b: PlannedSite) -> bool:
     return (a.r, a.lora_alpha, a.site.layout) == (b.r, b.lora_alpha, b.site.layout)
+
+
+def _with_tied(gm: fx.GraphModule, reading: Reading, sites: Sites, chosen: list[Site], saved: list[str]) -> list[Site]:
+    """With ensure_weight_tying: the chosen sites, and all others that apply one of their weights."""
+    views = _views(gm, reading)
+    wanted = {views[site.path] for site in chosen}
+    paths = {site.path for site in chosen}
+    found = [site for site in sites if site.path in paths or views[site.path] in wanted]
+    for site in found:
+        if any(site.path == module or site.path.startswith(f"{module}.") for module in saved):
+            raise TargetError(
+                f"ensure_weight_tying adapts {site.path!r} with what it is tied to, and modules_to_save trains it in "
+                "full; leave it out of one of the two"
+            )
+    return found
+
+
+def _tie_turned(planned: list[PlannedSite], views: dict[str, Hashable]) -> list[PlannedSite]:
+    """With ensure_weight_tying, an embedding and the head that applies its table the other way round share A and B."""
+    owners: dict[Hashable, PlannedSite] = {}
+    result = []
+    for target in planned:
+        owner = owners.setdefault(views[target.site.path], target)
+        turned = owner.site.layout.turned()
+        if target.shares_with is None and owner is not target and target.site.layout == turned:
+            if (owner.r, owner.lora_alpha) != (target.r, target.lora_alpha):
+                raise TargetError(
+                    f"ensure_weight_tying gives {owner.site.path!r} and {target.site.path!r} one adapter, and "
+                    "rank_pattern or alpha_pattern gives them two ranks or alphas; make them equal"
+                )
+            target = replace(target, shares_with=owner.site.path)
+        result.append(target)
+    return result
+
+
+def _tokens(
+    gm: fx.GraphModule, config: LoraConfig, reading: Reading, sites: Sites, saved: list[str]
+) -> tuple[PlannedRows, ...]:
+    """The embeddings that trainable_token_indices means, and who else applies their weights."""
+    if config.trainable_token_indices is None:
+        return ()
+    lookups = [site for site in sites if site.is_lookup]
+    paths = [path for site in lookups for path in (site.path, *site.aliases)]
+    wanted = config.trainable_token_indices
+    named = wanted if isinstance(wanted, Mapping) else {_input_embedding(reading, lookups): wanted}
+    views, planned = _views(gm, reading), []
+    for name, rows in named.items():
+        found = [site for site in lookups if any(matches_suffix(path, name) for path in site.names)]
+        if not found:
+            raise TargetError(f"trainable_token_indices names {name!r}, which is no embedding.{closest(name, paths)}")
+        for site in found:
+            if site.path in saved:
+                raise TargetError(
+                    f"modules_to_save trains {site.path!r} in full, rows of trainable_token_indices among "
+                    "them; leave it out of one of the two"
+                )
+            if max(rows) >= site.in_features:
+                raise TargetError(
+                    f"trainable_token_indices holds {max(rows)}, and {site.path!r} has {site.in_features} rows; resize "
+                    "the embedding before tracing"
+                )
+            readers = tuple(path for path, view in views.items() if view == views[site.path])
+            planned.append(PlannedRows(site, tuple(rows), readers))
+    return tuple(planned)
+
+
+def _input_embedding(reading: Reading, lookups: list[Site]) -> str:
+    """The embedding that a list of rows means: PEFT's `embed_tokens`, the only one, or what looks up input_ids."""
+    by_name = [site.path for site in lookups if site.path.rpartition(".")[2] == "embed_tokens"]
+    inputs = ("input_ids", "decoder_input_ids")
+    of_input = dict.fromkeys(
+        a.path
+        for a in reading.applications
+        if a.use.family.takes_indices and a.use.x.op == "placeholder" and a.use.x.name in inputs
+    )
+    for found in (by_name, [site.path for site in lookups], list(of_input)):
+        if len(found) == 1:
+            return found[0]
+    raise TargetError(
+        "trainable_token_indices is a list of rows, and which embedding it means is not clear; name it: "
+        f"{{name: rows}}. There are {_some(site.path for site in lookups)}"
+    )
 
 
 # Everything that is trained as it is --------------------------------------------------------------
@@ -265,8 +390,8 @@ def _saved_tensors(gm: fx.GraphModule, saved: list[str]) -> Iterator[str]:
 
 def _names_of_adapters(gm: fx.GraphModule) -> set[str]:
     """A and B of adapters that are there already, which belong to no module of the base."""
-    sites = (site for adapter in record_of(gm).adapters.values() for site in adapter.sites.values())
-    return {name for site in sites for name in site.attributes}
+    members = (member for adapter in record_of(gm).adapters.values() for member in adapter.members)
+    return {name for member in members for name in member.attributes}
 
 
 def _biases(gm: fx.GraphModule, config: LoraConfig, chosen: list[Site]) -> Iterator[str]:

@@ -100,8 +100,8 @@ def forget_adapter(gm: LoraGraphModule, name: str) -> None:
     record = record_of(gm)
     adapter = record.adapters.pop(name)
     record.active.pop(name, None)
-    for site in adapter.sites.values():
-        for attribute in site.attributes:
+    for member in adapter.members:
+        for attribute in member.attributes:
             if get_attribute(gm, attribute) is not None:
                 delete_attribute(gm, attribute)
     for tensor in adapter.trained:

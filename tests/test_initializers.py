@@ -399,7 +399,7 @@ def test_no_rank_above_the_smaller_side(name) -> None:
 
 
 def test_other_ranks_that_cannot_be() -> None:
-    with pytest.raises(ConfigError, match=r"'block\.fc': r=3 is odd.*choose r=4"):
+    with pytest.raises(ConfigError, match=r"'block\.fc': r=3 is odd.*such as r=4"):
         start("orthogonal", weight(), r=3)
     start("lora_ga", weight((7, 11)), r=3)
     with pytest.raises(ConfigError, match=r"r=4 needs 2 r = 8 singular directions.*choose r=3 at most"):

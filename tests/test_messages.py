@@ -93,7 +93,13 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         "LoraConfig",
         "'target_modules'",
     ),
-    "unsupported": (ConfigError, lambda p: LoraConfig(use_dora=True), "use_dora", "not support", "leave it out"),
+    "unsupported": (
+        ConfigError,
+        lambda p: LoraConfig(layer_replication=[(0, 1)]),
+        "layer_replication",
+        "not support",
+        "leave it out",
+    ),
     "positional": (ConfigError, lambda p: LoraConfig(8), "keyword arguments only", "LoraConfig", "r=8"),
     "string": (
         ConfigError,

@@ -91,9 +91,9 @@ class Convolution(Family):
         if mode := options.get("padding_mode"):
             x = graph.call_function(F.pad, (x, options["padding"], mode))
             options |= {"padding": 0}
-        values = tuple(
-            [v] * dims if is_aten and v is d and n != "groups" else v for n, d in names for v in (options[n],)
-        )
+        mixes = isinstance(layout, Kernel) and layout.mixes_groups
+        own = options | {"groups": 1} if mixes else options
+        values = tuple([v] * dims if is_aten and v is d and n != "groups" else v for n, d in names for v in (own[n],))
         if _is_transposed(use):  # the op wants (in, r / groups, *k)
             a = _grouped_transpose(graph, a, options["groups"])
         op: Any = use.node.target if use.node.op == "call_function" else getattr(F, use.kind)

@@ -48,6 +48,7 @@ class EmbConv1D(nn.Module):
         self.emb = nn.Embedding(100, 5)
         self.conv1d = Conv1D(1, 5)
         nn.init.normal_(self.conv1d.weight, std=0.5)  # 0.02 as it comes, which hides everything behind lin0's bias
+        nn.init.constant_(self.conv1d.bias, 1.0)  # so that the tokens of the matrix get through the ReLU
         self.relu = nn.ReLU()
         self.flat = nn.Flatten()
         self.lin0 = nn.Linear(10, 2)

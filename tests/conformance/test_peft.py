@@ -401,24 +401,6 @@ def test_an_adapter_called_like_a_module_keeps_its_neighbours_keys(tmp_path: Pat
     assert distance(run(model, case.arguments()), run(alone, case.arguments())) <= tolerance(case, torch.float32)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"use_dora": True},
-        {"lora_bias": True},
-        {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "olora"},
-    ],
-)
-def test_what_is_not_supported_is_refused_by_its_name(options: dict[str, Any], tmp_path: Path) -> None:
-    case, options = full("mlp", options)
-    with talkative():
-        peft_model(case, options).save_pretrained(tmp_path)
-    name = next(key for key in ("use_dora", "lora_bias", "init_lora_weights") if key in options)
-    with pytest.raises(LoraFxError, match=name):
-        lora_fx.load_adapter(traced(case), tmp_path)
-
-
 def test_an_embedding_that_is_tied_with_the_head(tmp_path: Path) -> None:
     """PEFT adapts the lookup alone until it merges, and then the head too (5.0 #14); folding here unties them."""
     case = BY_NAME["tied_head"]

@@ -361,7 +361,10 @@ def test_the_files_of_both_hold_the_same_keys_and_shapes(row: Row, tmp_path: Pat
         *("r", "lora_alpha", "use_dora", "lora_bias", "use_rslora", "bias", "init_lora_weights", "peft_type"),
         *("target_parameters", "trainable_token_indices", "rank_pattern", "alpha_pattern", "modules_to_save"),
     ):
-        assert (ours.get(key) or None) == (peers[key] or None), key
+        mine, their = (fields.get(key) or None for fields in (ours, peers))
+        if key == "target_parameters" and their is not None:  # a set to PEFT
+            mine, their = sorted(mine), sorted(their)
+        assert mine == their, key
 
 
 @rows()
@@ -684,7 +687,7 @@ def test_pissa_by_subspace_iteration(tmp_path: Path) -> None:
     """Random, but close to the whole decomposition; the output is the base's to the last digits."""
     case = CASES["mix"]
     options = {"r": 3, "target_modules": ["lin0", "lin1"]}
-    fast = lora_fx.inject(traced(case), lora_fx.LoraConfig(**options, init_lora_weights="pissa_niter_40"))
+    fast = lora_fx.inject(traced(case), lora_fx.LoraConfig(**options, init_lora_weights="pissa_niter_200"))
     whole = lora_fx.inject(traced(case), lora_fx.LoraConfig(**options, init_lora_weights="pissa"))
     x = case.arguments()
     assert distance(run(traced(case), x), run(fast, x)) <= tolerance(case, torch.float32)
