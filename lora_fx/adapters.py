@@ -138,8 +138,9 @@ def _check_start(config: LoraConfig, folder: Path) -> None:
     if start is not None and start.changes_base and start.calibration is not None:
         raise ConfigError(
             f"{str(folder / CONFIG_FILE)!r}: the adapter was started by init_lora_weights={start.name!r}, from data "
-            "that is not in its file, and PEFT took the start out of the base; save it as plain LoRA: model.save_pretrained(directory, "
-            "path_initial_model_for_weight_conversion=...). lora_fx.save_adapter always does"
+            "that is not in its file, and PEFT took the start out of the base; save it as plain LoRA: "
+            "model.save_pretrained(directory, path_initial_model_for_weight_conversion=...). lora_fx.save_adapter "
+            "always does"
         )
 
 

@@ -376,14 +376,12 @@ def _application(
     return Application(scope, use, _path_of(weight), weight, attribute, mode, layout)
 
 
-def bias_of(application: Application, parameters: dict[str, nn.Parameter]) -> tuple[str | None, float]:
-    """The parameter that the op adds to its product, if it is one, and what it multiplies that with."""
+def bias_of(application: Application, parameters: dict[str, nn.Parameter]) -> str | None:
+    """The parameter that the op adds to its product, if it is one."""
     use = application.use
     bias = None if use.family.is_on_weight else use.family.bias(use)
-    if bias is None:
-        return None, 1.0
-    origin = _origin(bias, application.scope, parameters)
-    return (origin.name if isinstance(origin, _Origin) else None), use.family.bias_factor(use)
+    origin = None if bias is None else _origin(bias, application.scope, parameters)
+    return origin.name if isinstance(origin, _Origin) else None
 
 
 def _reason_not_plain(use: Use, scope: Scope, parameters: dict[str, nn.Parameter], names: list[str]) -> str | None:

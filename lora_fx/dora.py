@@ -19,7 +19,7 @@ def why_no_magnitude(layout: Layout) -> str | None:
     """Why the outputs of such a weight have no norms of their own, or None."""
     if isinstance(layout, Matrix) or (isinstance(layout, Kernel) and not layout.is_transposed):
         return None
-    kind = "a transposed convolution" if isinstance(layout, Kernel) else f"{layout.count} matrices in one parameter"
+    kind = "a transposed convolution" if isinstance(layout, Kernel) else "a parameter of three dimensions"
     return f"DoRA is defined for matrices and convolutions, and this is {kind}"
 
 

@@ -106,13 +106,13 @@ def _bias_tasks(
         if not with_bias:
             continue
         biases = {bias_of(application, parameters) for application in applications[path]}
-        bias, factor = biases.pop()
+        bias = biases.pop()
         if bias is None or biases:
             raise FoldError(
                 f"{path!r} has a lora_bias, and no bias of its own in the base to fold it into; give the base module "
                 "one (of zeros) before tracing, or train without lora_bias"
             )
-        found = [BiasTerm(term.site, term.strength, bias, factor) for term in with_bias]
+        found = [BiasTerm(term.site, term.strength, bias) for term in with_bias]
         task = _task(gm, reading, [path], found, bias, applications)
         if task.other_readers:
             raise FoldError(

@@ -89,7 +89,6 @@ class BiasTerm:
     site: AdapterSite
     strength: float
     bias: str
-    factor: float = 1.0
 
     @property
     def tensor(self) -> str:
@@ -109,7 +108,7 @@ class BiasTerm:
 
     def delta(self, gm: fx.GraphModule, tensor: torch.Tensor, dtype: torch.dtype) -> Delta:
         added = _value(gm, self.parts[0], dtype).reshape(1, 1, -1)
-        return Delta(torch.ones_like(added[..., :1]), added, self.site.scaling * self.strength / self.factor)
+        return Delta(torch.ones_like(added[..., :1]), added, self.site.scaling * self.strength)
 
 
 @dataclass(frozen=True)

@@ -107,13 +107,17 @@ def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
             x = _call_dropout(scope, path.dropout, x)
         delta = use.family.emit(use, layout, x, a, b)
         if path.lora_bias is not None:
-            delta = graph.call_function(dialect.add, (delta, _along_outputs(application, read["lora_bias"])))
+            added = _along_outputs(application, read["lora_bias"])
+            if use.family.bias_factor(use) != use.factor:  # it counts as the op's own bias does
+                added = graph.call_function(dialect.mul, (added, use.family.bias_factor(use) / use.factor))
+            delta = graph.call_function(dialect.add, (delta, added))
         if path.magnitude is None:
             delta = graph.call_function(dialect.mul, (delta, path.scaling * path.strength * use.factor))
         else:
             delta = graph.call_function(dialect.mul, (delta, path.scaling * use.factor))
             delta = _with_magnitude(application, path, read, delta)
-        if path.needs_cast:
+        # Under autocast, the op gives another type than its parameters have.
+        if path.needs_cast or path.magnitude is not None or path.lora_bias is not None:
             delta = graph.call_function(dialect.cast_like, (delta, base))
         total = graph.call_function(dialect.add, (base, delta))
     inserted = _mark_between(base, behind, role, use.node)

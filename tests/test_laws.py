@@ -65,6 +65,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "layers": {"target_modules": ["q_proj", "down"], "layers_to_transform": [1]},
     "excluded": {"exclude_modules": ["layers.0.up", "head"]},
     "rank_above_size": {"r": 19, "lora_alpha": 7},
+    "dora": {"use_dora": True},
+    "dora_dropout": {"use_dora": True, "lora_dropout": 0.3},
+    "lora_bias": {"lora_bias": True, "exclude_modules": ["up"]},  # which has no bias to fold it into
+    "mica": {"init_lora_weights": "mica"},
 }
 
 
