@@ -71,6 +71,11 @@ def test_every_defect_has_a_test() -> None:
     assert set(range(1, 20)) == set(DEFECTS)
 
 
+def test_the_readme_shows_this_table() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    assert "".join(f"| {number} | {what} | {outcome} |\n" for number, (what, outcome) in DEFECTS.items()) in text
+
+
 # The parts that the tests are made of -------------------------------------------------------------------
 
 
