@@ -42,6 +42,7 @@ def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, .
         _count_table(workloads.llama(layers, hidden, tokens), lora_dropout=0.05),
         _count_table(workloads.llama(layers, hidden, tokens, dtype=torch.bfloat16), lora_dropout=0.0),
     ]
+    tables.append(_dora_table(workloads.llama(layers, hidden, tokens)))
     timed = workloads.llama(2, 256 if quick else 768, 128 if quick else 512)
     return (*tables, _time_table(timed, rounds))
 
@@ -168,6 +169,26 @@ def _count_table(workload: Workload, *, lora_dropout: float) -> Table:
             "Kept: storages that autograd holds for backward, each once, parameters left out",
             "floor: base frozen, gradient carried through to the embeddings",
         ),
+    )
+
+
+def _dora_table(workload: Workload) -> Table:
+    """DoRA: PEFT builds W + s · B @ A to take its norms; here they come from products of rank r."""
+    peft_model, _, injected = workloads.adapted_alike(workload, use_dora=True)
+    said = check(peft_model, injected, workload)
+    plain_peft, _, plain = workloads.adapted_alike(workload)
+    models = {"PEFT, DoRA": peft_model, "lora_fx, DoRA": injected, "PEFT, plain": plain_peft, "lora_fx, plain": plain}
+    counts = {name: count_step(model.train(), lora_step(model, workload)) for name, model in models.items()}
+    first = counts["PEFT, DoRA"]
+    rows = [
+        (name, c.flops / first.flops, c.kernels / first.kernels, c.saved / first.saved, c.moved / first.moved)
+        for name, c in counts.items()
+    ]
+    return Table(
+        f"one training step with use_dora, counted: {workload.name}, r = {workload.r}",
+        ("model", "FLOPs / PEFT", "kernels / PEFT", "kept / PEFT", "moved / PEFT"),
+        tuple(rows),
+        (f"checked first: {said}", "ratios to PEFT's DoRA; what is counted is as above"),
     )
 
 

@@ -30,29 +30,29 @@ def magnitude_shape(layout: Layout) -> Shape:
     return (layout.out_features,)
 
 
+# Below any square of a norm that means something; an output without weights has this one, and its m the same.
+_LEAST = 1e-30
+
+
 def weight_norm(layout: Layout, weight: Any, a: Any, b: Any, scaling: float) -> Any:
     """‖W + scaling · ΔW‖ of each output, (out,), in the dtype that all of them have."""
-    rows_are_outputs = not layout.stored_in_out
     matrices = layout.matrices(weight)
     left, right = layout.factors(_aten.detach.default(a), _aten.detach.default(b))
-    if rows_are_outputs:
-        near, far, along = left, _aten.transpose.int(right, 1, 2), 2  # (n, rows, q), (n, columns, q)
-        across = _aten.matmul.default(matrices, far)
-        inner = _aten.matmul.default(near, _aten.matmul.default(right, far))
+    if layout.stored_in_out:
+        near, along = right, 1  # (n, q, columns)
+        far = _aten.transpose.int(left, 1, 2)  # (n, q, rows)
+        across, gram = _aten.bmm.default(far, matrices), _aten.bmm.default(far, left)
+        added = _aten.baddbmm.default(across, gram, near, beta=2 * scaling, alpha=scaling * scaling)
     else:
-        near, far, along = right, _aten.transpose.int(left, 1, 2), 1  # (n, q, columns), (n, q, rows)
-        across = _aten.matmul.default(far, matrices)
-        inner = _aten.matmul.default(_aten.matmul.default(far, left), near)
+        near, along = left, 2  # (n, rows, q)
+        far = _aten.transpose.int(right, 1, 2)  # (n, columns, q)
+        across, gram = _aten.bmm.default(matrices, far), _aten.bmm.default(right, far)
+        added = _aten.baddbmm.default(across, near, gram, beta=2 * scaling, alpha=scaling * scaling)
     own = _aten.linalg_vector_norm.default(matrices, 2, [along])
-    added = _aten.add.Tensor(_aten.mul.Tensor(across, 2 * scaling), _aten.mul.Tensor(inner, scaling * scaling))
-    squares = _aten.add.Tensor(
-        _aten.mul.Tensor(own, own), _aten.sum.dim_IntList(_aten.mul.Tensor(near, added), [along])
-    )
-    return _aten.reshape.default(_aten.sqrt.default(_aten.clamp_min.default(squares, 0.0)), [-1])
+    squares = _aten.addcmul.default(_aten.sum.dim_IntList(_aten.mul.Tensor(near, added), [along]), own, own)
+    return _aten.reshape.default(_aten.sqrt.default(_aten.clamp_min.default(squares, _LEAST)), [-1])
 
 
 def gain(layout: Layout, weight: Any, a: Any, b: Any, magnitude: Any, scaling: float) -> Any:
-    """m / ‖W + scaling · ΔW‖ of each output, (out,); 0 for an output without weights, whose m is 0 too."""
-    norm = weight_norm(layout, weight, a, b, scaling)
-    divisor = _aten.add.Tensor(norm, _aten.eq.Scalar(norm, 0))
-    return _aten.div.Tensor(_aten.reshape.default(magnitude, [-1]), divisor)
+    """m / ‖W + scaling · ΔW‖ of each output, (out,)."""
+    return _aten.div.Tensor(_aten.reshape.default(magnitude, [-1]), weight_norm(layout, weight, a, b, scaling))

@@ -445,9 +445,9 @@ def _first_values(
             nn.init.uniform_(values["lora_bias"], -1 / math.sqrt(r), 1 / math.sqrt(r))
     if config.use_dora:
         norm = weight_norm(layout, weight.to(dtype), a, b, target.scaling)
-        if not weight.is_meta and not bool(torch.isfinite(norm).all()):
+        if not weight.is_meta and not bool(((norm > 0) & (norm < math.inf)).all()):
             raise AdapterError(
-                f"{target.site.path!r}: the norms that use_dora divides by are not finite in {dtype}; "
+                f"{target.site.path!r}: the norms that use_dora divides by are 0 or not finite in {dtype}; "
                 "inject(..., adapter_dtype=torch.float32) has room for them, if the weight itself is finite"
             )
         values["magnitude"] = norm.reshape(magnitude_shape(layout))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 from zoo import (
     BY_NAME,
     SMALL,
@@ -29,7 +29,7 @@ from zoo import (
 )
 
 import lora_fx
-from lora_fx import ConfigError, FoldError, GraphError, TargetError
+from lora_fx import ConfigError, FoldError, GraphError, LoraConfig, LoraFxError, TargetError
 
 
 def has_added_bias(site: lora_fx.Site) -> bool:
@@ -58,7 +58,7 @@ MODELS = [case for case in (*SMALL, BY_NAME["gpt2"], BY_NAME["llama"]) if not ca
 
 
 # Only the shapes that an exported graph carries tell whether `W @ x` has a vector or a matrix for x.
-UNKNOWN_AXIS = {"products", "vector"}
+UNKNOWN_AXIS = ("products", "vector")
 
 
 def refusal(variant: str, case: Case, tracer: str = "trace") -> str | None:
@@ -178,3 +178,49 @@ def test_an_axis_that_the_graph_does_not_tell(name: str) -> None:
     with pytest.raises(GraphError, match=r"on which axis of the result of \w+ its outputs lie"):
         adapted_by("dora", BY_NAME[name], gm)
     assert fingerprint(gm) == before
+
+
+def test_an_output_without_weights_stays_one() -> None:
+    """Its norm is 0, and what DoRA divides by is not."""
+    model = nn.Sequential(nn.Linear(7, 5)).eval()
+    with torch.no_grad():
+        model[0].weight[2] = 0.0
+    arguments = ((torch.randn(3, 7),), {})
+    gm = lora_fx.trace(model, *arguments)
+    adapted = lora_fx.inject(gm, LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    assert_same_bits(run(frozen(gm), arguments), run(adapted, arguments))
+    randomise(adapted)
+    folded = lora_fx.fold(adapted)
+    assert distance(run(adapted, arguments), run(folded, arguments)) < 1e-5
+    assert all(bool(torch.isfinite(p).all()) for p in folded.parameters())
+
+
+def test_norms_that_a_narrow_type_has_no_room_for_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(7, 5)).eval()
+    with torch.no_grad():
+        model[0].weight[2] = 1e3  # its square is beyond float16
+    gm = lora_fx.trace(model, torch.randn(3, 7))
+    with pytest.raises(LoraFxError, match=r"use_dora divides by are 0 or not finite in torch.float16; inject\("):
+        lora_fx.inject(gm, LoraConfig(r=2, target_modules=["0"], use_dora=True), adapter_dtype=torch.float16)
+
+
+def test_the_norms_build_no_weight() -> None:
+    """No node of the graph has as many elements as W, but those that were there, and W itself read once more."""
+    gm = traced(BY_NAME["llama"])
+    adapted = lora_fx.inject(gm, LoraConfig(r=2, target_modules=["up_proj"], use_dora=True))
+    shapes: list[tuple[int, ...]] = []
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if "lora_fx" in n.meta and isinstance(value, torch.Tensor):
+                shapes.append(tuple(value.shape))
+            return value
+
+    args, kwargs = BY_NAME["llama"].arguments()
+    with torch.no_grad():
+        Shapes(adapted).run(*torch.utils._pytree.tree_leaves((args, kwargs)))
+    weight = adapted.get_parameter("model.layers.0.mlp.up_proj.weight")
+    full = [shape for shape in shapes if weight.shape[0] in shape and weight.shape[1] in shape]
+    assert shapes
+    assert len(full) == 2 * 2  # two layers: the read, and the view of it as one of a stack of matrices
