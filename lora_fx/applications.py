@@ -22,6 +22,7 @@ from .graph_module import ROLE, record_of
 from .layouts import Layout
 from .ops import ON_WEIGHT, Use, uses_of
 from .ops.use import argument, operands_of, writer_of
+from .slices import is_pieces, is_slice, slice_dimension, slice_of
 
 _aten = torch.ops.aten
 
@@ -97,6 +98,7 @@ class Application:
         attribute: the name under which the graph reads it; differs from `weight` for tied weights.
         mode: the view it is in.
         layout: how A and B make the parameter's delta as this op reads it.
+        rows: which of its outputs this op applies, where the weight is sliced on the way; None for all.
     """
 
     scope: Scope
@@ -106,6 +108,7 @@ class Application:
     attribute: str
     mode: bool | None
     layout: Layout
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -273,7 +276,7 @@ def _read_node(
 
 def _steps_of(use: Use) -> list[fx.Node]:
     """The nodes that stand between a weight's read and its use: no uses of their own."""
-    return [] if isinstance(use.weight, str) else undone_steps(use.weight)
+    return [] if isinstance(use.weight, str) else steps_to(use.weight)
 
 
 # This says what a cast was traced with.
@@ -343,7 +346,7 @@ def _final_users(node: fx.Node) -> Iterator[fx.Node]:
                 for index, operand in enumerate(operands):
                     if operand is node:
                         yield from _final_users(placeholders[index])
-        elif _undone(user) is not None or unsummed(user) is not user:
+        elif is_step(user) or unsummed(user) is not user:
             yield from _final_users(user)
         elif ROLE not in user.meta and user.target not in _ONLY_CHECKS:
             yield user
@@ -363,17 +366,20 @@ def _application(
             return refused(path, reason)
     if isinstance(origin, str):
         return refused(path, origin) if use.is_certain else None
-    attribute, flipped = origin.name, origin.flipped
+    attribute, stored_in_out = origin.name, use.takes_in_out != origin.flipped
     parameter = parameters[attribute]
     weight = _own_name(attribute, stack, use, parameters, reading)
-    layout = use.family.layout(use, tuple(parameter.shape), use.takes_in_out != flipped)
+    layout = use.family.layout(use, tuple(parameter.shape), stored_in_out)
     if isinstance(layout, str):
         return refused(_path_of(weight), layout) if use.is_certain else None
+    rows = origin.sliced(1 if stored_in_out else 0)
+    if isinstance(rows, str):
+        return refused(_path_of(weight), rows) if use.is_certain else None
     if not parameter.is_floating_point():
         return refused(_path_of(weight), f"{attribute} is {parameter.dtype}, which LoRA cannot be added to")
     if reason := scope.reason or _reason_not_plain(use, scope, parameters, reading.names[attribute]):
         return refused(_path_of(weight), reason)
-    return Application(scope, use, _path_of(weight), weight, attribute, mode, layout)
+    return Application(scope, use, _path_of(weight), weight, attribute, mode, layout, rows)
 
 
 def bias_of(application: Application, parameters: dict[str, nn.Parameter]) -> str | None:
@@ -381,7 +387,7 @@ def bias_of(application: Application, parameters: dict[str, nn.Parameter]) -> st
     use = application.use
     bias = None if use.family.is_on_weight else use.family.bias(use)
     origin = None if bias is None else _origin(bias, application.scope, parameters)
-    return origin.name if isinstance(origin, _Origin) else None
+    return origin.name if isinstance(origin, _Origin) and origin.sliced(0) == application.rows else None
 
 
 def _reason_not_plain(use: Use, scope: Scope, parameters: dict[str, nn.Parameter], names: list[str]) -> str | None:
@@ -398,7 +404,7 @@ def _reason_not_plain(use: Use, scope: Scope, parameters: dict[str, nn.Parameter
 
 def _writer(weight: fx.Node, scope: Scope) -> fx.Node | None:
     """The node that changes a weight, a copy of it on the way to its use, or a view of these, in place."""
-    for node in [*undone_steps(weight), _read_of(weight)]:
+    for node in [*steps_to(weight), _read_of(weight)]:
         if (writer := writer_of(node)) is not None:
             return writer
     read = _read_of(weight)
@@ -410,8 +416,8 @@ def _writer(weight: fx.Node, scope: Scope) -> fx.Node | None:
 
 def _read_of(weight: fx.Node) -> fx.Node:
     """The read of a parameter behind its transposes and copies."""
-    while (step := _undone(weight)) is not None:
-        weight = step[0]
+    while (source := _source_of(weight)) is not None:
+        weight = source
     return weight
 
 
@@ -427,13 +433,33 @@ def _module_reason(module: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class _Origin:
+    """A parameter, and what was done to it on the way.
+
+    Attributes:
+        name: the parameter's.
+        flipped: whether it is transposed.
+        slices: by dimension of the parameter, the part that is left of it.
+        shape: of the parameter.
+    """
+
     name: str
     flipped: bool
+    slices: tuple[tuple[int, int], ...]
+    shape: tuple[int, ...]
+
+    def sliced(self, outputs: int) -> tuple[int, int] | str | None:
+        """The part of dimension `outputs`; None for all of it, or why that is not all that is sliced."""
+        parts = [part for dim, part in enumerate(self.slices) if part != (0, self.shape[dim])]
+        if not parts:
+            return None
+        if len(parts) > 1 or self.slices[outputs] != parts[0]:
+            return "its weight is sliced along its inputs in the graph, and A is not"
+        return parts[0]
 
 
 def _origin(weight: fx.Node | str, scope: Scope, parameters: dict[str, nn.Parameter]) -> _Origin | str:
-    """The parameter that a weight operand is, through transposes and out of sub-graphs; or why it is none."""
-    flipped, swaps = False, list[fx.Node]()
+    """The parameter that a weight operand is, through transposes, slices and out of sub-graphs; or why it is none."""
+    steps = list[fx.Node]()
     while isinstance(weight, fx.Node):
         if weight.op == "placeholder" and scope.parent is not None:
             placeholders = [n for n in scope.graph.nodes if n.op == "placeholder"]
@@ -442,17 +468,47 @@ def _origin(weight: fx.Node | str, scope: Scope, parameters: dict[str, nn.Parame
             weight, scope = scope.operands[placeholders.index(weight)], scope.parent
         elif weight.op == "get_attr":
             weight = str(weight.target)
-        elif (step := _undone(weight)) is not None:
-            swaps += [weight] if step[1] else []
-            weight, swapped = step
-            flipped ^= swapped
+        elif (source := _source_of(weight)) is not None:
+            steps.insert(0, weight)
+            weight = source
         else:
             return f"its weight is computed in the graph (by {weight.name}), not a parameter"
     if weight not in parameters:
         return f"its weight {weight!r} is a buffer or constant, not a parameter"
-    if parameters[weight].ndim != 2 and not all(_swaps_last_two(node, parameters[weight].ndim) for node in swaps):
-        return f"its weight is reordered in the graph (by {swaps[0].name})"
-    return _Origin(weight, flipped)
+    return _traced_steps(weight, tuple(parameters[weight].shape), steps)
+
+
+def _traced_steps(name: str, shape: tuple[int, ...], steps: list[fx.Node]) -> _Origin | str:
+    """What the steps from a parameter to its use leave of it."""
+    flipped, left = False, [(0, size) for size in shape]
+    for node in steps:
+        step = _undone(node)
+        if step is not None:
+            if step[1] and len(shape) != 2 and not _swaps_last_two(node, len(shape)):
+                return f"its weight is reordered in the graph (by {node.name})"
+            flipped ^= step[1]
+            continue
+        if is_pieces(node):
+            continue  # which piece is said by the getitem behind it
+        if len(shape) > 2:
+            return f"its weight is sliced in the graph (by {node.name})"
+        dim = slice_dimension(node) % len(shape)
+        dim = 1 - dim if flipped else dim
+        start, stop = left[dim]
+        part = slice_of(node, stop - start)
+        if part is None:
+            return f"its weight is sliced in the graph, by sizes that are no plain numbers (by {node.name})"
+        left[dim] = start + part[0], start + part[1]
+    return _Origin(name, flipped, tuple(left), shape)
+
+
+def _source_of(node: fx.Node) -> fx.Node | None:
+    """What the node transposes, copies or slices; None for any other node."""
+    step = _undone(node)
+    if step is not None:
+        return step[0]
+    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    return source if source is not None and (is_slice(node) or is_pieces(node)) else None
 
 
 def _undone(node: fx.Node) -> tuple[fx.Node, bool] | None:
@@ -488,17 +544,17 @@ def _dimensions(args: tuple[Any, ...]) -> list[int]:
     return [dim % 2 for dim in dims if isinstance(dim, int)]
 
 
-def is_undone(node: fx.Node) -> bool:
-    """Whether the node only transposes or copies its argument."""
-    return _undone(node) is not None
+def is_step(node: fx.Node) -> bool:
+    """Whether the node only transposes, copies or slices its argument."""
+    return _source_of(node) is not None
 
 
-def undone_steps(node: fx.Node) -> list[fx.Node]:
-    """The transposes and copies between a weight's read and `node`, first to last."""
+def steps_to(node: fx.Node) -> list[fx.Node]:
+    """The transposes, copies and slices between a weight's read and `node`, first to last."""
     steps: list[fx.Node] = []
-    while (step := _undone(node)) is not None:
+    while (source := _source_of(node)) is not None:
         steps.insert(0, node)
-        node = step[0]
+        node = source
     return steps
 
 

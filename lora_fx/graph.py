@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .applications import Application, Scope, bodies_of, body_module, is_undone, undone_steps, unsummed
+from .applications import Application, Scope, bodies_of, body_module, is_step, steps_to, unsummed
 from .attributes import get_attribute
 from .dora import gain
 from .errors import GraphError
@@ -100,6 +100,8 @@ def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
         if application.layout != layout:  # the op takes the weight the other way round than its site
             a, b = write(layout.turn, a, b)
             layout = application.layout
+        if application.rows is not None:
+            b = _own_rows(application, b)
         x = _last_sum(use.x)  # what feeds this op may have got its own path in this very pass
         if path.needs_cast and not use.family.takes_indices:
             x = graph.call_function(dialect.cast_like, (x, a))
@@ -152,7 +154,7 @@ def insert_rows(application: Application, path: RowsPath) -> None:
             delta = write(_looked_up, difference, read["slots"], _last_sum(use.x))
             total = graph.call_function(_aten.add.Tensor, (base, delta))
         else:
-            is_product = not application.layout.stored_in_out and use.family.is_linear
+            is_product = not application.layout.stored_in_out and use.family.is_linear and application.rows is None
             if not is_product or use.family.out_axis(use) != -1:
                 raise GraphError(
                     f"{application.path!r} applies the table of trainable_token_indices as {use.kind}, where lora_fx "
@@ -201,8 +203,20 @@ def _whole_factors(read: dict[str, fx.Node]) -> tuple[fx.Node, fx.Node]:
     return a, b
 
 
+def _own_rows(application: Application, values: fx.Node) -> fx.Node:
+    """The part of B, or of anything else with the outputs first, that belongs to the slice that the op applies."""
+    if application.rows is None:
+        return values
+    return values.graph.call_function(_aten.slice.Tensor, (values, 0, *application.rows))
+
+
 def _along_outputs(application: Application, values: fx.Node) -> fx.Node:
-    """(out,) so that it broadcasts along the outputs of the op's result."""
+    """(out,), of the whole weight, so that it broadcasts along the outputs of the op's result."""
+    return _along_axis(application, _own_rows(application, values))
+
+
+def _along_axis(application: Application, values: fx.Node) -> fx.Node:
+    """One value for each output of the op, so that they broadcast along the outputs of its result."""
     axis = application.use.family.out_axis(application.use)
     if axis is None:
         raise GraphError(
@@ -223,7 +237,7 @@ def _with_magnitude(application: Application, path: LowRankPath, read: dict[str,
     bias = read.get("bias") or use.family.bias(use)
     if isinstance(bias, fx.Node):
         if use.family.bias_is_per_output:
-            bias = _along_outputs(application, bias)
+            bias = _along_axis(application, bias)
         if (factor := use.family.bias_factor(use)) != 1:
             bias = graph.call_function(dialect.mul, (bias, factor))
         own = graph.call_function(dialect.sub, (own, bias))
@@ -317,7 +331,7 @@ def rebind_weight(application: Application, attribute: str) -> None:
         return  # a module reads its own parameter
     source = _read(scope, attribute, use.node, None)
     with scope.graph.inserting_before(use.node):
-        for step in undone_steps(use.weight):  # each takes the one before it as its first argument
+        for step in steps_to(use.weight):  # each takes the one before it as its first argument
             copied = scope.graph.node_copy(step)
             copied.args = (source, *step.args[1:])
             source = copied
@@ -451,7 +465,7 @@ def _remove_operand(call: fx.Node, operand: fx.Node) -> None:
 
 def _drop_unused(node: fx.Node) -> None:
     """Erase a weight's transposes that lost their last user; the read itself stays, as exported graphs keep it."""
-    while not node.users and is_undone(node):
+    while not node.users and is_step(node):
         source = node.args[0]
         node.graph.erase_node(node)
         assert isinstance(source, fx.Node)

@@ -177,7 +177,7 @@ def _site(
         bias=bias,
         dtype=parameter.dtype,
         layer_index=next((int(part) for part in main.path.split(".") if part.isdigit()), None),
-        calls=max(Counter(application.mode for application in found).values()),
+        calls=max(Counter((application.mode, application.rows) for application in found).values()),
         tied_with=tuple(sorted(tied)),
         aliases=tuple(sorted(aliases)),
         attention=_attention_of(gm, main.weight),

@@ -432,7 +432,7 @@ def test_fold_gives_the_same_each_time_and_can_be_taken_back(row: Row) -> None:
 def test_save_and_load_is_the_identity(row: Row, tmp_path: Path) -> None:
     ours = moved(injected(row))
     held = written(ours, tmp_path / "first")
-    back = load(row, tmp_path / "first")
+    back = load(replace(row, says=None), tmp_path / "first")  # our own file has nothing to say
     again = written(back, tmp_path / "second")
     assert again.keys() == held.keys()
     assert_same_bits([again[key] for key in held], list(held.values()))
