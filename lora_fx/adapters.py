@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,8 +42,9 @@ from .errors import AdapterError, ConfigError, closest, warn
 from .graph_module import LoraGraphModule, checked_graph_module, record_of
 from .initialization import start_of
 from .injection import ADAPTER_DTYPES, Adapter, NewAdapter, check_adapter_name, inject_new
-from .layouts import Kernel, without_start
+from .layouts import Kernel, Part, without_start
 from .matching import matches_names, matches_suffix
+from .packed_files import METADATA, Stacked, part_keys, stack, unstack, without_parts
 from .parameters import find_adapter, trained_tensor
 from .plan import Plan, PlannedSite, module_paths, plan_adapters
 from .sites import Site, find_sites
@@ -68,16 +69,19 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
     for name, tensor in _named_tensors(gm, adapter):
         if tensor.is_meta:
             raise AdapterError(f"{name!r} is on the meta device and holds no values to save; load the weights first")
-    tensors = _tensors(gm, adapter)
+    stacked = _stacked(gm, adapter)
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in stacked.tensors.items()}
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{key!r} of adapter {adapter_name!r} holds NaN or Inf and is not saved")
     path = checked_path(directory)
-    changes = _exact_targets(gm, adapter) | _exact_modules(gm, adapter) | _as_plain(adapter.config)
+    changes = (
+        _exact_targets(gm, adapter) | _exact_modules(gm, adapter) | _as_plain(adapter) | _patterns(adapter, stacked)
+    )
     config = config_text(adapter.config, **changes)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        weights = save(tensors, metadata={"format": "pt", "writer": "lora_fx"})
+        weights = save(tensors, metadata={"format": "pt", "writer": "lora_fx"} | stacked.metadata)
         _replace_all({path / WEIGHTS_FILE: weights, path / CONFIG_FILE: config.encode("utf-8")})
     except OSError as error:
         raise AdapterError(f"the adapter cannot be written to {str(path)!r}: {error}") from error
@@ -115,13 +119,16 @@ def load_adapter(
     _check_start(config, folder)
     if mha_out_proj not in ("twice", "once"):
         raise AdapterError(f"mha_out_proj={mha_out_proj!r} must be 'twice' or 'once'")
-    tensors = _read_tensors(weights_path(folder))
+    tensors, metadata = _read_tensors(weights_path(folder))
+    described = metadata.get(METADATA)
+    own = {key: tensors.pop(key) for key in part_keys(described) if key in tensors}
     plan, tensors = _in_groups(gm, _plan_for(gm, config, tensors), tensors)
+    plan, tensors = unstack(plan, tensors, described, own)
     dtype = adapter_dtype or _dtype_for(plan, tensors)
     result = inject_new(gm, NewAdapter(adapter_name, plan, dtype, draws=False))
     adapter = record_of(result).adapters[adapter_name]
     doubled = _doubled_keys(plan) if mha_out_proj == "twice" else set()
-    if doubled and not _is_ours(weights_path(folder)):
+    if doubled and metadata.get("writer") != "lora_fx":
         warn(
             f"PEFT applies {min(doubled)!r} twice (peft#3774), so its adapter is read doubled, which computes what "
             "PEFT computes; load_adapter(..., mha_out_proj='once') takes the file at its word"
@@ -144,14 +151,33 @@ def _check_start(config: LoraConfig, folder: Path) -> None:
         )
 
 
-def _tensors(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """{PEFT's key: tensor}, contiguous, on the CPU, none sharing storage with another."""
+def _stacked(gm: fx.GraphModule, adapter: Adapter) -> Stacked:
+    """The tensors as PEFT has them, contiguous, on the CPU, none sharing storage with another."""
     doubled = _doubled_keys(adapter.plan)
     named = dict(_named_tensors(gm, adapter)) | _without_starts(gm, adapter) | _dense_kernels(gm, adapter)
     named |= _turned_copies(gm, adapter, named)
-    return {
-        f"{PREFIX}{name}": target.detach().cpu().contiguous().clone() * (0.5 if name in doubled else 1)
+    tensors = {
+        name: target.detach().cpu().contiguous().clone() * (0.5 if name in doubled else 1)
         for name, target in named.items()
+    }
+    norms: dict[str, torch.Tensor] = {}
+    for site in adapter.sites.values() if adapter.config.use_dora else ():
+        if not isinstance(site.layout, Part):
+            continue
+        weight = get_parameter(gm, site.weight).detach().cpu()
+        norms[site.applied] = torch.linalg.vector_norm(weight.float(), dim=int(not site.layout.stored_in_out))
+    return stack(adapter.plan, tensors, norms)
+
+
+def _patterns(adapter: Adapter, stacked: Stacked) -> dict[str, object]:
+    """rank_pattern and alpha_pattern of whole weights; those that parts were stacked to come first, and so count."""
+    if not stacked.metadata:
+        return {}
+    config = replace(adapter.config, **_as_plain(adapter))
+    kept = without_parts(config, adapter.plan)
+    return {
+        "rank_pattern": stacked.rank_pattern | kept["rank_pattern"],
+        "alpha_pattern": stacked.alpha_pattern | kept["alpha_pattern"],
     }
 
 
@@ -215,8 +241,9 @@ def _in_groups(
     return replace(plan, targets=tuple(targets)), tensors
 
 
-def _as_plain(config: LoraConfig) -> dict[str, object]:
+def _as_plain(adapter: Adapter) -> dict[str, Any]:
     """What changes in the configuration of an adapter that is saved without its start: twice the rank, same scaling."""
+    config = adapter.config
     start = start_of(config)
     if start is None or not start.changes_base or start.name == "loftq":
         return {}
@@ -271,16 +298,18 @@ def _prefixes(gm: fx.GraphModule, plan: Plan) -> dict[str, str]:
 
 def _whole_attentions(plan: Plan) -> list[str]:
     """The nn.MultiheadAttention modules that are adapted as PEFT adapts them: both projections."""
-    found = [t.site.attention for t in plan.targets if t.site.attention is not None and not t.by_parameter]
-    return sorted({attention for attention in found if found.count(attention) == 2})
+    sites = [t.site for t in plan.targets if t.site.attention is not None and not t.by_parameter and not t.site.part]
+    packed = {site.attention for site in sites if site.weight.endswith("in_proj_weight")}
+    return sorted({str(site.attention) for site in sites if site.path.endswith("out_proj")} & packed)
 
 
 def _exact_targets(gm: fx.GraphModule, adapter: Adapter) -> dict[str, object]:
     """target_modules that mean the same sites to PEFT, which reads "all-linear" and `None` its own way."""
     config = adapter.config
-    if isinstance(config.target_modules, tuple) and not any(s.aliases for s in (t.site for t in adapter.plan.targets)):
+    sites = [target.site for target in adapter.plan.targets]
+    if isinstance(config.target_modules, tuple) and not any(site.aliases or site.part for site in sites):
         return {}
-    paths = [target.site.path for target in adapter.plan.targets]
+    paths = list(dict.fromkeys(site.whole_path for site in sites))
     others = {site.path for site in find_sites(gm)} - set(paths)
     if any(matches_names(other, paths) for other in others):
         return {"target_modules": "|".join(re.escape(path) for path in paths)}
@@ -345,15 +374,11 @@ def _write_beside(path: Path, data: bytes) -> Path:
     return Path(temporary)
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether `save_adapter` wrote the file."""
-    with safe_open(str(path), framework="pt") as file:
-        return (file.metadata() or {}).get("writer") == "lora_fx"
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """({key in one spelling: tensor}, metadata) of a file."""
     try:
         with safe_open(str(path), framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
             keys = [key for key in file.keys() if not is_left_behind(key)]  # noqa: SIM118
             tensors: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as error:
@@ -372,7 +397,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         if name in normalised and not torch.equal(normalised[name], tensor):
             raise AdapterError(f"{str(path)!r}: {spelled[name]!r} and {key!r} mean the same tensor; keep one of them")
         normalised[name], spelled[name] = tensor, key
-    return normalised
+    return normalised, metadata
 
 
 def _normalised(key: TensorKey) -> str:

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from .layouts import Kernel, Layout, Matrix, Shape
+from .layouts import Kernel, Layout, Matrix, Part, Shape
 
 _aten = torch.ops.aten
 
 
 def why_no_magnitude(layout: Layout) -> str | None:
     """Why the outputs of such a weight have no norms of their own, or None."""
-    if isinstance(layout, Matrix) or (isinstance(layout, Kernel) and not layout.is_transposed):
+    if isinstance(layout, (Matrix, Part)) or (isinstance(layout, Kernel) and not layout.is_transposed):
         return None
     kind = "a transposed convolution" if isinstance(layout, Kernel) else "a parameter of three dimensions"
     return f"DoRA is defined for matrices and convolutions, and this is {kind}"
@@ -35,7 +35,7 @@ _LEAST = 1e-30
 
 
 def weight_norm(layout: Layout, weight: Any, a: Any, b: Any, scaling: float) -> Any:
-    """‖W + scaling · ΔW‖ of each output, (out,), in the dtype that all of them have."""
+    """‖W + scaling · ΔW‖ of each output of the layout, (out,), in the dtype that all of them have."""
     matrices = layout.matrices(weight)
     left, right = layout.factors(_aten.detach.default(a), _aten.detach.default(b))
     if layout.stored_in_out:
@@ -50,9 +50,11 @@ def weight_norm(layout: Layout, weight: Any, a: Any, b: Any, scaling: float) -> 
         added = _aten.baddbmm.default(across, near, gram, beta=2 * scaling, alpha=scaling * scaling)
     own = _aten.linalg_vector_norm.default(matrices, 2, [along])
     squares = _aten.addcmul.default(_aten.sum.dim_IntList(_aten.mul.Tensor(near, added), [along]), own, own)
-    return _aten.reshape.default(_aten.sqrt.default(_aten.clamp_min.default(squares, _LEAST)), [-1])
+    norms = _aten.reshape.default(_aten.sqrt.default(_aten.clamp_min.default(squares, _LEAST)), [-1])
+    return layout.own_outputs(norms)
 
 
 def gain(layout: Layout, weight: Any, a: Any, b: Any, magnitude: Any, scaling: float) -> Any:
-    """m / ‖W + scaling · ΔW‖ of each output, (out,)."""
-    return _aten.div.Tensor(_aten.reshape.default(magnitude, [-1]), weight_norm(layout, weight, a, b, scaling))
+    """m / ‖W + scaling · ΔW‖ of each output of the whole weight, (out,): 1 for those that are not adapted."""
+    norm = weight_norm(layout, weight, a, b, scaling)
+    return layout.among_outputs(_aten.div.Tensor(_aten.reshape.default(magnitude, [-1]), norm), 1.0)

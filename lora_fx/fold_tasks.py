@@ -55,8 +55,8 @@ def fold_tasks(
     """One task per resulting tensor: sites that share weight and adapters fold together."""
     by_path: dict[str, list[Term]] = {}
     for adapter in chosen:
-        for path, site in adapter.sites.items():
-            by_path.setdefault(path, []).append(LowRankTerm(site, weights[adapter.name]))
+        for site in adapter.sites.values():
+            by_path.setdefault(site.applied, []).append(LowRankTerm(site, weights[adapter.name]))
         for rows in adapter.tokens.values():
             for path in rows.readers:
                 by_path.setdefault(path, []).append(RowsTerm(rows, weights[adapter.name]))
@@ -201,7 +201,7 @@ def _untied_name(gm: LoraGraphModule, task: FoldTask, own: str, *, is_taken: boo
     name = f"{own}_folded"
     if get_attribute(gm, name) is not None:
         raise FoldError(f"untying {own!r} needs the name {name!r}, which is taken; rename it in the model")
-    still_there = [a.name for a in record_of(gm).adapters.values() if own in a.sites]
+    still_there = [a.name for a in record_of(gm).adapters.values() if any(s.applied == own for s in a.sites.values())]
     if own in task.paths and still_there:  # its site is named after it
         raise FoldError(
             f"folding would untie {own!r} under the name {name!r}, where {', '.join(map(repr, still_there))} would "

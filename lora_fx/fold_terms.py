@@ -107,7 +107,7 @@ class BiasTerm:
         return tensor.reshape(1, 1, -1)
 
     def delta(self, gm: fx.GraphModule, tensor: torch.Tensor, dtype: torch.dtype) -> Delta:
-        added = _value(gm, self.parts[0], dtype).reshape(1, 1, -1)
+        added = self.site.layout.among_outputs(_value(gm, self.parts[0], dtype), 0.0).reshape(1, 1, -1)
         return Delta(torch.ones_like(added[..., :1]), added, self.site.scaling * self.strength)
 
 

@@ -19,7 +19,7 @@ from .attributes import get_attribute
 from .dora import gain
 from .errors import GraphError
 from .graph_module import ROLE, LoraGraphModule, record_of
-from .layouts import Layout, without_start
+from .layouts import Layout, Part, without_start
 from .ops.use import dialect_of, operands_of
 
 _aten = torch.ops.aten
@@ -97,6 +97,8 @@ def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
     with graph.inserting_before(behind):
         a, b = _whole_factors(read)
         layout = path.layout
+        if isinstance(layout, Part):
+            (a, b), layout = write(layout.widened, a, b), layout.whole
         if application.layout != layout:  # the op takes the weight the other way round than its site
             a, b = write(layout.turn, a, b)
             layout = application.layout
@@ -109,7 +111,10 @@ def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
             x = _call_dropout(scope, path.dropout, x)
         delta = use.family.emit(use, layout, x, a, b)
         if path.lora_bias is not None:
-            added = _along_outputs(application, read["lora_bias"])
+            added = read["lora_bias"]
+            if isinstance(path.layout, Part):
+                added = write(lambda bias: path.layout.among_outputs(bias, 0.0), added)
+            added = _along_outputs(application, added)
             if use.family.bias_factor(use) != use.factor:  # it counts as the op's own bias does
                 added = graph.call_function(dialect.mul, (added, use.family.bias_factor(use) / use.factor))
             delta = graph.call_function(dialect.add, (delta, added))

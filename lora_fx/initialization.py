@@ -13,7 +13,7 @@ from .config import LoraConfig
 from .errors import TargetError
 from .init_options import Init, InitOptions, init_of
 from .initializers import Context, initializer_of
-from .layouts import Kernel, Layout, Matrix
+from .layouts import Kernel, Layout, Matrix, Part
 from .site_statistics import SiteStatistics
 
 
@@ -76,7 +76,15 @@ def computed(
 
 
 def _as_matrix(weight: torch.Tensor, layout: Layout, site: str, init: Init) -> torch.Tensor:
-    """The weight as (out, in)."""
+    """The weight, or the part of it that is adapted, as (out, in)."""
+    if isinstance(layout, Part):
+        if init.name == "loftq":
+            raise TargetError(
+                f"init_lora_weights='loftq' replaces whole weights, and {site!r} is a part of one; adapt the whole, or "
+                "leave it out with exclude_modules"
+            )
+        whole = _as_matrix(weight, layout.whole, site, init)
+        return whole[layout.start : layout.stop]
     is_kernel = isinstance(layout, Kernel) and layout.groups == 1 and not layout.is_transposed
     if not (isinstance(layout, Matrix) or is_kernel):
         raise TargetError(

@@ -38,6 +38,7 @@ class AdapterSite:
 
     Attributes:
         path: the site's.
+        applied: the path of the site whose ops it stands beside: its own, or that of the whole which it is a part of.
         is_lookup: it is an embedding's, whose A and B have other names in files.
         weight: the base weight's own name; tied weights may be read under another.
         lora_a, lora_b: names of A (r, in) and B (out, r).
@@ -51,6 +52,7 @@ class AdapterSite:
     """
 
     path: str
+    applied: str
     is_lookup: bool
     weight: str
     lora_a: str
@@ -266,11 +268,11 @@ def _check_plan(gm: fx.GraphModule, plan: Plan) -> None:
     """A plan may come from elsewhere: it must mean this graph."""
     sites = {site.path: site for site in sites_of(gm, read_applications(gm))}
     for target in plan.targets:
-        here = sites.get(target.site.path)
+        here = sites.get(target.site.whole_path)
         if here is None:
             raise TargetError(f"the plan is of another graph: it has a site {target.site.path!r}, this one has not")
         theirs = target.site
-        if theirs.layout not in (here.layout, as_stored(here.layout)):
+        if theirs.layout.whole not in (here.layout, as_stored(here.layout)):
             raise TargetError(
                 f"the plan is of another graph: {here.path!r} maps {theirs.in_features} → {theirs.out_features} "
                 f"there and {here.in_features} → {here.out_features} here; make_plan(gm, config) makes one for it"
@@ -308,7 +310,7 @@ def _add_adapter(gm: LoraGraphModule, new: NewAdapter) -> None:
     known = set(record_of(gm).originals)
     for target in new.plan.targets:
         owner = None if target.shares_with is None else sites[target.shares_with]
-        sites[target.site.path] = _add_parameters(gm, by_path[target.site.path][0], target, new, owner)
+        sites[target.site.path] = _add_parameters(gm, by_path[target.site.whole_path][0], target, new, owner)
     tokens = {rows.site.path: _add_rows(gm, by_path[rows.site.path][0], rows, new) for rows in new.plan.tokens}
     record = record_of(gm)
     rebased = tuple(name for name in record.originals if name not in known)
@@ -322,8 +324,8 @@ def _add_adapter(gm: LoraGraphModule, new: NewAdapter) -> None:
 
 
 def _insert(gm: LoraGraphModule, adapter: Adapter, by_path: dict[str, list[Application]]) -> None:
-    for path, site in adapter.sites.items():
-        for application in by_path[path]:
+    for site in adapter.sites.values():
+        for application in by_path[site.applied]:
             insert_low_rank_path(application, _low_rank_path(gm, application, site, adapter.name))
     for rows in adapter.tokens.values():
         for application in (application for path in rows.readers for application in by_path[path]):
@@ -354,24 +356,28 @@ def _add_parameters(
         values = _first_values(gm, application, target, new)
     else:  # tied sites: one weight, one adapter, under the name of each
         values = {part: get_attribute(gm, own) for part in _ENDS if (own := getattr(owner, part)) is not None}
-    names: dict[str, Any] = {part: prefix + _ENDS[part].format(name) for part in values}
+    # "[q]" as the end of a word: lora_A_q
+    suffix = f"_{re.sub(r'[^A-Za-z0-9]+', '_', target.site.part[1:-1])}" if target.site.part else ""
+    names: dict[str, Any] = {part: prefix + _ENDS[part].format(suffix, name) for part in values}
     for part, attribute in names.items():
         _check_free(gm, attribute, name)
         set_attribute(gm, attribute, values[part])
-    dropout = f"{prefix}lora_dropout.{name}" if config.lora_dropout and target.site.takes_dropout else None
+    dropout = f"{prefix}lora_dropout{suffix}.{name}" if config.lora_dropout and target.site.takes_dropout else None
     if dropout is not None:
         set_attribute(gm, dropout, nn.Dropout(config.lora_dropout).train(gm.training))
     if owner is not None and turned:
         return replace(
             owner,
-            path=application.path,
+            path=target.site.path,
+            applied=application.path,
             is_lookup=target.site.is_lookup,
             weight=application.weight,
             dropout=dropout,
             is_turned=True,
         )
     return AdapterSite(
-        path=application.path,
+        path=target.site.path,
+        applied=application.path,
         is_lookup=target.site.is_lookup,
         weight=application.weight,
         dropout=dropout,
@@ -405,12 +411,12 @@ def _add_rows(gm: LoraGraphModule, application: Application, planned: PlannedRow
 
 # Where the tensors of an AdapterSite stand, behind the module's name.
 _ENDS = {
-    "lora_a": "lora_A.{}.weight",
-    "lora_b": "lora_B.{}.weight",
-    "lora_bias": "lora_B.{}.bias",
-    "magnitude": "lora_magnitude_vector.{}.weight",
-    "start_a": "lora_A.{}.start",
-    "start_b": "lora_B.{}.start",
+    "lora_a": "lora_A{}.{}.weight",
+    "lora_b": "lora_B{}.{}.weight",
+    "lora_bias": "lora_B{}.{}.bias",
+    "magnitude": "lora_magnitude_vector{}.{}.weight",
+    "start_a": "lora_A{}.{}.start",
+    "start_b": "lora_B{}.{}.start",
 }
 
 
@@ -482,13 +488,13 @@ def _check_free(gm: LoraGraphModule, attribute: str, adapter: str) -> None:
 
 
 def _low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterSite, name: str) -> LowRankPath:
-    if not application.use.family.is_on_weight and application.layout not in (site.layout, site.layout.turned()):
+    if not application.use.family.is_on_weight and application.layout not in (site.layout.whole, site.layout.turned()):
         raise GraphError(
             f"{application.path!r} is applied in ways that no one A and B can serve (by {application.use.node.name}: "
             f"{application.layout}; elsewhere: {site.layout}); leave it out with exclude_modules"
         )
     if (
-        application.layout != site.layout
+        application.layout != site.layout.whole
         and (site.magnitude or site.lora_bias)
         and not application.use.family.is_on_weight
     ):

@@ -54,6 +54,19 @@ class Layout(Protocol):
     def why_no_weight(self) -> str | None:
         """Why no weight of that shape can hold what A and B do, or None."""
 
+    @property
+    def whole(self) -> Layout:
+        """Of the whole weight, where this is of some of its outputs; else itself."""
+
+    def widened(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """(A, B) of the `whole` layout with the same delta."""
+
+    def own_outputs(self, values: Any) -> Any:
+        """Of one value for each output of the whole weight (out,), those that are this layout's."""
+
+    def among_outputs(self, values: Any, others: float) -> Any:
+        """One value for each output of the whole weight: `values` (out_features,) and `others` for the rest."""
+
     def matrices(self, weight: Any) -> Any:
         """The weight as (n, rows, columns); a view where its memory allows one."""
 
@@ -79,8 +92,31 @@ class Layout(Protocol):
         """(A, B) of the `turned` layout with the same delta."""
 
 
+class _Whole:
+    """What is the same for all layouts of whole weights."""
+
+    @property
+    def whole(self) -> Any:
+        return self
+
+    def widened(self, a: Any, b: Any) -> tuple[Any, Any]:
+        return a, b
+
+    def own_outputs(self, values: Any) -> Any:
+        return values
+
+    def among_outputs(self, values: Any, others: float) -> Any:
+        return values
+
+    def why_not_rank(self, r: int) -> str | None:
+        return None
+
+    def why_no_weight(self) -> str | None:
+        return None
+
+
 @dataclass(frozen=True)
-class Matrix:
+class Matrix(_Whole):
     """One matrix: linears, products, embeddings (which take one-hot vectors of the vocabulary), any 2-D parameter.
 
     A is (r, in), B is (out, r); the delta is B @ A, or its transpose where the weight is stored (in, out).
@@ -108,12 +144,6 @@ class Matrix:
 
     def b_shape(self, r: int) -> Shape:
         return self.out_features, r
-
-    def why_not_rank(self, r: int) -> str | None:
-        return None
-
-    def why_no_weight(self) -> str | None:
-        return None
 
     def matrices(self, weight: Any) -> Any:
         return _aten.unsqueeze.default(weight, 0)
@@ -143,7 +173,81 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Part:
+    """Some of the outputs of a matrix that several projections are packed in: q, k or v, gate or up.
+
+    A is (r, in), of its own; B is (stop − start, r).
+    """
+
+    whole: Matrix
+    start: int
+    stop: int
+    count: int = 1
+
+    @property
+    def shape(self) -> Shape:
+        return self.whole.shape
+
+    @property
+    def in_features(self) -> int:
+        return self.whole.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def stored_in_out(self) -> bool:
+        return self.whole.stored_in_out
+
+    def a_shape(self, r: int) -> Shape:
+        return r, self.in_features
+
+    def b_shape(self, r: int) -> Shape:
+        return self.out_features, r
+
+    def why_not_rank(self, r: int) -> str | None:
+        return None
+
+    def why_no_weight(self) -> str | None:
+        return None
+
+    def widened(self, a: Any, b: Any) -> tuple[Any, Any]:
+        return a, _aten.constant_pad_nd.default(b, [0, 0, self.start, self.whole.out_features - self.stop])
+
+    def own_outputs(self, values: Any) -> Any:
+        return _aten.slice.Tensor(values, 0, self.start, self.stop)
+
+    def among_outputs(self, values: Any, others: float) -> Any:
+        return _aten.constant_pad_nd.default(values, [self.start, self.whole.out_features - self.stop], others)
+
+    def matrices(self, weight: Any) -> Any:
+        return self.whole.matrices(weight)
+
+    def factors(self, a: Any, b: Any) -> tuple[Any, Any]:
+        return self.whole.factors(*self.widened(a, b))
+
+    def delta(self, a: Any, b: Any) -> Any:
+        return self.whole.delta(*self.widened(a, b))
+
+    def split(self, a: Any, b: Any) -> tuple[Any, Any]:
+        return self.whole.split(a, b)
+
+    def join(self, up: Any, down: Any) -> tuple[Any, Any]:
+        return self.whole.join(up, down)
+
+    def rank(self, q: int) -> int:
+        return q
+
+    def turned(self) -> Layout:
+        return self.whole.turned()
+
+    def turn(self, a: Any, b: Any) -> tuple[Any, Any]:
+        return self.whole.turn(*self.widened(a, b))
+
+
+@dataclass(frozen=True)
+class Kernel(_Whole):
     """A convolution's kernel (out, in / groups, *k), or a transposed one's (in, out / groups, *k).
 
     A has the kernel's extent, (r, in / groups, *k), and B is pointwise, (out, r / groups, 1, …): each group has
@@ -252,7 +356,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Experts:
+class Experts(_Whole):
     """A stack of matrices (E, out, in), or (E, in, out), one for each expert of a mixture.
 
     PEFT's order: A is (E · r, in) with the expert slowest, B is (out, r · E) with the expert fastest.
@@ -278,12 +382,6 @@ class Experts:
 
     def b_shape(self, r: int) -> Shape:
         return self.out_features, r * self.count
-
-    def why_not_rank(self, r: int) -> str | None:
-        return None
-
-    def why_no_weight(self) -> str | None:
-        return None
 
     def matrices(self, weight: Any) -> Any:
         return weight

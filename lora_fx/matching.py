@@ -62,13 +62,14 @@ def matches_target(
     return not wanted or layer_index(name, layers_pattern) in wanted
 
 
-def matching_key(name: str, patterns: Mapping[str, object]) -> str | None:
-    """The first key of a rank_pattern or alpha_pattern that means `name`, or None.
+def matching_key(names: Iterable[str], patterns: Mapping[str, object]) -> str | None:
+    """The first key of a rank_pattern or alpha_pattern that means one of the `names` of a site, or None.
 
-    A key is a regular expression anchored at the end and at a dotted boundary; `^` anchors the start.
+    A key is a regular expression anchored at the end and at a dotted boundary; `^` anchors the start. A part of a
+    packed projection may be named as it stands, brackets and all.
     """
     for key in patterns:
-        if re.match(rf"(.*\.)?({key})$", name):
+        if any(re.match(rf"(.*\.)?({key})$", n) or ("[" in key and matches_suffix(n, key)) for n in names):
             return key
     return None
 

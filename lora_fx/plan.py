@@ -16,8 +16,9 @@ from .config import ALL_LINEAR, LoraConfig, scaling_of
 from .dora import why_no_magnitude
 from .errors import TargetError, closest, warn
 from .graph_module import checked_graph_module, record_of
-from .layouts import as_stored
+from .layouts import Matrix, Part, as_stored
 from .matching import layer_index, matches_names, matches_suffix, matches_target, matching_key
+from .packed import resolve_part, split_name
 from .sites import Site, Sites, sites_of
 from .tables import counted, format_table
 
@@ -135,7 +136,7 @@ def plan_adapters(
         share_tied: one adapter for sites that apply the same tied weight, or one for each.
     """
     reading = read_applications(gm)
-    sites = sites_of(gm, reading)
+    sites = _with_parts(sites_of(gm, reading), config)
     chosen: list[Site] = []
     skipped: list[Skipped] = []
     saved = _saved_modules(gm, config, every_pattern_hits)
@@ -155,6 +156,7 @@ def plan_adapters(
     if config.ensure_weight_tying:
         chosen = _with_tied(gm, reading, sites, chosen, saved)
         skipped = [each for each in skipped if each.path not in {site.path for site in chosen}]
+    _check_disjoint(chosen)
     if not chosen and not tokens:
         raise _nothing_chosen(config, sites, skipped, refusals)
     skipped.extend(Skipped(refusal.path, f"cannot be adapted: {refusal.reason}") for refusal in refusals)
@@ -180,10 +182,63 @@ def _target_names(config: LoraConfig, sites: Sites) -> tuple[str, ...] | str:
     )
 
 
+def _with_parts(sites: Sites, config: LoraConfig) -> Sites:
+    """The sites, and behind each its parts that target_modules names, such as `c_attn[q]`."""
+    entries = () if config.target_modules is None or isinstance(config.target_modules, str) else config.target_modules
+    names = {name for site in sites for name in site.names}
+    wanted = [split_name(entry) for entry in entries if not any(matches_suffix(name, entry) for name in names)]
+    found: list[Site] = []
+    for site in sites:
+        found.append(site)
+        own = [name for name in site.names if name != site.attention or site.weight.endswith("in_proj_weight")]
+        parts = [part for base, part in wanted if part and any(matches_suffix(name, base) for name in own)]
+        found.extend(_part_of(site, part) for part in dict.fromkeys(parts))
+    return Sites(found)
+
+
+def _part_of(site: Site, part: str) -> Site:
+    if not isinstance(site.layout, Matrix) or site.is_on_weight or site.is_lookup:
+        raise TargetError(
+            f"target_modules names {site.path + part!r}, a part of outputs, and {site.path!r} is {site.op}, whose "
+            f"outputs are not told apart; name it as a whole: {site.path!r}"
+        )
+    rows = resolve_part(part, site.parts, site.out_features)
+    if isinstance(rows, str):
+        raise TargetError(f"target_modules names {site.path + part!r}, which is no part of it: {rows}")
+    return replace(
+        site,
+        path=site.path + part,
+        aliases=tuple(alias + part for alias in site.aliases),
+        attention=None if site.attention is None else site.attention + part,
+        layout=Part(site.layout, *rows),
+        part=part,
+        parts=(),
+    )
+
+
+def _check_disjoint(chosen: list[Site]) -> None:
+    """No output of a weight is adapted twice by one adapter."""
+    taken: dict[str, list[Site]] = {}
+    for site in chosen:
+        for other in taken.setdefault(site.whole_path, []):
+            (start, stop), (from_, to) = _outputs(site), _outputs(other)
+            if start < to and from_ < stop:
+                raise TargetError(
+                    f"target_modules means {other.path!r} and {site.path!r}, which share the outputs "
+                    f"{max(start, from_)} to {min(stop, to) - 1} of one weight; leave one of them out"
+                )
+        taken[site.whole_path].append(site)
+
+
+def _outputs(site: Site) -> tuple[int, int]:
+    return (site.layout.start, site.layout.stop) if isinstance(site.layout, Part) else (0, site.out_features)
+
+
 def _reason_to_skip(site: Site, config: LoraConfig, targets: tuple[str, ...] | str, saved: list[str]) -> str | None:
-    if config.exclude_modules and _any(site, lambda name: matches_names(name, config.exclude_modules or ())):
+    names = dict.fromkeys((*site.names, *(name.removesuffix(site.part) for name in site.names)))
+    if config.exclude_modules and any(matches_names(name, config.exclude_modules) for name in names):
         return "excluded by exclude_modules"
-    if _any(site, lambda name: any(name == m or name.startswith(f"{m}.") for m in saved)):
+    if any(name == m or name.startswith(f"{m}.") for name in names for m in saved):
         return "trained in full by modules_to_save"
     if targets == ALL_LINEAR and not is_parameter_target(site, config):
         if not site.is_linear:
@@ -213,11 +268,11 @@ def _any(site: Site, predicate: Callable[[str], bool]) -> bool:
 
 def _planned(site: Site, config: LoraConfig) -> PlannedSite:
     by_parameter = is_parameter_target(site, config)
-    name = site.weight if by_parameter else site.path
+    names = _pattern_names(site, config)
     if by_parameter:
         site = replace(site, op="parameter", layout=as_stored(site.layout))
-    rank_key = matching_key(name, config.rank_pattern)
-    alpha_key = matching_key(name, config.alpha_pattern)
+    rank_key = matching_key(names, config.rank_pattern)
+    alpha_key = matching_key(names, config.alpha_pattern)
     r = config.r if rank_key is None else config.rank_pattern[rank_key]
     alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
     if reason := site.layout.why_not_rank(r):
@@ -227,6 +282,13 @@ def _planned(site: Site, config: LoraConfig) -> PlannedSite:
     if reason := _why_no_variant(site, config):
         raise TargetError(f"{site.path!r} cannot be adapted: {reason}. Leave it out with exclude_modules")
     return PlannedSite(site, r, alpha, scaling_of(alpha, r, use_rslora=config.use_rslora), by_parameter=by_parameter)
+
+
+def _pattern_names(site: Site, config: LoraConfig) -> tuple[str, ...]:
+    """The names that the keys of rank_pattern and alpha_pattern are matched with."""
+    if is_parameter_target(site, config):
+        return (site.weight,)
+    return (site.path,) if site.attention is None else (site.path, site.attention)
 
 
 def _why_no_variant(site: Site, config: LoraConfig) -> str | None:
@@ -244,7 +306,7 @@ def _shared(gm: fx.GraphModule, reading: Reading, planned: list[PlannedSite]) ->
     owners: dict[Hashable, list[PlannedSite]] = {}
     result: list[PlannedSite] = []
     for target in planned:
-        on_weight = owners.setdefault(views[target.site.path], [])
+        on_weight = owners.setdefault(views[target.site.whole_path], [])
         owner = next((owner for owner in on_weight if _adapts_alike(owner, target)), None)
         if owner is None:
             on_weight.append(target)
@@ -265,9 +327,9 @@ def _adapts_alike(a: PlannedSite, b: PlannedSite) -> bool:
 def _with_tied(gm: fx.GraphModule, reading: Reading, sites: Sites, chosen: list[Site], saved: list[str]) -> list[Site]:
     """With ensure_weight_tying: the chosen sites, and all others that apply one of their weights."""
     views = _views(gm, reading)
-    wanted = {views[site.path] for site in chosen}
+    wanted = {views[site.whole_path] for site in chosen if not site.part}
     paths = {site.path for site in chosen}
-    found = [site for site in sites if site.path in paths or views[site.path] in wanted]
+    found = [site for site in sites if site.path in paths or (not site.part and views[site.path] in wanted)]
     for site in found:
         if any(site.path == module or site.path.startswith(f"{module}.") for module in saved):
             raise TargetError(
@@ -282,7 +344,7 @@ def _tie_turned(planned: list[PlannedSite], views: dict[str, Hashable]) -> list[
     owners: dict[Hashable, PlannedSite] = {}
     result = []
     for target in planned:
-        owner = owners.setdefault(views[target.site.path], target)
+        owner = owners.setdefault(views[target.site.whole_path], target)
         turned = owner.site.layout.turned()
         if target.shares_with is None and owner is not target and target.site.layout == turned:
             if (owner.r, owner.lora_alpha) != (target.r, target.lora_alpha):
@@ -482,8 +544,7 @@ def _check_patterns(
         entries = config.exclude_modules if isinstance(config.exclude_modules, str) else tuple(config.exclude_modules)
         _check_entries("exclude_modules", entries, known, len(sites))
     for field, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        names_used = [site.weight if is_parameter_target(site, config) else site.path for site in chosen]
-        used = {matching_key(name, pattern) for name in names_used}
+        used = {matching_key(_pattern_names(site, config), pattern) for site in chosen}
         for key in pattern:
             if key not in used:
                 raise TargetError(

@@ -13,8 +13,9 @@ from .applications import Application, Reading, read_applications
 from .attributes import get_attribute, get_parameter
 from .graph_module import checked_graph_module
 from .heads import is_output_head
-from .layouts import Layout
+from .layouts import Layout, Matrix
 from .matching import shortest_suffix
+from .packed import packed_parts, part_names
 from .tables import format_table
 
 
@@ -38,6 +39,8 @@ class Site:
         tied_with: other names of the same tensor, and names of tensors that overlap it.
         aliases: other paths at which the same module stands.
         attention: the nn.MultiheadAttention that the weight is a projection of, whose name means all its projections.
+        parts: (start, stop) of the projections that are packed in it, as the graph takes its outputs apart.
+        part: what of the site this is, such as "[q]"; the end of the path then. Empty for all of it.
         is_output_head: its result is an output of the model, at most reshaped, scaled or normalised.
         gets_gradient: False if it runs under torch.no_grad only.
     """
@@ -55,6 +58,8 @@ class Site:
     tied_with: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     attention: str | None = None
+    parts: tuple[tuple[int, int], ...] = ()
+    part: str = ""
     is_output_head: bool = False
     gets_gradient: bool = True
 
@@ -88,6 +93,11 @@ class Site:
         """`in → out`, with the number of experts before it."""
         experts = f"{self.layout.count} × " if self.layout.count > 1 else ""
         return f"{experts}{self.in_features} → {self.out_features}"
+
+    @property
+    def whole_path(self) -> str:
+        """The path of the site that this one is, or is a part of."""
+        return self.path.removesuffix(self.part)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -169,6 +179,7 @@ def _site(
 ) -> Site:
     main = next((a for a in found if not a.use.family.is_on_weight), found[0])
     parameter = get_parameter(gm, main.attribute)
+    attention = _attention_of(gm, main.weight)
     return Site(
         path=main.path,
         op=main.use.kind,
@@ -180,7 +191,8 @@ def _site(
         calls=max(Counter((application.mode, application.rows) for application in found).values()),
         tied_with=tuple(sorted(tied)),
         aliases=tuple(sorted(aliases)),
-        attention=_attention_of(gm, main.weight),
+        attention=attention,
+        parts=_parts(main, [a.rows for a in found if a.rows is not None], attention),
         is_linear=main.use.family.is_linear,
         is_on_weight=main.use.family.is_on_weight,
         is_output_head=any(
@@ -191,14 +203,30 @@ def _site(
 
 
 def _attention_of(gm: fx.GraphModule, weight: str) -> str | None:
-    """The path of the nn.MultiheadAttention with that packed or output projection, known by its parameters."""
-    for own in ("in_proj_weight", "out_proj.weight"):
-        if weight == own or weight.endswith(f".{own}"):
-            path = weight.removesuffix(own)
-            packed, output = get_attribute(gm, f"{path}in_proj_weight"), get_attribute(gm, f"{path}out_proj.weight")
-            if isinstance(packed, nn.Parameter) and isinstance(output, nn.Parameter):
-                return path.removesuffix(".")
-    return None
+    """The path of the nn.MultiheadAttention with that input or output projection, known by its parameters."""
+    own = next((n for n in (*_INPUTS, "in_proj_weight", "out_proj.weight") if f".{weight}".endswith(f".{n}")), None)
+    if own is None:
+        return None
+    path = weight.removesuffix(own)
+
+    def has(*names: str) -> bool:
+        return all(isinstance(get_attribute(gm, f"{path}{name}"), nn.Parameter) for name in names)
+
+    return path.removesuffix(".") if has("out_proj.weight") and (has("in_proj_weight") or has(*_INPUTS)) else None
+
+
+# What nn.MultiheadAttention has in place of in_proj_weight where keys or values are of another width.
+_INPUTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def _parts(main: Application, rows: list[tuple[int, int]], attention: str | None) -> tuple[tuple[int, int], ...]:
+    layout = main.layout
+    if not isinstance(layout, Matrix) or main.use.family.is_on_weight:
+        return ()
+    if attention is not None and main.weight.endswith("in_proj_weight"):
+        size = layout.out_features // 3
+        return (0, size), (size, 2 * size), (2 * size, 3 * size)
+    return packed_parts(main.use, layout.out_features, rows)
 
 
 def _remarks(site: Site) -> str:
@@ -211,6 +239,9 @@ def _remarks(site: Site) -> str:
         remarks.append(f"called {site.calls} times")
     if site.tied_with:
         remarks.append(f"tied with {', '.join(site.tied_with)}")
+    if site.parts:
+        named = part_names(len(site.parts))
+        remarks.append(f"packs {', '.join(named)}" if named else f"packs {len(site.parts)} parts")
     if site.aliases:
         remarks.append(f"also named {', '.join(site.aliases)}")
     if site.is_output_head:

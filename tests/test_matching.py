@@ -97,7 +97,7 @@ PATTERNS = [
 
 @pytest.mark.parametrize(("keys", "name", "expected"), PATTERNS)
 def test_the_table_of_pattern_keys(keys: list[str], name: str, expected: str | None) -> None:
-    assert matching_key(name, dict.fromkeys(keys, 1)) == expected
+    assert matching_key([name], dict.fromkeys(keys, 1)) == expected
     assert get_pattern_key(keys, name) == (name if expected is None else expected)
 
 
@@ -180,7 +180,7 @@ def test_expressions_mean_what_they_mean_to_peft(name: str, expression: str) -> 
 @given(name=NAMES, keys=st.lists(NAMES.filter(bool) | EXPRESSIONS, unique=True, max_size=4))
 def test_pattern_keys_mean_what_they_mean_to_peft(name: str, keys: list[str]) -> None:
     expected = get_pattern_key(keys, name)
-    ours = matching_key(name, dict.fromkeys(keys, 1))
+    ours = matching_key([name], dict.fromkeys(keys, 1))
     assert (name if ours is None else ours) == expected
 
 
