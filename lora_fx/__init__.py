@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .parameters import lora_parameters, print_trainable_parameters, trainable_parameters
     from .plan import Plan, make_plan
     from .sites import Site, find_all_linear_names, find_sites
+    from .swapping import swap_adapter
     from .switching import active_adapters, delete_adapter, disable_adapters, set_adapters
     from .tracing import trace
 
@@ -68,6 +69,7 @@ _HOMES = {
     "plan": ("Plan", "make_plan"),
     "sites": ("Site", "find_all_linear_names", "find_sites"),
     "switching": ("active_adapters", "delete_adapter", "disable_adapters", "set_adapters"),
+    "swapping": ("swap_adapter",),
     "tracing": ("trace",),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -113,6 +115,7 @@ __all__ = [
     "print_trainable_parameters",
     "save_adapter",
     "set_adapters",
+    "swap_adapter",
     "trace",
     "trace_record",
     "trainable_parameters",

@@ -6,48 +6,49 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import fx
 
 from .adapter_files import (
     CONFIG_FILE,
-    KEY_OF_BIAS,
-    KEY_OF_MAGNITUDE,
     KEY_OF_ROWS,
     KEYS,
-    KEYS_OF_LOOKUPS,
     PREFIX,
     WEIGHTS_FILE,
-    TensorKey,
     checked_path,
     config_text,
     find_adapter_directory,
-    is_left_behind,
-    parse_key,
     read_config,
     weights_path,
 )
-from .attributes import get_attribute, get_parameter
+from .adapter_tensors import (
+    doubled_keys,
+    is_base_tensor,
+    named_tensors,
+    prefixes_of,
+    read_tensors,
+    shapes_of,
+    stacked_tensors,
+    targets_of,
+)
+from .attributes import get_attribute
 from .config import LoraConfig
-from .dora import magnitude_shape
 from .errors import AdapterError, ConfigError, closest, warn
 from .graph_module import LoraGraphModule, checked_graph_module, record_of
 from .initialization import start_of
-from .injection import ADAPTER_DTYPES, Adapter, NewAdapter, check_adapter_name, inject_new
-from .layouts import Kernel, Part, without_start
+from .injection import Adapter, NewAdapter, check_adapter_name, inject_new
+from .layouts import Kernel
 from .matching import matches_names, matches_suffix
-from .packed_files import METADATA, Stacked, part_keys, stack, unstack, without_parts
-from .parameters import find_adapter, trained_tensor
+from .packed_files import METADATA, Stacked, part_keys, unstack, without_parts
+from .parameters import find_adapter
 from .plan import Plan, PlannedSite, module_paths, plan_adapters
-from .sites import Site, find_sites
+from .sites import find_sites
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -66,10 +67,10 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
     """
     gm = checked_graph_module(gm)
     adapter = find_adapter(gm, adapter_name)
-    for name, tensor in _named_tensors(gm, adapter):
+    for name, tensor in named_tensors(gm, adapter):
         if tensor.is_meta:
             raise AdapterError(f"{name!r} is on the meta device and holds no values to save; load the weights first")
-    stacked = _stacked(gm, adapter)
+    stacked = stacked_tensors(gm, adapter)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in stacked.tensors.items()}
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -119,7 +120,7 @@ def load_adapter(
     _check_start(config, folder)
     if mha_out_proj not in ("twice", "once"):
         raise AdapterError(f"mha_out_proj={mha_out_proj!r} must be 'twice' or 'once'")
-    tensors, metadata = _read_tensors(weights_path(folder))
+    tensors, metadata = read_tensors(weights_path(folder))
     described = metadata.get(METADATA)
     own = {key: tensors.pop(key) for key in part_keys(described) if key in tensors}
     plan, tensors = _in_groups(gm, _plan_for(gm, config, tensors), tensors)
@@ -127,14 +128,14 @@ def load_adapter(
     dtype = adapter_dtype or _dtype_for(plan, tensors)
     result = inject_new(gm, NewAdapter(adapter_name, plan, dtype, draws=False))
     adapter = record_of(result).adapters[adapter_name]
-    doubled = _doubled_keys(plan) if mha_out_proj == "twice" else set()
+    doubled = doubled_keys(plan) if mha_out_proj == "twice" else set()
     if doubled and metadata.get("writer") != "lora_fx":
         warn(
             f"PEFT applies {min(doubled)!r} twice (peft#3774), so its adapter is read doubled, which computes what "
             "PEFT computes; load_adapter(..., mha_out_proj='once') takes the file at its word"
         )
     with torch.no_grad():
-        for key, target in _targets(result, adapter).items():
+        for key, target in targets_of(result, adapter).items():
             target.copy_(tensors[key] * (2 if key in doubled else 1))
     return result
 
@@ -151,24 +152,6 @@ def _check_start(config: LoraConfig, folder: Path) -> None:
         )
 
 
-def _stacked(gm: fx.GraphModule, adapter: Adapter) -> Stacked:
-    """The tensors as PEFT has them, contiguous, on the CPU, none sharing storage with another."""
-    doubled = _doubled_keys(adapter.plan)
-    named = dict(_named_tensors(gm, adapter)) | _without_starts(gm, adapter) | _dense_kernels(gm, adapter)
-    named |= _turned_copies(gm, adapter, named)
-    tensors = {
-        name: target.detach().cpu().contiguous().clone() * (0.5 if name in doubled else 1)
-        for name, target in named.items()
-    }
-    norms: dict[str, torch.Tensor] = {}
-    for site in adapter.sites.values() if adapter.config.use_dora else ():
-        if not isinstance(site.layout, Part):
-            continue
-        weight = get_parameter(gm, site.weight).detach().cpu()
-        norms[site.applied] = torch.linalg.vector_norm(weight.float(), dim=int(not site.layout.stored_in_out))
-    return stack(adapter.plan, tensors, norms)
-
-
 def _patterns(adapter: Adapter, stacked: Stacked) -> dict[str, object]:
     """rank_pattern and alpha_pattern of whole weights; those that parts were stacked to come first, and so count."""
     if not stacked.metadata:
@@ -181,49 +164,11 @@ def _patterns(adapter: Adapter, stacked: Stacked) -> dict[str, object]:
     }
 
 
-def _without_starts(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """A and B of sites that take something off again, as the plain adapter of twice the rank that they are."""
-    found: dict[str, torch.Tensor] = {}
-    prefixes = _prefixes(gm, adapter.plan)
-    for site in adapter.sites.values():
-        if site.start_a is None or site.start_b is None:
-            continue
-        values = [get_attribute(gm, name).detach() for name in (site.lora_a, site.lora_b, site.start_a, site.start_b)]
-        keys = KEYS_OF_LOOKUPS if site.is_lookup else KEYS
-        found |= {prefixes[site.path] + key: whole for key, whole in zip(keys, without_start(*values), strict=True)}
-    return found
-
-
-def _turned_copies(gm: fx.GraphModule, adapter: Adapter, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A and B of tied sites that take those of another site turned, as PEFT's ensure_weight_tying writes them."""
-    prefixes = _prefixes(gm, adapter.plan)
-    found: dict[str, torch.Tensor] = {}
-    for target in adapter.plan.targets:
-        if target.shares_with is None or not adapter.sites[target.site.path].is_turned:
-            continue
-        owner = adapter.sites[target.shares_with]
-        a, b = (named[prefixes[owner.path] + key].detach() for key in (KEYS_OF_LOOKUPS if owner.is_lookup else KEYS))
-        keys = KEYS_OF_LOOKUPS if target.site.is_lookup else KEYS
-        turned = owner.layout.turn(a, b)
-        found |= {prefixes[target.site.path] + key: value for key, value in zip(keys, turned, strict=True)}
-    return found
-
-
-def _dense_kernels(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """A of convolutions with groups, with the zeros between the groups that PEFT expects."""
-    prefixes = _prefixes(gm, adapter.plan)
-    return {
-        f"{prefixes[site.path]}{KEYS[0]}": site.layout.dense(get_parameter(gm, site.lora_a).detach())
-        for site in adapter.sites.values()
-        if isinstance(site.layout, Kernel) and site.layout.groups > 1
-    }
-
-
 def _in_groups(
     gm: fx.GraphModule, plan: Plan, tensors: dict[str, torch.Tensor]
 ) -> tuple[Plan, dict[str, torch.Tensor]]:
     """PEFT's A of convolutions with groups as ours has it; where it mixes the groups, the plan says so."""
-    prefixes, targets, tensors = _prefixes(gm, plan), [], dict(tensors)
+    prefixes, targets, tensors = prefixes_of(gm, plan), [], dict(tensors)
     for target in plan.targets:
         layout, key = target.site.layout, f"{prefixes[target.site.path]}{KEYS[0]}"
         if isinstance(layout, Kernel) and layout.groups > 1 and not layout.is_transposed:
@@ -256,51 +201,6 @@ def _as_plain(adapter: Adapter) -> dict[str, Any]:
         "alpha_pattern": {key: factor * alpha for key, alpha in config.alpha_pattern.items()},
         str(start.field or "corda_config"): None,
     }
-
-
-def _doubled_keys(plan: Plan) -> set[str]:
-    """The keys of B that PEFT counts twice: output projections of nn.MultiheadAttention (peft#3774)."""
-    return {f"{attention}.base_layer.out_proj.lora_B.weight".lstrip(".") for attention in _whole_attentions(plan)}
-
-
-def _named_tensors(gm: fx.GraphModule, adapter: Adapter) -> Iterable[tuple[str, torch.Tensor]]:
-    prefixes = _prefixes(gm, adapter.plan)
-    for member in adapter.members:
-        for key, attribute in member.tensors.items():
-            yield prefixes[member.path] + key, get_parameter(gm, attribute)
-    for name in adapter.saved:
-        path, _, last = name.rpartition(".")
-        # PEFT keeps an adapted module's own parameters in its base_layer.
-        yield f"{path}.base_layer.{last}" if path in adapter.sites else name, trained_tensor(gm, name)
-
-
-def _prefixes(gm: fx.GraphModule, plan: Plan) -> dict[str, str]:
-    """{site: what its keys start with}. PEFT nests what it wraps more than once in `base_layer`s.
-
-    Of several parameters of one module that target_parameters means, the first registered is the innermost. The output
-    projection of nn.MultiheadAttention lies inside the wrapper of the packed one.
-    """
-    paths = [*(target.site.path for target in plan.targets), *(rows.site.path for rows in plan.tokens)]
-    prefixes = {path: f"{path}." if path else "" for path in paths}
-    order = {name: i for i, (name, _) in enumerate(gm.named_parameters(remove_duplicate=False))}
-    wrapped: dict[str, list[Site]] = {}
-    for site in (target.site for target in plan.targets if target.by_parameter):
-        wrapped.setdefault(site.weight.rpartition(".")[0], []).append(site)
-    for module, sites in wrapped.items():
-        if module:  # PEFT cannot adapt parameters of the root: those keep our own form
-            sites.sort(key=lambda site: -order.get(site.weight, 0))
-            prefixes |= {site.path: f"{module}." + "base_layer." * depth for depth, site in enumerate(sites)}
-    for attention in _whole_attentions(plan):
-        prefixes[f"{attention}.in_proj_weight".lstrip(".")] = f"{attention}.".lstrip(".")
-        prefixes[f"{attention}.out_proj".lstrip(".")] = f"{attention}.base_layer.out_proj.".lstrip(".")
-    return prefixes
-
-
-def _whole_attentions(plan: Plan) -> list[str]:
-    """The nn.MultiheadAttention modules that are adapted as PEFT adapts them: both projections."""
-    sites = [t.site for t in plan.targets if t.site.attention is not None and not t.by_parameter and not t.site.part]
-    packed = {site.attention for site in sites if site.weight.endswith("in_proj_weight")}
-    return sorted({str(site.attention) for site in sites if site.path.endswith("out_proj")} & packed)
 
 
 def _exact_targets(gm: fx.GraphModule, adapter: Adapter) -> dict[str, object]:
@@ -374,39 +274,6 @@ def _write_beside(path: Path, data: bytes) -> Path:
     return Path(temporary)
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """({key in one spelling: tensor}, metadata) of a file."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            keys = [key for key in file.keys() if not is_left_behind(key)]  # noqa: SIM118
-            tensors: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in keys}
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{str(path)!r} is no readable safetensors file: {error}") from error
-    if not tensors:
-        raise AdapterError(f"{str(path)!r} holds no tensor")
-    for key, tensor in tensors.items():
-        if ".lora_" in key and tensor.dtype not in ADAPTER_DTYPES:
-            raise AdapterError(f"{str(path)!r}: {key!r} is {tensor.dtype}; adapters are float32, float16 or bfloat16")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(f"{str(path)!r}: {key!r} holds NaN or Inf")
-    normalised: dict[str, torch.Tensor] = {}
-    spelled: dict[str, str] = {}
-    for key, tensor in tensors.items():
-        name = _normalised(parse_key(key, str(path)))
-        if name in normalised and not torch.equal(normalised[name], tensor):
-            raise AdapterError(f"{str(path)!r}: {spelled[name]!r} and {key!r} mean the same tensor; keep one of them")
-        normalised[name], spelled[name] = tensor, key
-    return normalised, metadata
-
-
-def _normalised(key: TensorKey) -> str:
-    """One spelling for keys with and without PEFT's prefix, adapter name and base_layer."""
-    if key.end is None:
-        return key.path
-    return f"{key.path}.{key.end}".lstrip(".")
-
-
 def _plan_for(gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> Plan:
     """The plan that takes exactly the file's tensors."""
     plan = plan_adapters(gm, config, every_pattern_hits=False)
@@ -414,7 +281,7 @@ def _plan_for(gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.T
     missing = [key for key in expected if key not in tensors]
     unexpected = [key for key in tensors if key not in expected]
     # PEFT adds the whole base weight of adapted embeddings and heads; equal to the base it says nothing.
-    unexpected = [key for key in unexpected if not _is_base_tensor(gm, key, tensors[key])]
+    unexpected = [key for key in unexpected if not is_base_tensor(gm, key, tensors[key])]
     if missing:
         raise AdapterError(
             f"the file lacks {len(missing)} of {len(expected)} tensors that its configuration asks for: "
@@ -431,7 +298,7 @@ def _plan_for(gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.T
                 f"{key!r} has the shape {tuple(tensors[key].shape)}, but this graph takes {shape}: "
                 "another rank (see r and rank_pattern in adapter_config.json) or another model"
             )
-    prefixes = _prefixes(gm, plan)
+    prefixes = prefixes_of(gm, plan)
     if not all(_says_the_same(prefixes, plan, target, tensors) for target in plan.targets):
         warn(
             "the file holds different adapters for sites that share one tied weight; each keeps its own, and "
@@ -447,26 +314,19 @@ def _says_the_same(prefixes: dict[str, str], plan: Plan, target: PlannedSite, te
         return True
     owner = next(other for other in plan.targets if other.site.path == target.shares_with)
     own, owned = (
-        [tensors[prefixes[each.site.path] + end] for end in _shapes(each, plan.config)] for each in (target, owner)
+        [tensors[prefixes[each.site.path] + end] for end in shapes_of(each, plan.config)] for each in (target, owner)
     )
     if owner.site.layout != target.site.layout:
         owned = [*owner.site.layout.turn(*owned[:2]), *owned[2:]]
     return all(torch.equal(mine, theirs) for mine, theirs in zip(own, owned, strict=True))
 
 
-def _is_base_tensor(gm: fx.GraphModule, key: str, tensor: torch.Tensor) -> bool:
-    own = get_attribute(gm, key)
-    return (
-        isinstance(own, torch.Tensor) and own.shape == tensor.shape and torch.equal(own.cpu().to(tensor.dtype), tensor)
-    )
-
-
 def _expected(gm: fx.GraphModule, plan: Plan) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    prefixes = _prefixes(gm, plan)
+    prefixes = prefixes_of(gm, plan)
     for target in plan.targets:
         prefix = prefixes[target.site.path]
-        shapes |= {prefix + end: shape for end, shape in _shapes(target, plan.config).items()}
+        shapes |= {prefix + end: shape for end, shape in shapes_of(target, plan.config).items()}
     for rows in plan.tokens:
         shapes[prefixes[rows.site.path] + KEY_OF_ROWS] = (len(rows.rows), rows.site.out_features)
     for name in plan.trained:
@@ -474,28 +334,10 @@ def _expected(gm: fx.GraphModule, plan: Plan) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _shapes(target: PlannedSite, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """{end of a key: the tensor's shape} of one site."""
-    layout = target.site.layout
-    a, b = KEYS_OF_LOOKUPS if target.site.is_lookup else KEYS
-    a_shape = layout.dense_shape(target.r) if isinstance(layout, Kernel) else layout.a_shape(target.r)
-    shapes = {a: a_shape, b: layout.b_shape(target.r)}
-    if config.lora_bias:
-        shapes[KEY_OF_BIAS] = (layout.out_features,)
-    if config.use_dora:
-        shapes[KEY_OF_MAGNITUDE] = magnitude_shape(layout)
-    return shapes
-
-
 def _dtype_for(plan: Plan, tensors: dict[str, torch.Tensor]) -> torch.dtype:
     saved = next(tensor.dtype for key, tensor in tensors.items() if key.endswith(("lora_A.weight", "lora_embedding_A")))
     base = plan.targets[0].site.dtype
     return saved if base in _HALVES else torch.promote_types(saved, base)
-
-
-def _targets(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """{normalised key: the tensor of the graph that it goes to}."""
-    return {_normalised(parse_key(name, "")): tensor for name, tensor in _named_tensors(gm, adapter)}
 
 
 def _some(keys: list[str], limit: int = 4) -> str:

@@ -112,7 +112,7 @@ class RowsSite:
         return {KEY_OF_ROWS: self.rows}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """One injected adapter.
 

@@ -147,25 +147,70 @@ def unstack(
             targets.append(target)
             continue
         whole, entries = target.site.layout, parts[target.site.path]
-        fits = isinstance(whole, Matrix) and sum(entry["r"] for entry in entries) == target.r
-        if not fits or not all(0 <= e["start"] < e["stop"] <= target.site.out_features for e in entries):
+        if (
+            not isinstance(whole, Matrix)
+            or sum(entry["r"] for entry in entries) != target.r
+            or not all(0 <= e["start"] < e["stop"] <= target.site.out_features for e in entries)
+        ):
             raise AdapterError(f"the parts of {target.site.path!r} in the file's metadata do not fit its tensors")
-        a, b = (result.pop(f"{target.site.path}.{end}") for end in KEYS)
-        others = {end: result.pop(f"{target.site.path}.{end}", None) for end in (KEY_OF_BIAS, KEY_OF_MAGNITUDE)}
-        first = 0
-        for entry in entries:
-            assert isinstance(whole, Matrix)
-            part = _planned_part(target, whole, entry, plan.config)
-            rows, columns = slice(entry["start"], entry["stop"]), slice(first, first + entry["r"])
-            first += entry["r"]
-            result[f"{part.site.path}.{_A}"] = a[columns].clone()
-            block = b[rows, columns] / (part.scaling / _scaling_of(entries[0], plan.config))
-            result[f"{part.site.path}.{_B}"] = own.get(f"{part.site.path}.{_B}", block).clone()
-            for end, tensor in others.items():
-                if tensor is not None:
-                    result[f"{part.site.path}.{end}"] = own.get(f"{part.site.path}.{end}", tensor[rows]).clone()
-            targets.append(part)
+        planned = [_planned_part(target, whole, entry, plan.config) for entry in entries]
+        _take_apart(target.site.path, planned, result, own)
+        targets.extend(planned)
     return replace(plan, targets=tuple(targets)), result
+
+
+def take_apart(plan: Plan, tensors: dict[str, torch.Tensor], ranks: Mapping[str, int]) -> None:
+    """Replace the tensors of whole weights, in place, by those of the parts that the plan has.
+
+    Args:
+        plan: with parts.
+        tensors: {key: tensor} of a file; a whole weight that is not in it is passed over.
+        ranks: {path of a part: rows of A that are its}.
+
+    Raises:
+        AdapterError: if a whole has another rank than its parts together.
+    """
+    groups: dict[str, list[PlannedSite]] = {}
+    for target in plan.targets:
+        if target.site.part:
+            groups.setdefault(target.site.whole_path, []).append(target)
+    for whole, targets in groups.items():
+        if f"{whole}.{_A}" not in tensors:
+            continue
+        own = {
+            key: tensors.pop(key)
+            for t in targets
+            for end in (_B, KEY_OF_BIAS)
+            if (key := f"{t.site.path}.{end}") in tensors
+        }
+        planned = [replace(target, r=ranks[target.site.path]) for target in targets]
+        if len(tensors[f"{whole}.{_A}"]) != sum(target.r for target in planned):
+            raise AdapterError(
+                f"the adapter of {whole!r} has rank {len(tensors[f'{whole}.{_A}'])}, and its parts here have "
+                f"{sum(target.r for target in planned)} together"
+            )
+        _take_apart(whole, planned, tensors, own)
+
+
+def _take_apart(
+    whole: str, parts: list[PlannedSite], tensors: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]
+) -> None:
+    """Replace the tensors of one whole weight by those of its parts; `own` are those that the file has as they are."""
+    a, b = (tensors.pop(f"{whole}.{end}") for end in KEYS)
+    others = {end: tensors.pop(f"{whole}.{end}", None) for end in (KEY_OF_BIAS, KEY_OF_MAGNITUDE)}
+    first = 0
+    for part in parts:
+        layout, path = part.site.layout, part.site.path
+        assert isinstance(layout, Part)
+        rows, columns = slice(layout.start, layout.stop), slice(first, first + part.r)
+        first += part.r
+        ratio = part.scaling / parts[0].scaling
+        tensors[f"{path}.{_A}"] = a[columns].clone()
+        tensors[f"{path}.{_B}"] = own.get(f"{path}.{_B}", b[rows, columns] / ratio).clone()
+        for end, tensor in others.items():
+            if tensor is not None:
+                value = tensor[rows] / ratio if end == KEY_OF_BIAS else tensor[rows]
+                tensors[f"{path}.{end}"] = own.get(f"{path}.{end}", value).clone()
 
 
 def part_keys(described: str | None) -> set[str]:
@@ -185,12 +230,8 @@ def _planned_part(target: PlannedSite, whole: Matrix, entry: dict[str, Any], con
         attention=None,
         layout=Part(whole, entry["start"], entry["stop"]),
     )
-    scaling = _scaling_of(entry, config)
+    scaling = scaling_of(entry["lora_alpha"], entry["r"], use_rslora=config.use_rslora)
     return PlannedSite(site, entry["r"], entry["lora_alpha"], scaling, shares_with=None)
-
-
-def _scaling_of(entry: dict[str, Any], config: LoraConfig) -> float:
-    return scaling_of(entry["lora_alpha"], entry["r"], use_rslora=config.use_rslora)
 
 
 def _parsed(described: str) -> dict[str, list[dict[str, Any]]]:

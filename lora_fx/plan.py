@@ -284,6 +284,11 @@ def _planned(site: Site, config: LoraConfig) -> PlannedSite:
     return PlannedSite(site, r, alpha, scaling_of(alpha, r, use_rslora=config.use_rslora), by_parameter=by_parameter)
 
 
+def scaling_at(site: Site, config: LoraConfig) -> float:
+    """What multiplies B @ A at a site by that configuration."""
+    return _planned(site, config).scaling
+
+
 def _pattern_names(site: Site, config: LoraConfig) -> tuple[str, ...]:
     """The names that the keys of rank_pattern and alpha_pattern are matched with."""
     if is_parameter_target(site, config):
