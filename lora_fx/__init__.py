@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters import load_adapter, save_adapter
+    from .batching import batch_adapters, unbatch_adapters
     from .calibration import Calibration, calibrate
     from .combination import combine_adapters
     from .config import LoraConfig
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapters": ("load_adapter", "save_adapter"),
+    "batching": ("batch_adapters", "unbatch_adapters"),
     "calibration": ("Calibration", "calibrate"),
     "combination": ("combine_adapters",),
     "config": ("LoraConfig",),
@@ -99,6 +101,7 @@ __all__ = [
     "active_adapters",
     "adapter_names",
     "assert_equivalent",
+    "batch_adapters",
     "calibrate",
     "combine_adapters",
     "compare_graphs",
@@ -119,6 +122,7 @@ __all__ = [
     "trace",
     "trace_record",
     "trainable_parameters",
+    "unbatch_adapters",
     "unfold",
 ]
 

@@ -40,7 +40,7 @@ from .adapter_tensors import (
 from .attributes import get_attribute
 from .config import LoraConfig
 from .errors import AdapterError, ConfigError, closest, warn
-from .graph_module import LoraGraphModule, checked_graph_module, record_of
+from .graph_module import LoraGraphModule, check_editable, checked_graph_module, record_of
 from .initialization import start_of
 from .injection import Adapter, NewAdapter, check_adapter_name, inject_new
 from .layouts import Kernel
@@ -66,6 +66,8 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
         AdapterError: if there is no such adapter, a value is NaN or Inf, or the directory cannot be written.
     """
     gm = checked_graph_module(gm)
+    if record_of(gm).batched is not None:
+        check_editable(gm)
     adapter = find_adapter(gm, adapter_name)
     for name, tensor in named_tensors(gm, adapter):
         if tensor.is_meta:

@@ -334,6 +334,12 @@ def _note_users(node: fx.Node, scope: Scope, parameters: dict[str, nn.Parameter]
             reading.users.setdefault(f"{node.target}.{name}", []).append(node)
 
 
+def readers_in(application: Application) -> set[fx.Node]:
+    """The nodes that an application stands for among the users of its parameter, as a `Reading` lists them."""
+    node = application.use.node
+    return {node, *_final_users(node)} if is_step(node) else {node}
+
+
 def _final_users(node: fx.Node) -> Iterator[fx.Node]:
     """The users of a weight, looking through transposes and into the bodies that it is an operand of."""
     for user in node.users:

@@ -6,6 +6,7 @@ torch.export's own check of this goes when a graph is edited, so the graph modul
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,14 @@ class CallForm:
         self._traced = {name: dict(_leaves(values[name])) for name in names}
         self._plain = {name: leaves[()] for name, leaves in self._traced.items() if () in leaves}
         self._free_numbers = free_numbers
+
+    def with_input(self, name: str, example: torch.Tensor) -> CallForm:
+        """The form of a graph that takes one more tensor, by name."""
+        longer = copy.copy(self)
+        longer._names = [*self._names, name]
+        longer._traced = self._traced | {name: {(): example}}
+        longer._plain = self._plain | {name: example}
+        return longer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise GraphError if the inputs have no place in the graph."""

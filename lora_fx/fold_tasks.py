@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .aliasing import is_same_view, storage_of, view_of
-from .applications import Application, Reading, bias_of, read_applications
+from .applications import Application, Reading, bias_of, read_applications, readers_in
 from .attributes import get_attribute, get_parameter, set_attribute
 from .errors import FoldError
 from .fold_terms import BiasTerm, LowRankTerm, RowsTerm, Term
@@ -86,7 +86,7 @@ def _task(
 ) -> FoldTask:
     weight = get_parameter(gm, attribute)
     names = reading.names[attribute]
-    adapted = {application.use.node for path in paths for application in applications[path]}
+    adapted = {node for path in paths for application in applications[path] for node in readers_in(application)}
     readers = [name for name in names if any(node not in adapted for node in reading.users.get(name, ()))]
     aliases = [name for name in names if is_same_view(get_parameter(gm, name), weight)]
     return FoldTask(tuple(paths), tuple(terms), attribute, tuple(aliases), tuple(readers))
@@ -168,7 +168,7 @@ def _untie(gm: LoraGraphModule, reading: Reading, group: list[tuple[FoldTask, nn
     """Give each task on one tied weight a name of its own, and let whoever else reads the weight keep the base."""
     aliases = group[0][0].aliases
     sites = {path: [a for a in reading.applications if a.path == path] for task, _ in group for path in task.paths}
-    adapted = {application.use.node for applications in sites.values() for application in applications}
+    adapted = {node for applications in sites.values() for each in applications for node in readers_in(each)}
     others = {name for name in aliases if any(node not in adapted for node in reading.users.get(name, ()))}
     fixed = {  # a module that is not adapted reads its own parameter, whatever we call others
         name for name in others if any(node.op == "call_module" and node not in adapted for node in reading.users[name])

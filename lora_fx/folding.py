@@ -207,6 +207,11 @@ def _chosen(gm: fx.GraphModule, names: Sequence[str] | str | None) -> list[Adapt
     record = record_of(gm)
     if record.folded is not None:
         raise FoldError("this graph is folded already; lora_fx.unfold(gm) takes that back")
+    if record.batched is not None:
+        raise FoldError(
+            "this graph comes from batch_adapters, and its rows have different weights; fold one adapter of the graph "
+            "that lora_fx.unbatch_adapters(gm) gives"
+        )
     if not record.adapters:
         raise FoldError("there is nothing to fold: the graph has no adapter. inject(gm, config) adds one")
     if names is None:

@@ -7,12 +7,15 @@ operand of the call and one more placeholder of the body.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import operator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
 
 from .applications import Application, Scope, bodies_of, body_module, is_step, steps_to, unsummed
 from .attributes import get_attribute
@@ -51,6 +54,7 @@ class LowRankPath:
         start_a, start_b: A and B as they were first, whose product is taken off again; or None.
         strength: what the choice of adapters multiplies all of it with.
         needs_cast: A and B are of another dtype than what the op takes.
+        ranks: how many A gives, those that are taken off again among them.
     """
 
     adapter: str
@@ -65,6 +69,7 @@ class LowRankPath:
     strength: float
     layout: Layout
     needs_cast: bool
+    ranks: int
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,149 @@ def insert_low_rank_path(application: Application, path: LowRankPath) -> None:
     inserted = _mark_between(base, behind, role, use.node)
     total.meta[ROLE] = Role(path.adapter, is_sum=True)
     base.replace_all_uses_with(total, delete_user_cb=lambda user: user not in inserted)
+
+
+@dataclass(frozen=True)
+class BatchedPath:
+    """Several adapters of one site as one, for a batch whose rows choose among them.
+
+    Attributes:
+        role: of the inserted nodes.
+        paths: those of the single adapters.
+        stacks: names of A and B of all of them in one tensor each; None if they are stacked at each call.
+        gates: name of the buffer (adapters + 1, ranks of all paths) with the scaling of an adapter at its own ranks.
+        ids: the input that holds the adapter of each row; 0 for none.
+        gates_of: {(graph, its buffer, shape): the node that holds them}, for all sites of one graph to share.
+        is_narrow: A and B are of 16 bits, and the gates, whose products are made in 32, are not.
+        find_batch: from the sizes of what A gives, with None for its ranks, to the axis of the batch, and whether that
+            axis holds batch × something, batch first.
+    """
+
+    role: str
+    paths: tuple[LowRankPath, ...]
+    stacks: tuple[str, str] | None
+    gates: str
+    ids: fx.Node
+    gates_of: dict[tuple[fx.Graph, str, tuple[int, ...]], fx.Node]
+    is_narrow: bool
+    find_batch: Callable[[list[Any]], tuple[int, bool]]
+
+
+def insert_batched_path(application: Application, path: BatchedPath) -> None:
+    """Write result + B(gate · A(x)), with A and B of all adapters stacked, and the gate of each row.
+
+    Ranks of adapters that a row does not choose are multiplied with 0: one product for all of them, whatever the mix.
+    """
+    use, scope = application.use, application.scope
+    graph, dialect, role = scope.graph, dialect_of(use.node), Role(path.role)
+    if path.stacks is None:
+        stacks, reads = None, [_reads(application, each, role) for each in path.paths]
+    else:
+        stacks, reads = [_read(scope, name, use.node, role) for name in path.stacks], []
+    base = _last_sum(use.node)
+    behind = base.next
+    with graph.inserting_before(behind):
+        if stacks is None:
+            a, b = _stacked(application, path.paths, reads)
+        elif application.layout != path.paths[0].layout:
+            a, b = write(path.paths[0].layout.turn, *stacks)
+        else:
+            a, b = stacks
+        if application.rows is not None:
+            b = _own_rows(application, b)
+        x = _last_sum(use.x)
+        needs_cast = path.paths[0].needs_cast
+        if needs_cast and not use.family.takes_indices:
+            x = graph.call_function(dialect.cast_like, (x, a))
+        if path.paths[0].dropout is not None:
+            x = _call_dropout(scope, path.paths[0].dropout, x)
+
+        def gated(down: fx.Node, rank_axis: int) -> fx.Node:
+            return _gated(application, path, down, rank_axis)
+
+        delta = use.family.emit(use, application.layout, x, a, b, gated)
+        if use.factor != 1:
+            delta = graph.call_function(dialect.mul, (delta, use.factor))
+        if needs_cast:
+            delta = graph.call_function(dialect.cast_like, (delta, base))
+        total = graph.call_function(dialect.add, (base, delta))
+    inserted = _mark_between(base, behind, role, use.node)
+    total.meta[ROLE] = Role(path.role, is_sum=True)
+    base.replace_all_uses_with(total, delete_user_cb=lambda user: user not in inserted)
+
+
+def _stacked(
+    application: Application, paths: Sequence[LowRankPath], reads: list[dict[str, fx.Node]]
+) -> tuple[fx.Node, fx.Node]:
+    """A and B of all adapters, as the op takes them."""
+    factors = []
+    for path, read in zip(paths, reads, strict=True):
+        (a, b), layout = _whole_factors(read), path.layout
+        if isinstance(layout, Part):
+            (a, b), layout = write(layout.widened, a, b), layout.whole
+        factors.append(write(layout.turn, a, b) if application.layout != layout else (a, b))
+    graph = application.scope.graph
+    a = graph.call_function(_aten.cat.default, ([a for a, _ in factors], 0))
+    return a, graph.call_function(_aten.cat.default, ([b for _, b in factors], 1))
+
+
+def _gated(application: Application, path: BatchedPath, down: fx.Node, rank_axis: int) -> fx.Node:
+    """What A gives, times the gate of the row that it belongs to."""
+    graph, use, scope, role = down.graph, application.use, application.scope, Role(path.role)
+    sizes = [*use.x.meta["val"].shape, *([None] if use.family.takes_indices else [])]
+    sizes[rank_axis] = None
+    axis, is_flattened = path.find_batch(sizes)
+    shape = [1] * len(sizes)
+    shape[axis], shape[rank_axis] = -1, sum(each.ranks for each in path.paths)
+    is_turned = axis > len(sizes) + rank_axis
+    if is_flattened:
+        gate = _gate(scope, path, role, (), is_turned=False)
+        rows = graph.call_function(_aten.sym_size.int, (down, axis))
+        batch = graph.call_function(_aten.sym_size.int, (gate, 0))
+        repeats = graph.call_function(operator.floordiv, (rows, batch))
+        gate = graph.call_function(_aten.repeat_interleave.self_int, (gate, repeats, 0))
+        gate = graph.call_function(_aten.reshape.default, (gate, shape))
+    else:
+        gate = _gate(scope, path, role, tuple(shape), is_turned=is_turned)
+    dialect = dialect_of(use.node)
+    product = graph.call_function(dialect.mul, (down, gate))
+    return graph.call_function(dialect.cast_like, (product, down)) if path.is_narrow else product
+
+
+def _gate(scope: Scope, path: BatchedPath, role: Role, shape: tuple[int, ...], *, is_turned: bool) -> fx.Node:
+    """The gates of all rows, (batch, ranks) or in that shape, behind the input that says whose they are."""
+    graph = path.ids.graph
+    known = path.gates_of.get((graph, path.gates, shape))
+    if known is None:
+        behind = path.ids.next
+        with graph.inserting_before(behind):
+            table = graph.get_attr(path.gates)
+            known = graph.call_function(_aten.embedding.default, (table, path.ids))  # refuses ids that are none
+            if is_turned:
+                known = graph.call_function(_aten.t.default, (known,))
+            if shape:
+                known = graph.call_function(_aten.reshape.default, (known, list(shape)))
+        _mark_between(path.ids, behind, role, path.ids)
+        path.gates_of[graph, path.gates, shape] = known
+    return _bring(scope, known, role)
+
+
+def _bring(scope: Scope, node: fx.Node, role: Role) -> fx.Node:
+    """A node of the root's graph, as an operand of the bodies down to `scope`."""
+    if scope.parent is None or scope.call is None:
+        return node
+    return _pass_in(scope.call, _bring(scope.parent, node, role), scope.graph, role)
+
+
+def add_input(graph: fx.Graph, name: str) -> fx.Node:
+    """One more input of a graph, by name, behind all others."""
+    info = graph._codegen.pytree_info  # type: ignore[attr-defined]
+    args, kwargs = pytree.tree_unflatten([0] * info.in_spec.num_leaves, info.in_spec)
+    spec = pytree.tree_structure((args, {**kwargs, name: 0}))
+    graph.set_codegen(_PyTreeCodeGen(info._replace(orig_args=[*info.orig_args, name], in_spec=spec)))
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        return graph.placeholder(name)
 
 
 def insert_rows(application: Application, path: RowsPath) -> None:
@@ -478,11 +626,16 @@ def _drop_unused(node: fx.Node) -> None:
 
 
 __all__ = [
+    "BatchedPath",
     "LowRankPath",
     "Role",
+    "RowsPath",
+    "add_input",
     "erase_low_rank_paths",
     "finish",
+    "insert_batched_path",
     "insert_low_rank_path",
+    "insert_rows",
     "rebind_weight",
     "rename_reads",
 ]

@@ -101,6 +101,7 @@ class GraphRecord:
         originals: base tensors that an adapter trains in full, as they were: {fqn: tensor}.
         traced: the views as tracing wrote them, by value, to know them again.
         reinsert: writes the adapters' nodes into views that have none; set by `inject`.
+        batched: for a graph from `batch_adapters`, how its adapters are stacked (see batching.py).
         folded: what an in-place fold needs to take itself back (see folding.py).
         report: what the last fold did.
         compiled: graphs as they were written, with what they were compiled to. Copies share it, so that a copy, and
@@ -119,6 +120,7 @@ class GraphRecord:
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
     traced: dict[bool | None, Written] = field(default_factory=dict)
     reinsert: Callable[[LoraGraphModule], None] | None = None
+    batched: Any = None
     folded: Any = None
     report: Any = None
     compiled: list[tuple[Written, dict[str, Any]]] = field(default_factory=list)
@@ -294,6 +296,18 @@ def record_of(gm: fx.GraphModule) -> GraphRecord:
     """The record of a graph module; an empty one for graphs that no pass has seen."""
     record = gm.meta.get(_META_KEY)
     return record if isinstance(record, GraphRecord) else GraphRecord(views={None: gm.graph})
+
+
+def check_editable(gm: fx.GraphModule) -> None:
+    """Raise GraphError for graphs whose adapters cannot be told apart any more: folded in place, or batched."""
+    record = record_of(gm)
+    if record.folded is not None:
+        raise GraphError("this graph is folded in place; lora_fx.unfold(gm) brings its adapters back")
+    if record.batched is not None:
+        raise GraphError(
+            "this graph comes from batch_adapters, which wrote its adapters as one; lora_fx.unbatch_adapters(gm) gives "
+            "them back one by one"
+        )
 
 
 def trace_record(gm: fx.GraphModule) -> TraceRecord | None:

@@ -18,7 +18,14 @@ from .config import LoraConfig
 from .dora import magnitude_shape, weight_norm
 from .errors import AdapterError, ConfigError, GraphError, TargetError
 from .graph import LowRankPath, RowsPath, finish, insert_low_rank_path, insert_rows
-from .graph_module import LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
+from .graph_module import (
+    LoraGraphModule,
+    check_editable,
+    checked_graph_module,
+    copy_sharing_tensors,
+    paused_gc,
+    record_of,
+)
 from .initialization import First, computed, initialize, start_of
 from .initializers import Context
 from .layouts import Layout, as_stored, without_start
@@ -218,9 +225,8 @@ def inject_new(gm: fx.GraphModule, new: NewAdapter) -> LoraGraphModule:
 def _check_new(gm: fx.GraphModule, adapter_name: str, adapter_dtype: torch.dtype | None) -> None:
     check_adapter_name(adapter_name)
     _check_dtype(adapter_dtype)
+    check_editable(gm)
     record = record_of(gm)
-    if record.folded is not None:
-        raise GraphError("this graph is folded in place; call lora_fx.unfold(gm) before injecting again")
     if adapter_name in record.adapters:
         raise AdapterError(
             f"the graph already has an adapter {adapter_name!r}; give another adapter_name "
@@ -305,7 +311,7 @@ def _freeze(gm: LoraGraphModule) -> None:
 
 
 def _add_adapter(gm: LoraGraphModule, new: NewAdapter) -> None:
-    by_path = _applications_by_path(gm)
+    by_path = applications_by_path(gm)
     sites: dict[str, AdapterSite] = {}
     known = set(record_of(gm).originals)
     for target in new.plan.targets:
@@ -326,7 +332,7 @@ def _add_adapter(gm: LoraGraphModule, new: NewAdapter) -> None:
 def _insert(gm: LoraGraphModule, adapter: Adapter, by_path: dict[str, list[Application]]) -> None:
     for site in adapter.sites.values():
         for application in by_path[site.applied]:
-            insert_low_rank_path(application, _low_rank_path(gm, application, site, adapter.name))
+            insert_low_rank_path(application, low_rank_path(gm, application, site, adapter.name))
     for rows in adapter.tokens.values():
         for application in (application for path in rows.readers for application in by_path[path]):
             insert_rows(application, _rows_path(gm, application, rows, adapter.name))
@@ -335,10 +341,11 @@ def _insert(gm: LoraGraphModule, adapter: Adapter, by_path: dict[str, list[Appli
 def _insert_all(gm: LoraGraphModule) -> None:
     """Write the nodes of all adapters that count into views that have none yet."""
     for adapter in (record_of(gm).adapters[name] for name in record_of(gm).active):
-        _insert(gm, adapter, _applications_by_path(gm))
+        _insert(gm, adapter, applications_by_path(gm))
 
 
-def _applications_by_path(gm: LoraGraphModule) -> dict[str, list[Application]]:
+def applications_by_path(gm: LoraGraphModule) -> dict[str, list[Application]]:
+    """The ops of each site, in all views."""
     by_path: dict[str, list[Application]] = {}
     for application in read_applications(gm).applications:
         by_path.setdefault(application.path, []).append(application)
@@ -487,7 +494,8 @@ def _check_free(gm: LoraGraphModule, attribute: str, adapter: str) -> None:
         raise GraphError(f"the model already has an attribute {holder!r}, where the adapter's parameters go; rename it")
 
 
-def _low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterSite, name: str) -> LowRankPath:
+def low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterSite, name: str) -> LowRankPath:
+    """What to write beside one application of a site, for one adapter."""
     if not application.use.family.is_on_weight and application.layout not in (site.layout.whole, site.layout.turned()):
         raise GraphError(
             f"{application.path!r} is applied in ways that no one A and B can serve (by {application.use.node.name}: "
@@ -515,9 +523,10 @@ def _low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterS
         start_b=site.start_b,
         dropout=site.dropout,
         scaling=site.scaling,
-        strength=record_of(gm).active[name],
+        strength=record_of(gm).active.get(name, 1.0),
         layout=site.layout,
         needs_cast=get_parameter(gm, site.lora_a).dtype != taken,
+        ranks=len(get_parameter(gm, site.lora_a)) * (1 if site.start_a is None else 2),
     )
 
 

@@ -92,8 +92,15 @@ def _keeps_outputs(user: fx.Node, node: fx.Node, outputs: int) -> bool:
     return user.target in _VIEWS and user.args[0] is node and _last_size(user) == outputs
 
 
+def _value_of(node: fx.Node) -> object:
+    """What tracing saw there; a sum of an op and an adapter's path is like the op."""
+    while ROLE in node.meta and node.meta[ROLE].is_sum and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.meta.get("val")
+
+
 def _last_size(node: fx.Node) -> object:
-    value = node.meta.get("val")
+    value = _value_of(node)
     return value.shape[-1] if isinstance(value, torch.Tensor) and value.ndim else None
 
 
@@ -117,7 +124,7 @@ def _taken_apart(node: fx.Node, outputs: int) -> tuple[tuple[int, int], ...]:
 
 
 def _is_last(dim: object, node: fx.Node) -> bool:
-    value = node.meta.get("val")
+    value = _value_of(node)
     return dim == -1 or (isinstance(value, torch.Tensor) and dim == value.ndim - 1)
 
 
@@ -131,7 +138,7 @@ def _tiled(parts: list[tuple[int, int]], outputs: int) -> tuple[tuple[int, int],
 
 def _unflattened(user: fx.Node, node: fx.Node, outputs: int) -> tuple[tuple[int, int], ...]:
     """Equal parts, where the last dimension is seen as (2 or 3, …) and one of them taken at a time."""
-    before, after = node.meta.get("val"), user.meta.get("val")
+    before, after = _value_of(node), user.meta.get("val")
     if user.target not in _UNFLATTENS or not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return ()
     inner = after.shape[before.ndim - 1 :]

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from .attributes import get_attribute, get_parameter
 from .errors import AdapterError, closest
-from .graph_module import checked_graph_module, record_of
+from .graph_module import check_editable, checked_graph_module, record_of
 from .injection import Adapter
 
 
@@ -24,9 +24,13 @@ def lora_parameters(gm: fx.GraphModule, adapter_name: str | None = None) -> list
         AdapterError: if the graph has no adapter, or none of that name.
     """
     gm = checked_graph_module(gm)
-    adapters = record_of(gm).adapters
+    adapters, batched = record_of(gm).adapters, record_of(gm).batched
     if not adapters:
         raise AdapterError("the graph has no adapter; inject one: gm = lora_fx.inject(gm, config)")
+    if batched is not None:
+        if adapter_name is not None:
+            check_editable(gm)
+        return list({id(p): p for p in (get_parameter(gm, n) for n in (*batched.stacks, *batched.single))}.values())
     chosen = list(adapters.values()) if adapter_name is None else [find_adapter(gm, adapter_name)]
     unique = {id(p): p for adapter in chosen for p in _parameters_of(gm, adapter)}
     return list(unique.values())

@@ -23,8 +23,8 @@ from .adapter_tensors import (
 )
 from .attributes import get_attribute, get_parameter
 from .config import LoraConfig
-from .errors import AdapterError, GraphError, closest
-from .graph_module import LoraGraphModule, checked_graph_module, record_of
+from .errors import AdapterError, closest
+from .graph_module import LoraGraphModule, check_editable, checked_graph_module
 from .initialization import start_of
 from .injection import ADAPTER_DTYPES, Adapter, AdapterSite
 from .layouts import Kernel
@@ -61,9 +61,9 @@ def swap_adapter(
         GraphError: if the graph is folded in place.
     """
     gm = checked_graph_module(gm)
+    check_editable(gm)
     adapter = find_adapter(gm, adapter_name)
-    if record_of(gm).folded is not None or not isinstance(gm, LoraGraphModule):
-        raise GraphError("this graph is folded in place; lora_fx.unfold(gm) brings its adapters back")
+    assert isinstance(gm, LoraGraphModule)
     if mha_out_proj not in ("twice", "once"):
         raise AdapterError(f"mha_out_proj={mha_out_proj!r} must be 'twice' or 'once'")
     config = None

@@ -15,9 +15,16 @@ from torch import fx, nn
 from .applications import bodies_of
 from .attributes import delete_attribute, get_attribute, set_attribute
 from .copying import copy_graph
-from .errors import AdapterError, GraphError
+from .errors import AdapterError
 from .graph import erase_low_rank_paths, finish
-from .graph_module import LoraGraphModule, Selection, checked_graph_module, paused_gc, record_of
+from .graph_module import (
+    LoraGraphModule,
+    Selection,
+    check_editable,
+    checked_graph_module,
+    paused_gc,
+    record_of,
+)
 from .parameters import find_adapter
 
 
@@ -115,8 +122,7 @@ def forget_adapter(gm: LoraGraphModule, name: str) -> None:
 def _checked(gm: fx.GraphModule) -> LoraGraphModule:
     gm = checked_graph_module(gm)
     record = record_of(gm)
-    if record.folded is not None:
-        raise GraphError("this graph is folded in place; lora_fx.unfold(gm) brings its adapters back")
+    check_editable(gm)
     if not isinstance(gm, LoraGraphModule) or not record.adapters:
         raise AdapterError("the graph has no adapter; inject one: gm = lora_fx.inject(gm, config)")
     return gm

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ..layouts import Kernel, Layout, Shape
-from .use import Family, Use, argument
+from .use import Between, Family, Use, argument
 
 _aten = torch.ops.aten
 _MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -83,7 +83,9 @@ class Convolution(Family):
         options = _options(use.node)
         return Kernel(tuple(shape), options["groups"], _is_transposed(use))
 
-    def emit(self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+    def emit(
+        self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node, between: Between | None = None
+    ) -> fx.Node:
         graph, options = use.node.graph, _options(use.node)
         dims = int(use.kind[-2])
         is_aten = isinstance(use.node.target, torch._ops.OpOverload)
@@ -98,6 +100,7 @@ class Convolution(Family):
             a = _grouped_transpose(graph, a, options["groups"])
         op: Any = use.node.target if use.node.op == "call_function" else getattr(F, use.kind)
         down = graph.call_function(op, (x, a, None, *values))
+        down = down if between is None else between(down, -1 - dims)
         # (batch, r, ...) -> (batch, out, ...)
         return graph.call_function(
             _POINTWISE[dims][is_aten], (down, b, None, *_STILL[dims][is_aten], options["groups"])

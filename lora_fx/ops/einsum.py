@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..layouts import Layout
-from .use import Family, Use, argument, dialect_of
+from .use import Between, Family, Use, argument, dialect_of
 
 _FUNCTIONS = {torch.einsum, torch.ops.aten.einsum.default}
 
@@ -34,7 +34,9 @@ class Einsum(Family):
             in_out = _terms(equation)[position][0] == contracted
             yield Use(self, "einsum", node, operands[position], operands[1 - position], takes_in_out=in_out)
 
-    def emit(self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+    def emit(
+        self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node, between: Between | None = None
+    ) -> fx.Node:
         parsed = _parse(use.node)
         assert parsed is not None
         equation, operands = parsed
@@ -49,6 +51,8 @@ class Einsum(Family):
         # x[..contracted..] A[rank, contracted] -> [..rank..];  then B[new, rank] -> the op's own result
         op, args = dialect.einsum(f"{terms[1 - position]},{rank}{contracted}->{middle}", x, a)
         down = graph.call_function(op, args)
+        from_end = middle[::-1].index(rank) + 1  # an ellipsis in front may be of any length
+        down = down if between is None else between(down, -from_end)
         op, args = dialect.einsum(f"{middle},{new}{rank}->{result}", down, b)
         return graph.call_function(op, args)
 

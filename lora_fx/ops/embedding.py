@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ..layouts import Layout
-from .use import Family, Use, argument, dialect_of
+from .use import Between, Family, Use, argument, dialect_of
 
 _aten = torch.ops.aten
 
@@ -44,10 +44,13 @@ class Embedding(Family):
                 self, "embedding", node, argument(node, 1, "weight"), argument(node, 0, "input"), True, is_certain=True
             )
 
-    def emit(self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+    def emit(
+        self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node, between: Between | None = None
+    ) -> fx.Node:
         graph, dialect = use.node.graph, dialect_of(use.node)
         table = graph.call_function(dialect.transpose, (a,))  # (vocabulary, r)
         down = graph.call_function(_aten.embedding.default, (table, x, *_options(use.node)))  # (...) -> (..., r)
+        down = down if between is None else between(down, -1)
         return graph.call_function(dialect.linear, (down, b))  # (..., r) @ (dim, r)ᵀ -> (..., dim)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..layouts import Experts, Layout, Shape
-from .use import Family, Use, argument
+from .use import Between, Family, Use, argument
 
 _aten = torch.ops.aten
 _BATCHED = {torch.bmm, _aten.bmm.default, "bmm", torch.matmul, _aten.matmul.default, operator.matmul, "matmul"}
@@ -34,7 +34,9 @@ class Grouped(Family):
             return f"its weight has {len(shape)} dimensions, where {use.kind} has three"
         return Experts(tuple(shape), stored_in_out)
 
-    def emit(self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+    def emit(
+        self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node, between: Between | None = None
+    ) -> fx.Node:
         graph, node = use.node.graph, use.node
         count = layout.count
         stacked = graph.call_function(_aten.unflatten.int, (a, 0, [count, -1]))  # (E, r, in)
@@ -42,8 +44,8 @@ class Grouped(Family):
         spread = graph.call_function(_aten.unflatten.int, (b, 1, [-1, count]))  # (out, r, E)
         up = graph.call_function(_aten.permute.default, (spread, [2, 1, 0]))  # (E, r, out)
         create = graph.call_function if node.op == "call_function" else graph.call_method
-        between = create(node.target, (x, down, *node.args[2:]), dict(node.kwargs))  # type: ignore[arg-type]
-        return create(node.target, (between, up, *node.args[2:]), dict(node.kwargs))  # type: ignore[arg-type]
+        ranks = create(node.target, (x, down, *node.args[2:]), dict(node.kwargs))  # type: ignore[arg-type]
+        return create(node.target, (ranks, up, *node.args[2:]), dict(node.kwargs))  # type: ignore[arg-type]
 
 
 def _is_grouped_mm(target: object) -> bool:

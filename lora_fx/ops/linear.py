@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ..layouts import Layout
-from .use import Family, Use, argument, dialect_of
+from .use import Between, Family, Use, argument, dialect_of
 
 _FUNCTIONS = {F.linear, torch.ops.aten.linear.default, torch.ops.aten.linear}
 
@@ -28,9 +28,12 @@ class Linear(Family):
             x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
             yield Use(self, "linear", node, weight, x, False, is_certain=True)
 
-    def emit(self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+    def emit(
+        self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node, between: Between | None = None
+    ) -> fx.Node:
         graph, linear = use.node.graph, dialect_of(use.node).linear
         down = graph.call_function(linear, (x, a))  # (..., in) @ (r, in)ᵀ -> (..., r)
+        down = down if between is None else between(down, -1)
         return graph.call_function(linear, (down, b))  # (..., r) @ (out, r)ᵀ -> (..., out)
 
     def bias(self, use: Use) -> fx.Node | str | None:

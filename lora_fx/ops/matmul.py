@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..layouts import Layout
-from .use import Family, Use, argument, dialect_of
+from .use import Between, Family, Use, argument, dialect_of
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -53,12 +53,16 @@ class Matmul(Family):
             yield Use(self, kind, node, right, left, takes_in_out=True, factor=factor)
             yield Use(self, kind, node, left, right, takes_in_out=False, factor=factor)
 
-    def emit(self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+    def emit(
+        self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node, between: Between | None = None
+    ) -> fx.Node:
         graph, dialect = use.node.graph, dialect_of(use.node)
         if use.takes_in_out:
             down = graph.call_function(dialect.linear, (x, a))  # (..., in) @ (r, in)ᵀ -> (..., r)
+            down = down if between is None else between(down, -1)
             return graph.call_function(dialect.linear, (down, b))  # (..., r) @ (out, r)ᵀ -> (..., out)
         down = graph.call_function(dialect.matmul, (a, x))  # (r, in) @ (..., in, n) -> (..., r, n)
+        down = down if between is None else between(down, self.out_axis(use) or -2)
         return graph.call_function(dialect.matmul, (b, down))  # (out, r) @ (..., r, n) -> (..., out, n)
 
     def out_axis(self, use: Use) -> int | None:

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from ..layouts import Layout, Matrix, Shape
 
+# What goes between A and B: from what A gives, and the axis of its ranks counted from the end, to what B takes.
+Between = Callable[[fx.Node, int], fx.Node]
+
 
 @dataclass(frozen=True)
 class Use:
@@ -65,8 +68,13 @@ class Family:
             return f"its weight has {len(shape)} dimensions, where {use.kind} has two"
         return Matrix(shape[0], shape[1], stored_in_out)
 
-    def emit(self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
-        """Write the low-rank path applied to `x` at the graph's insertion point; a and b as the layout has them."""
+    def emit(
+        self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node, between: Between | None = None
+    ) -> fx.Node:
+        """Write the low-rank path applied to `x` at the graph's insertion point; a and b as the layout has them.
+
+        `between` is for batches that mix adapters; a family that has no use for it may leave it out.
+        """
         raise NotImplementedError
 
     def out_axis(self, use: Use) -> int | None:
