@@ -34,7 +34,7 @@ MODELS: dict[str, list[str]] = {
     "called_twice": ["fc"],
     "shared_parameter": ["a", "b", "out"],
     "no_grad": ["fc"],
-    "kernels": ["one"],
+    "kernels": ["one", "up", "two"],
     "gpt2": ["c_attn", "mlp.c_proj", "lm_head"],  # whose rows lie flattened together
     "bert": ["query", "dense"],
     "llama": ["q_proj", "down_proj", "embed_tokens"],
@@ -244,16 +244,21 @@ def test_adapters_that_are_more_than_a_and_b_are_refused(options: dict[str, Any]
     [
         ("unread", ["pair"], r"'pair' \(bilinear\) cannot be batched"),
         ("experts", ["down"], "'down' .* cannot be batched"),
-        ("kernels", ["two"], "'two' .* cannot be batched"),
         ("multi_head", ["attn"], "mixes the rows of a batch"),
         ("vector", ["mv"], "not to be seen|no output of the graph|mixes the rows"),
     ],
 )
 def test_sites_that_do_not_see_rows_are_refused(name: str, targets: list[str], message: str) -> None:
     options = {"target_parameters": targets, "target_modules": []} if name == "experts" else {"target_modules": targets}
-    gm = randomise(lora_fx.inject(traced(BY_NAME[name]), LoraConfig(r=2 if name != "kernels" else 4, **options)))
+    gm = randomise(lora_fx.inject(traced(BY_NAME[name]), LoraConfig(r=2, **options)))
     with pytest.raises((GraphError, TargetError), match=message):
         lora_fx.batch_adapters(gm)
+
+
+def test_groups_of_a_convolution_are_refused() -> None:
+    gm = lora_fx.trace(nn.Sequential(nn.Conv1d(4, 6, 3, groups=2)).eval(), torch.randn(3, 4, 7))
+    with pytest.raises(TargetError, match="'0' .conv1d. cannot be batched"):
+        lora_fx.batch_adapters(lora_fx.inject(gm, LoraConfig(r=4, target_modules=["0"])))
 
 
 def test_a_table_that_is_the_same_for_all_rows_is_refused() -> None:

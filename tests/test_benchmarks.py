@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_fx
 from benchmarks import __main__ as command
-from benchmarks import export, folding, injection, latency, training, workloads
+from benchmarks import adapters, export, folding, injection, latency, training, workloads
 from benchmarks.checks import CheckFailed, assert_effect, assert_same, copy_adapter, require
 from benchmarks.counters import OpCounter, memory_of, node_visits, python_calls, saved_bytes
 from benchmarks.report import Table, as_json, machine
@@ -239,6 +239,31 @@ def test_command_runs_a_subject_and_reports_failed_checks(
 
 
 def test_subjects_are_the_files() -> None:
-    modules = (injection, folding, training, export, latency)
+    modules = (injection, folding, training, adapters, export, latency)
     assert tuple(module.__name__.rpartition(".")[2] for module in modules) == command.SUBJECTS
     assert all(callable(module.measure) for module in modules)
+
+
+def test_the_tables_of_adapters_hold_what_they_promise() -> None:
+    swap = adapters.swap_table(workloads.llama(2, 64, 8), rounds=1)
+    assert [row[0] for row in swap.rows] == [
+        "PEFT, set_peft_model_state_dict",
+        "lora_fx, swap_adapter",
+        "floor: copies, nothing checked",
+    ]
+    batch = adapters.batch_table(workloads.llama(2, 64, 2), rounds=1)
+    peft_row, ours, base = batch.rows
+    assert ours[4] < 0.25 * peft_row[4]  # kernels: exact
+    assert base[4] < ours[4]
+
+
+def test_the_check_of_a_mixed_batch_sees_a_wrong_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = adapters._batched_alike
+
+    def wrong(workload: workloads.Workload, names: list[str]) -> tuple[Any, Any]:
+        model, batched = real(workload, names)
+        return model, lambda adapter_ids, **kwargs: batched(adapter_ids=adapter_ids.roll(1), **kwargs)
+
+    monkeypatch.setattr(adapters, "_batched_alike", wrong)
+    with pytest.raises(CheckFailed, match="the mixed batch"):
+        adapters.batch_table(workloads.llama(2, 64, 2), rounds=1)
