@@ -249,6 +249,7 @@ def test_the_tables_of_adapters_hold_what_they_promise() -> None:
     assert [row[0] for row in swap.rows] == [
         "PEFT, set_peft_model_state_dict",
         "lora_fx, swap_adapter",
+        "lora_fx, finite=True",
         "floor: copies, nothing checked",
     ]
     batch = adapters.batch_table(workloads.llama(2, 64, 2), rounds=1)

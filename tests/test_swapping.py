@@ -93,6 +93,20 @@ def test_pefts_state_dict_and_pefts_directory(tmp_path: Path) -> None:
     assert_same_bits(run(ours, arguments), run(again, arguments))
 
 
+def test_values_that_are_known_to_be_finite_are_not_looked_at(tmp_path: Path) -> None:
+    """The caller's word counts for a mapping, and not for a file."""
+    lora_fx.save_adapter(adapted("plain", 2), tmp_path)
+    tensors = held(tmp_path)
+    next(iter(tensors.values())).fill_(float("nan"))
+    ours = adapted("plain", 1)
+    for _ in range(2):
+        lora_fx.swap_adapter(ours, "default", tensors, finite=True)
+        assert any(bool(p.isnan().any()) for p in ours.parameters())
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="NaN or Inf"):
+        lora_fx.swap_adapter(ours, "default", tmp_path, finite=True)
+
+
 def test_known_keys_are_checked_like_new_ones() -> None:
     """From the second time on, a mapping of the same keys is not read again."""
     case, arguments = LLAMA, LLAMA.arguments()
