@@ -79,8 +79,8 @@ def swap_table(workload: Workload, rounds: int) -> Table:
         tuple(rows),
         (
             f"checked first: outputs equal PEFT's within {error:.1e} after each swap",
-            "swap_adapter looks for NaN, Inf, missing, unexpected and mis-shaped tensors before it changes anything; with "
-            "finite=True for all but NaN and Inf",
+            "swap_adapter looks for NaN, Inf, missing, unexpected and mis-shaped tensors before it changes anything; "
+            "with finite=True for all but NaN and Inf",
         ),
     )
 

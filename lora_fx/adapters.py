@@ -40,6 +40,7 @@ from .adapter_tensors import (
 from .attributes import get_attribute
 from .config import LoraConfig
 from .errors import AdapterError, ConfigError, closest, warn
+from .full_training import module_paths
 from .graph_module import LoraGraphModule, check_editable, checked_graph_module, record_of
 from .initialization import start_of
 from .injection import Adapter, NewAdapter, check_adapter_name, inject_new
@@ -47,8 +48,9 @@ from .layouts import Kernel
 from .matching import matches_names, matches_suffix
 from .packed_files import METADATA, Stacked, part_keys, unstack, without_parts
 from .parameters import find_adapter
-from .plan import Plan, PlannedSite, module_paths, plan_adapters
+from .plan import Plan, PlannedSite, plan_adapters
 from .sites import find_sites
+from .tables import some_of
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -287,11 +289,12 @@ def _plan_for(gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.T
     if missing:
         raise AdapterError(
             f"the file lacks {len(missing)} of {len(expected)} tensors that its configuration asks for: "
-            f"{_some(missing)}.{closest(missing[0], unexpected)} Is this adapter of this model?"
+            f"{some_of(map(repr, missing), 4)}.{closest(missing[0], unexpected)} Is this adapter of this model?"
         )
     if unexpected:
         raise AdapterError(
-            f"the file holds {len(unexpected)} tensors for which this graph has no place: {_some(unexpected)}."
+            f"the file holds {len(unexpected)} tensors for which this graph has no place: "
+            f"{some_of(map(repr, unexpected), 4)}."
             f"{closest(unexpected[0], expected)} make_plan(gm, config) shows what is adapted, and why the rest is not"
         )
     for key, shape in expected.items():
@@ -340,8 +343,3 @@ def _dtype_for(plan: Plan, tensors: dict[str, torch.Tensor]) -> torch.dtype:
     saved = next(tensor.dtype for key, tensor in tensors.items() if key.endswith(("lora_A.weight", "lora_embedding_A")))
     base = plan.targets[0].site.dtype
     return saved if base in _HALVES else torch.promote_types(saved, base)
-
-
-def _some(keys: list[str], limit: int = 4) -> str:
-    more = f", … ({len(keys) - limit} more)" if len(keys) > limit else ""
-    return ", ".join(map(repr, keys[:limit])) + more

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -17,3 +17,10 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def counted(count: int, noun: str) -> str:
     """`1 site`, `2 sites`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def some_of(words: Iterable[str], limit: int = 8) -> str:
+    """The first of some words, and how many more there are."""
+    listed = list(words)
+    more = f", … ({len(listed) - limit} more)" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more

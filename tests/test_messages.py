@@ -242,7 +242,7 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         GraphError,
         lambda p: lora_fx.inject(folded_in_place(), config()),
         "folded in place",
-        "before injecting",
+        "brings its adapters back",
         "lora_fx.unfold(gm)",
     ),
     "dtype": (
