@@ -42,10 +42,11 @@ def named_tensors(gm: fx.GraphModule, adapter: Adapter) -> Iterable[tuple[str, t
     for member in adapter.members:
         for key, attribute in member.tensors.items():
             yield prefixes[member.path] + key, get_parameter(gm, attribute)
+    wrapped = {site.applied for site in adapter.sites.values()}
     for name in adapter.saved:
         path, _, last = name.rpartition(".")
         # PEFT keeps an adapted module's own parameters in its base_layer.
-        yield f"{path}.base_layer.{last}" if path in adapter.sites else name, trained_tensor(gm, name)
+        yield f"{path}.base_layer.{last}" if path in wrapped else name, trained_tensor(gm, name)
 
 
 def prefixes_of(gm: fx.GraphModule, plan: Plan) -> dict[str, str]:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ from .initialization import start_of
 from .injection import Adapter, NewAdapter, check_adapter_name, inject_new
 from .layouts import Kernel
 from .matching import matches_names, matches_suffix
-from .packed_files import METADATA, Stacked, part_keys, unstack, without_parts
+from .packed_files import METADATA, Stacked, part_keys, part_wholes, unstack, without_parts
 from .parameters import find_adapter
 from .plan import Plan, PlannedSite, plan_adapters
 from .sites import find_sites
@@ -127,7 +128,7 @@ def load_adapter(
     tensors, metadata = read_tensors(weights_path(folder))
     described = metadata.get(METADATA)
     own = {key: tensors.pop(key) for key in part_keys(described) if key in tensors}
-    plan, tensors = _in_groups(gm, _plan_for(gm, config, tensors), tensors)
+    plan, tensors = _in_groups(gm, _plan_for(gm, config, tensors, part_wholes(described)), tensors)
     plan, tensors = unstack(plan, tensors, described, own)
     dtype = adapter_dtype or _dtype_for(plan, tensors)
     result = inject_new(gm, NewAdapter(adapter_name, plan, dtype, draws=False))
@@ -278,9 +279,14 @@ def _write_beside(path: Path, data: bytes) -> Path:
     return Path(temporary)
 
 
-def _plan_for(gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> Plan:
-    """The plan that takes exactly the file's tensors."""
+def _plan_for(
+    gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.Tensor], in_parts: Collection[str]
+) -> Plan:
+    """The plan that takes exactly the file's tensors; weights `in_parts` are no attentions that PEFT would know."""
     plan = plan_adapters(gm, config, every_pattern_hits=False)
+    plan = replace(
+        plan, targets=tuple(_apart(target) if target.site.path in in_parts else target for target in plan.targets)
+    )
     expected = _expected(gm, plan)
     missing = [key for key in expected if key not in tensors]
     unexpected = [key for key in tensors if key not in expected]
@@ -311,6 +317,10 @@ def _plan_for(gm: fx.GraphModule, config: LoraConfig, tensors: dict[str, torch.T
         )
         return plan_adapters(gm, config, every_pattern_hits=False, share_tied=False)
     return plan
+
+
+def _apart(target: PlannedSite) -> PlannedSite:
+    return replace(target, site=replace(target.site, attention=None))
 
 
 def _says_the_same(prefixes: dict[str, str], plan: Plan, target: PlannedSite, tensors: dict[str, torch.Tensor]) -> bool:

@@ -154,7 +154,7 @@ def read_applications(gm: fx.GraphModule) -> Reading:
             (node, scope, _read_node(node, scope, mode, parameters, reading))
             for node, scope in _nodes(Scope(graph, gm))
         ]
-        claimed = {step for _, _, uses in found if uses for use in uses for step in _steps_of(use)}
+        claimed = {step for _, scope, uses in found if uses for use in uses for step in _steps_of(use, scope)}
         for node, scope, uses in found:
             if uses == [] and node not in claimed:
                 _read_weights(node, scope, mode, parameters, reading)
@@ -274,9 +274,23 @@ def _read_node(
     return [refusal[1]]
 
 
-def _steps_of(use: Use) -> list[fx.Node]:
+def _steps_of(use: Use, scope: Scope) -> list[fx.Node]:
     """The nodes that stand between a weight's read and its use: no uses of their own."""
-    return [] if isinstance(use.weight, str) else steps_to(use.weight)
+    return [] if isinstance(use.weight, str) else steps_from_read(use.weight, scope)
+
+
+def steps_from_read(node: fx.Node, scope: Scope) -> list[fx.Node]:
+    """The transposes, copies and slices between a parameter's read at the root and `node`, first to last."""
+    steps = steps_to(node)
+    first = steps[0].args[0] if steps else node
+    assert isinstance(first, fx.Node)
+    if first.op != "placeholder" or scope.parent is None:
+        return steps
+    placeholders = [n for n in scope.graph.nodes if n.op == "placeholder"]
+    index = placeholders.index(first)
+    if index >= len(scope.operands):
+        return steps
+    return [*steps_from_read(scope.operands[index], scope.parent), *steps]
 
 
 # This says what a cast was traced with.

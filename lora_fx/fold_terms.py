@@ -12,7 +12,7 @@ from .attributes import get_attribute
 from .dora import gain
 from .errors import FoldError
 from .injection import AdapterSite, RowsSite
-from .layouts import without_start
+from .layouts import Kernel, Layout, Part, without_start
 from .merging import AnyDelta, Delta, RowsDelta
 
 
@@ -69,17 +69,23 @@ class LowRankTerm:
         a, b = _value(gm, site.lora_a, dtype), _value(gm, site.lora_b, dtype)
         if site.start_a is not None and site.start_b is not None:
             a, b = without_start(a, b, _value(gm, site.start_a, dtype), _value(gm, site.start_b, dtype))
+        gains = None
+        if site.magnitude is not None:
+            gains = gain(layout, tensor.to(dtype), a, b, _value(gm, site.magnitude, dtype), site.scaling)
+            b = b * layout.own_outputs(gains).reshape(-1, *(1 for _ in b.shape[1:]))  # m / ‖W + ΔW‖ on ΔW, and on W:
+            gains = (gains - 1) * self.strength
+            gains = gains.reshape(1, 1, -1) if layout.stored_in_out else gains.reshape(_groups(layout), -1, 1)
+        scaling = site.scaling * self.strength
+        if isinstance(layout, Part):  # the rest of the weight keeps its bits
+            (left, right), at = layout.block(a, b), (layout.start, 0)
+            row, column = at[::-1] if layout.stored_in_out else at
+            return Delta(left, right, scaling, gains, row, column, is_block=True)
         left, right = layout.factors(a, b)
-        if site.magnitude is None:
-            return Delta(left, right, site.scaling * self.strength)
-        gains = gain(layout, tensor.to(dtype), a, b, _value(gm, site.magnitude, dtype), site.scaling)
-        if layout.stored_in_out:
-            gains = gains.reshape(1, 1, -1)
-            right = right * gains
-        else:
-            gains = gains.reshape(len(left), -1, 1)
-            left = left * gains
-        return Delta(left, right, site.scaling * self.strength, gain=(gains - 1) * self.strength)
+        return Delta(left, right, scaling, gains)
+
+
+def _groups(layout: Layout) -> int:
+    return layout.groups if isinstance(layout, Kernel) else 1
 
 
 @dataclass(frozen=True)

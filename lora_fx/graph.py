@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from .applications import Application, Scope, bodies_of, body_module, is_step, steps_to, unsummed
+from .applications import Application, Scope, bodies_of, body_module, is_step, steps_from_read, unsummed
 from .attributes import get_attribute
 from .dora import gain
 from .errors import GraphError
@@ -482,10 +482,11 @@ def rebind_weight(application: Application, attribute: str) -> None:
     use, scope = application.use, application.scope
     if isinstance(use.weight, str):
         return  # a module reads its own parameter
+    steps = steps_from_read(use.weight, scope)
     source = _read(scope, attribute, use.node, None)
     with scope.graph.inserting_before(use.node):
-        for step in steps_to(use.weight):  # each takes the one before it as its first argument
-            copied = scope.graph.node_copy(step)
+        for step in steps:  # each takes the one before it as its first argument
+            copied = scope.graph.node_copy(step, lambda node: node)
             copied.args = (source, *step.args[1:])
             source = copied
     old = use.weight

@@ -302,7 +302,7 @@ def check_editable(gm: fx.GraphModule) -> None:
     """Raise GraphError for graphs whose adapters cannot be told apart any more: folded in place, or batched."""
     record = record_of(gm)
     if record.folded is not None:
-        raise GraphError("this graph is folded in place; lora_fx.unfold(gm) brings its adapters back")
+        raise GraphError("this graph is folded in place; call lora_fx.unfold(gm), which brings its adapters back")
     if record.batched is not None:
         raise GraphError(
             "this graph comes from batch_adapters, which wrote its adapters as one; lora_fx.unbatch_adapters(gm) gives "

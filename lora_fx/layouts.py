@@ -227,6 +227,11 @@ class Part:
     def factors(self, a: Any, b: Any) -> tuple[Any, Any]:
         return self.whole.factors(*self.widened(a, b))
 
+    def block(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """`factors` of the part alone."""
+        rows, columns = (self.in_features, self.out_features)[:: 1 if self.stored_in_out else -1]
+        return Matrix(rows, columns, self.stored_in_out).factors(a, b)
+
     def delta(self, a: Any, b: Any) -> Any:
         return self.whole.delta(*self.widened(a, b))
 

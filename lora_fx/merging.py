@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,12 +25,16 @@ class Delta:
     """scaling · left @ right, in the order in which the weight is stored: left (n, rows, r), right (n, r, columns).
 
     And `gain` times the weight itself, where there is one: (n, rows, 1) or (n, 1, columns).
+    With `is_block`, the product is added from `row` and `column` on, and the rest of the weight keeps its bits.
     """
 
     left: torch.Tensor
     right: torch.Tensor
     scaling: float
     gain: torch.Tensor | None = None
+    row: int = 0
+    column: int = 0
+    is_block: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,7 +44,7 @@ class Delta:
     def to(self, dtype: torch.dtype) -> Delta:
         """In another dtype."""
         gain = None if self.gain is None else self.gain.to(dtype)
-        return Delta(self.left.to(dtype), self.right.to(dtype), self.scaling, gain)
+        return replace(self, left=self.left.to(dtype), right=self.right.to(dtype), gain=gain)
 
     def is_zero(self) -> bool:
         """Whether a factor is zero throughout, and the other has no NaN or Inf to multiply it with."""
@@ -55,7 +59,16 @@ class Delta:
 
     def add_to(self, total: torch.Tensor, n: int, rows: slice, out: torch.Tensor) -> torch.Tensor:
         """Write total + scaling · left @ right, of some rows of one matrix, to `out`; the gain is not in it."""
-        return torch.addmm(total, self.left[n, rows], self.right[n], alpha=self.scaling, out=out)
+        if not self.is_block:
+            return torch.addmm(total, self.left[n, rows], self.right[n], alpha=self.scaling, out=out)
+        if total is not out:
+            out.copy_(total)
+        start, stop = max(rows.start, self.row), min(rows.stop, self.row + self.left.shape[1])
+        if start < stop:
+            block = out[start - rows.start : stop - rows.start, self.column : self.column + self.right.shape[2]]
+            own = self.left[n, start - self.row : stop - self.row]
+            block.copy_(torch.addmm(block, own, self.right[n], alpha=self.scaling))
+        return out
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ def merge(
     accumulate = deltas[0].dtype
     if all(delta.is_zero() for delta in deltas):
         deltas = ()  # the same bits, −0.0 among them, which adding 0.0 would change
-    has_products_only = all(isinstance(delta, Delta) and delta.gain is None for delta in deltas)
+    has_products_only = all(isinstance(delta, Delta) and delta.gain is None and not delta.is_block for delta in deltas)
     with _full_precision():
         for n, rows, block in _blocks(weight, accumulate):
             rounded = into[n, rows]

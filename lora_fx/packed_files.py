@@ -213,6 +213,11 @@ def _take_apart(
                 tensors[f"{path}.{end}"] = own.get(f"{path}.{end}", value).clone()
 
 
+def part_wholes(described: str | None) -> set[str]:
+    """Paths of the weights that a file has in parts."""
+    return set() if described is None else set(_parsed(described))
+
+
 def part_keys(described: str | None) -> set[str]:
     """The keys that a file with parts may hold beside those of whole weights."""
     if described is None:

@@ -57,7 +57,10 @@ def slice_of(node: fx.Node, size: int) -> tuple[int, int] | None:
         return _bounds(slice(*bounds), size)
     if node.target in _NARROWS:
         start, length = argument(node, 2, "start"), argument(node, 3, "length")
-        return _bounds(slice(start, start + length), size) if _are_numbers(start, length) else None
+        if not _are_numbers(start, length):
+            return None
+        start = start + size if start < 0 else start
+        return _bounds(slice(start, start + length), size)
     source, index = node.args
     if isinstance(source, fx.Node) and is_pieces(source):
         pieces = _pieces(source, size)

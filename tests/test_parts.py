@@ -113,6 +113,7 @@ TARGETS: dict[str, tuple[Case, list[str], dict[str, list[tuple[int, int]]]]] = {
         {"attn.in_proj_weight": [(0, 14), (28, 42)]},
     ),
     "cross": (CROSS, ["attn[v]", "attn[q]"], {"attn.in_proj_weight": [(0, 14), (28, 42)]}),
+    "cross_out": (CROSS, ["attn[v]", "attn[q]", "out_proj"], {"attn.in_proj_weight": [(0, 14), (28, 42)]}),
 }
 EACH = pytest.mark.parametrize("name", TARGETS)
 VARIANTS = pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_save_and_load_is_the_identity_and_peft_computes_the_same(
     first, second = (load_file(path / "adapter_model.safetensors") for path in (tmp_path, tmp_path / "again"))
     assert first.keys() == second.keys()
     assert_same_bits(list(first.values()), [second[key] for key in first])
-    if name in ("multi_head", "cross"):
+    if name in ("multi_head", "cross", "cross_out"):
         return  # in_proj_weight by itself is nothing that PEFT can adapt
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -338,3 +339,79 @@ def test_cross_attention_by_its_name(options: dict[str, int], tmp_path: Path) ->
     assert codes(result) == codes(gm)
     lora_fx.save_adapter(ours, tmp_path)
     assert_same_bits(run(ours, arguments), run(lora_fx.load_adapter(gm, tmp_path), arguments))
+
+
+def test_the_rest_of_a_weight_keeps_its_bits() -> None:
+    """−0.0 among them, which adding 0.0 would change."""
+    for targets, stored_in_out in ((["c_attn[k]"], True), (["qkv[k]"], False)):
+        case = GPT2 if stored_in_out else FUSED
+        gm = frozen(traced(case))
+        name = "transformer.h.0.attn.c_attn.weight" if stored_in_out else "qkv.weight"
+        with torch.no_grad():
+            gm.get_parameter(name).fill_(-0.0)
+        ours = moved(lora_fx.inject(gm, LoraConfig(r=3, target_modules=targets)))
+        old, new = gm.get_parameter(name).detach(), lora_fx.fold(ours).get_parameter(name).detach()
+        old, new = (old.T, new.T) if stored_in_out else (old, new)
+        third = len(old) // 3
+        assert bits(old[:third]) == bits(new[:third])
+        assert bits(old[2 * third :]) == bits(new[2 * third :])
+        assert new[third : 2 * third].abs().max() > 0.01
+        assert bool(torch.signbit(old).all())
+
+
+def test_a_slice_that_is_taken_outside_of_the_region_that_applies_it() -> None:
+    class Outside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.fc = nn.Parameter(torch.randn(11, 7)), nn.Linear(3, 5)
+
+        def forward(self, x):
+            part = self.w[2:5]
+            with torch.no_grad():
+                y = nn.functional.linear(x, part)
+            return self.fc(y)
+
+    x = torch.randn(2, 7)
+    gm = lora_fx.trace(Outside().eval(), (x,))
+    (site, _) = lora_fx.find_sites(gm)
+    assert (site.path, site.op, site.calls) == ("w", "linear", 1)
+    with pytest.warns(lora_fx.LoraFxWarning, match="no gradient"):
+        ours = moved(lora_fx.inject(gm, LoraConfig(r=2, target_modules=["w", "fc"])))
+    folded = lora_fx.fold(ours)
+    assert distance(run(gm, ((x,), {})), run(ours, ((x,), {}))) > 1e-2
+    assert distance(run(ours, ((x,), {})), run(folded, ((x,), {}))) < 1e-5
+
+
+def test_a_tied_weight_that_is_untied_keeps_its_slices() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e = nn.Embedding(11, 7)
+            self.w = self.e.weight
+
+        def forward(self, x):
+            part = self.w[2:5]
+            with torch.no_grad():
+                y = nn.functional.linear(x, part)
+            return y + self.e(torch.arange(2))[:, :3]
+
+    x = torch.randn(2, 7)
+    gm = lora_fx.trace(Tied().eval(), (x,))
+    target = next(site.path for site in lora_fx.find_sites(gm) if site.op == "linear")
+    with pytest.warns(lora_fx.LoraFxWarning, match="no gradient"):
+        ours = moved(lora_fx.inject(gm, LoraConfig(r=2, target_modules=[target])))
+    with pytest.warns(lora_fx.LoraFxWarning, match="untied"):
+        folded = lora_fx.fold(ours)
+    assert distance(run(ours, ((x,), {})), run(folded, ((x,), {}))) < 1e-5
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_are_trained_with_parts(bias: str, tmp_path: Path) -> None:
+    gm, arguments = traced(GPT2), GPT2.arguments()
+    ours = moved(adapted(GPT2, ["c_attn[q]"], bias=bias)).eval()
+    lora_fx.save_adapter(ours, tmp_path)
+    assert_same_bits(run(ours, arguments), run(lora_fx.load_adapter(gm, tmp_path), arguments))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peer = peft.PeftModel.from_pretrained(GPT2.model(), tmp_path).eval()
+    assert distance(run(ours, arguments), run(peer, arguments)) <= tolerance(GPT2, torch.float32)
