@@ -18,7 +18,7 @@ from .attributes import delete_attribute, get_attribute, get_parameter, set_attr
 from .call_form import CallForm
 from .equivalence import default_tolerance
 from .errors import AdapterError, GraphError, TargetError
-from .graph import BatchedPath, add_input, erase_low_rank_paths, finish, insert_batched_path
+from .graph import add_input, erase_low_rank_paths, finish, insert_batched_path
 from .graph_module import (
     LoraGraphModule,
     TraceRecord,
@@ -31,6 +31,7 @@ from .graph_module import (
 from .injection import Adapter, AdapterSite, applications_by_path, container, low_rank_path
 from .layouts import Experts, Kernel, Part
 from .parameters import find_adapter
+from .paths import BatchedPath
 from .switching import set_adapters
 
 INPUT = "adapter_ids"

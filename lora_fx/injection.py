@@ -17,7 +17,7 @@ from .attributes import get_attribute, get_parameter, set_attribute
 from .config import LoraConfig
 from .dora import magnitude_shape, weight_norm
 from .errors import AdapterError, ConfigError, GraphError, TargetError
-from .graph import LowRankPath, RowsPath, finish, insert_low_rank_path, insert_rows
+from .graph import finish, insert_low_rank_path, insert_rows
 from .graph_module import (
     LoraGraphModule,
     check_editable,
@@ -29,6 +29,7 @@ from .graph_module import (
 from .initialization import First, computed, initialize, start_of
 from .initializers import Context
 from .layouts import Layout, as_stored, without_start
+from .paths import LowRankPath, RowsPath
 from .plan import Plan, PlannedRows, PlannedSite, make_plan
 from .sites import sites_of
 

@@ -37,13 +37,7 @@ class Einsum(Family):
     def emit(
         self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node, between: Between | None = None
     ) -> fx.Node:
-        parsed = _parse(use.node)
-        assert parsed is not None
-        equation, operands = parsed
-        position = next(i for i, operand in enumerate(operands) if operand is use.weight)
-        indices = _weight_indices(equation, position)
-        assert indices is not None
-        contracted, new = indices
+        equation, position, (contracted, new) = _read(use)
         rank = next(letter for letter in string.ascii_letters if letter not in equation)
         terms, result = _terms(equation)[:2], _terms(equation)[2]
         middle = terms[1 - position].replace(contracted, rank)
@@ -57,14 +51,20 @@ class Einsum(Family):
         return graph.call_function(op, args)
 
     def out_axis(self, use: Use) -> int | None:
-        parsed = _parse(use.node)
-        assert parsed is not None
-        equation, operands = parsed
-        position = next(i for i, operand in enumerate(operands) if operand is use.weight)
-        indices = _weight_indices(equation, position)
-        assert indices is not None
-        behind = _terms(equation)[2].partition(indices[1])[2]
+        equation, _, (_, new) = _read(use)
+        behind = _terms(equation)[2].partition(new)[2]
         return None if "." in behind else -1 - len(behind)
+
+
+def _read(use: Use) -> tuple[str, int, tuple[str, str]]:
+    """(equation, position of the weight in it, (contracted index, new index))."""
+    parsed = _parse(use.node)
+    assert parsed is not None
+    equation, operands = parsed
+    position = next(i for i, operand in enumerate(operands) if operand is use.weight)
+    indices = _weight_indices(equation, position)
+    assert indices is not None
+    return equation, position, indices
 
 
 def _parse(node: fx.Node) -> tuple[str, list[fx.Node]] | None:
