@@ -31,7 +31,7 @@ from .initializers import Context
 from .layouts import Layout, as_stored, without_start
 from .paths import LowRankPath, RowsPath
 from .plan import Plan, PlannedRows, PlannedSite, make_plan
-from .sites import sites_of
+from .sites import Site, sites_of
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -284,7 +284,11 @@ def _check_plan(gm: fx.GraphModule, plan: Plan) -> None:
                 f"the plan is of another graph: {here.path!r} maps {theirs.in_features} → {theirs.out_features} "
                 f"there and {here.in_features} → {here.out_features} here; make_plan(gm, config) makes one for it"
             )
-
+    for rows in plan.tokens:
+        if any(path not in sites for path in (rows.site.path, *rows.readers)):
+            raise TargetError(
+                f"the plan is of another graph: it trains rows of {rows.site.path!r}, which this one does not look up so"
+            )
     for name in plan.trained:
         if get_attribute(gm, name) is None:
             raise TargetError(f"the plan is of another graph: it trains {name!r} in full, which this one has not")
@@ -436,6 +440,8 @@ def _first_values(
     dtype = new.dtype or (torch.float32 if weight.dtype in _HALVES else weight.dtype)
     layout, config, r = target.site.layout, new.plan.config, target.r
     start = start_of(config)
+    if start is not None and start.name == "loftq":
+        _check_replaceable(gm, application, target.site)
     if start is not None and (new.draws or start.changes_base):
         first = computed(weight, layout, r, target.scaling, config, new.context(target.site.path, dtype))
     else:
@@ -446,7 +452,7 @@ def _first_values(
         if new.draws:
             initialize(first.a, first.b, config.init_lora_weights, is_lookup=target.site.is_lookup, r=r)
     if first.base is not None:
-        _replace_base(gm, application, target, first.base)
+        _replace_base(gm, application.attribute, first.base)
     values = {"lora_a": first.a, "lora_b": first.b}
     a, b = first.a, first.b
     buffers: dict[str, torch.Tensor] = {}
@@ -469,16 +475,24 @@ def _first_values(
     return {part: nn.Parameter(value, part not in frozen) for part, value in values.items()} | buffers
 
 
-def _replace_base(gm: LoraGraphModule, application: Application, target: PlannedSite, base: torch.Tensor) -> None:
-    """Give the graph a base weight of its own, as `_train_in_full` does, but frozen."""
-    if target.site.tied_with:
+def _check_replaceable(gm: LoraGraphModule, application: Application, site: Site) -> None:
+    """Raise unless the graph can have a base weight of its own for one adapter."""
+    if site.tied_with:
         raise TargetError(
-            f"init_lora_weights='loftq' replaces the weight of {target.site.path!r}, which is tied with "
-            f"{', '.join(target.site.tied_with)}; leave it out with exclude_modules"
+            f"init_lora_weights='loftq' replaces the weight of {site.path!r}, which is tied with "
+            f"{', '.join(site.tied_with)}; leave it out with exclude_modules"
         )
-    record = record_of(gm)
-    record.originals[application.attribute] = get_parameter(gm, application.attribute).detach()
-    set_attribute(gm, application.attribute, nn.Parameter(base, requires_grad=False))
+    if application.attribute in record_of(gm).originals:
+        raise AdapterError(
+            f"init_lora_weights='loftq' replaces the weight of {site.path!r}, and another adapter holds one of its own "
+            "there already; only one can"
+        )
+
+
+def _replace_base(gm: LoraGraphModule, attribute: str, base: torch.Tensor) -> None:
+    """Give the graph a base weight of its own, as `_train_in_full` does, but frozen."""
+    record_of(gm).originals[attribute] = get_parameter(gm, attribute).detach()
+    set_attribute(gm, attribute, nn.Parameter(base, requires_grad=False))
 
 
 def container(path: str, weight: str) -> str:

@@ -157,3 +157,15 @@ def test_a_fold_that_is_not_finite_leaves_all_as_it_was() -> None:
             lora_fx.fold(adapted, **options)
         assert fingerprint(adapted) == before
         assert fingerprint(gm) == graph
+
+
+def test_one_weight_is_replaced_once() -> None:
+    gm = traced(LLAMA)
+    one = adapted_by("loftq", gm, targets=("q_proj",))
+    before = fingerprint(one)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="loftq")
+    with pytest.raises(lora_fx.AdapterError, match="another adapter holds one of its own there already"):
+        lora_fx.inject(one, config, adapter_name="two")
+    with pytest.raises(lora_fx.AdapterError, match="already trains"):
+        lora_fx.inject(one, LoraConfig(target_modules=["up_proj"], modules_to_save=["q_proj"]), adapter_name="two")
+    assert fingerprint(one) == before

@@ -214,3 +214,19 @@ def test_ties_that_cannot_be_are_refused() -> None:
         tied(gm, ["embed_tokens"], modules_to_save=["lm_head"])
     with pytest.raises(lora_fx.GraphError, match="also applied the other way round"):
         tied(gm, ["embed_tokens"], use_dora=True)
+
+
+def test_a_plan_with_rows_of_another_graph_is_refused() -> None:
+    plan = lora_fx.make_plan(words(), LoraConfig(target_modules=["fc"], trainable_token_indices={"words": [1]}))
+
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(7, 7)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    gm = lora_fx.trace(Other().eval(), torch.randn(2, 7))
+    with pytest.raises(TargetError, match="of another graph: it trains rows of 'words'"):
+        lora_fx.inject(gm, plan)
