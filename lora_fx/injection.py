@@ -287,7 +287,7 @@ def _check_plan(gm: fx.GraphModule, plan: Plan) -> None:
     for rows in plan.tokens:
         if any(path not in sites for path in (rows.site.path, *rows.readers)):
             raise TargetError(
-                f"the plan is of another graph: it trains rows of {rows.site.path!r}, which this one does not look up so"
+                f"the plan is of another graph: it trains rows of {rows.site.path!r}, which are no table here"
             )
     for name in plan.trained:
         if get_attribute(gm, name) is None:
