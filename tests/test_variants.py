@@ -69,15 +69,18 @@ def refusal(variant: str, case: Case, tracer: str = "trace") -> str | None:
     )
 
 
+# All ways of applying a parameter in float32, by two tracers; the 16-bit type where it is trained, by the first.
 ALLOWED = [
     pytest.param(variant, case, tracer, dtype, id=f"{variant}-{case}-{tracer}-{str(dtype).removeprefix('torch.')}")
     for variant in VARIANTS
     for case in MODELS
     for tracer in case.tracers[:2]
-    if refusal(variant, case, tracer) is None
     for dtype in (torch.float32, torch.bfloat16)
-    if dtype in case.dtypes
+    if refusal(variant, case, tracer) is None and dtype in case.dtypes
+    if dtype is torch.float32 or tracer == case.tracers[0]
+    if variant != "dora_pissa" or case.name in ("stack", "addmm", "gpt2", "tied_head")
 ]
+FLOAT32 = [p for p in ALLOWED if p.values[2] == "trace" and p.values[3] is torch.float32]
 
 
 def adapted_by(variant: str, case: Case, gm: fx.GraphModule, **options: Any) -> Any:
@@ -133,7 +136,7 @@ def test_folded_equals_unfolded(variant: str, case: Case, tracer: str, dtype: to
         assert set(result.state_dict()) == set(gm.state_dict())
 
 
-@pytest.mark.parametrize(("variant", "case", "tracer", "dtype"), ALLOWED)
+@pytest.mark.parametrize(("variant", "case", "tracer", "dtype"), FLOAT32)
 def test_a_step_moves_the_adapter_and_nothing_else(variant: str, case: Case, tracer: str, dtype: torch.dtype) -> None:
     gm = in_mode(moved(adapted_by(variant, case, traced(case, tracer, dtype))), True)
     before = {name: tensor.detach().clone() for name, tensor in gm.state_dict().items()}
@@ -146,7 +149,7 @@ def test_a_step_moves_the_adapter_and_nothing_else(variant: str, case: Case, tra
     assert changed - statistics == {name for name, p in gm.named_parameters(remove_duplicate=False) if id(p) in trained}
 
 
-@pytest.mark.parametrize(("variant", "case", "tracer", "dtype"), [p for p in ALLOWED if p.values[2] == "trace"])
+@pytest.mark.parametrize(("variant", "case", "tracer", "dtype"), FLOAT32)
 def test_save_and_load_is_the_identity(
     variant: str, case: Case, tracer: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
