@@ -3,6 +3,7 @@
     export_onnx     writes the graph as an ONNX file that is op for op the base model's
     verify_onnx     runs torch and ONNX Runtime on the same inputs and compares
     compare_onnx    compares two ONNX files op for op, and their weights byte for byte
+    fold_into_onnx  folds an adapter into an ONNX file, with neither model nor torch; unfold_onnx takes it back
     make_session    opens an ONNX file on the provider asked for, or raises
 
 Names load on first use: sessions and file comparison need neither torch nor a model.
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .onnx_compare import OnnxDiff, compare_onnx
     from .onnx_export import export_onnx
+    from .onnx_folding import FoldedWeight, OnnxFoldReport, fold_into_onnx, unfold_onnx
     from .onnx_report import OnnxReport
     from .onnx_weights import StoredWeight, read_manifest
     from .output_check import OutputError
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from .weight_check import WeightCheck
 
 _HOME = {
+    "FoldedWeight": "onnx_folding",
     "OnnxDiff": "onnx_compare",
+    "OnnxFoldReport": "onnx_folding",
     "OnnxReport": "onnx_report",
     "OutputError": "output_check",
     "ShapeCheck": "verification",
@@ -33,13 +37,17 @@ _HOME = {
     "WeightCheck": "weight_check",
     "compare_onnx": "onnx_compare",
     "export_onnx": "onnx_export",
+    "fold_into_onnx": "onnx_folding",
     "make_session": "sessions",
     "read_manifest": "onnx_weights",
+    "unfold_onnx": "onnx_folding",
     "verify_onnx": "verification",
 }
 
 __all__ = [
+    "FoldedWeight",
     "OnnxDiff",
+    "OnnxFoldReport",
     "OnnxReport",
     "OutputError",
     "ShapeCheck",
@@ -48,8 +56,10 @@ __all__ = [
     "WeightCheck",
     "compare_onnx",
     "export_onnx",
+    "fold_into_onnx",
     "make_session",
     "read_manifest",
+    "unfold_onnx",
     "verify_onnx",
 ]
 

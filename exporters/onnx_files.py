@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from lora_fx import ExportError
 
-from .external_data import DATA_HASH_KEY, data_locations, sha256
+from .external_data import DATA_HASH_KEY, check_external_data, data_locations, sha256
 from .paths import path_of
 from .text import reason
 
@@ -155,14 +155,48 @@ def _room(target: Path) -> str:
     return "the old file is as it was"
 
 
-def check_file(path: Path) -> None:
-    """onnx's own checker, with shape inference.
+def open_model(file: Path) -> ir.Model:
+    """The graph in a file; weights beside it are read when they are needed.
+
+    Raises:
+        ExportError: if it is no ONNX file, or its weights are not those it was written with.
+    """
+    try:
+        model = ir.load(file)
+        for value in model.graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor) and not os.path.isfile(value.const_value.path):
+                raise FileNotFoundError(f"its weights are in {value.const_value.location!r}, which does not exist")
+    except Exception as error:
+        raise ExportError(f"{file} cannot be read as an ONNX file: {reason(error)}; export it again") from error
+    if DATA_HASH_KEY in model.metadata_props:
+        check_external_data(file, onnx.load(file, load_external_data=False))
+    return model
+
+
+def has_external_data(model: ir.Model) -> bool:
+    """Whether weights are in a file beside the graph's."""
+    return any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values())
+
+
+def save_graph(model: ir.Model, target: Path) -> None:
+    """Replace the graph's file alone, in one step; weights beside it stay where they are."""
+    with _temporary_directory(target) as directory:
+        new = directory / target.name
+        new.write_bytes(ir.to_proto(model).SerializeToString())
+        shutil.copymode(target, new)
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(new, target)
+
+
+def check_file(path: Path, *, full: bool = True) -> None:
+    """onnx's own checker, with shape inference if `full`.
 
     Raises:
         ExportError: with the checker's first line.
     """
     try:
-        onnx.checker.check_model(os.fspath(path), full_check=True)
+        onnx.checker.check_model(os.fspath(path), full_check=full)
     except Exception as error:
         raise ExportError(
             f"the exported file does not pass onnx's checker, nothing was kept: {reason(error)}"

@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
+
 from lora_fx import ExportError
 
 from .text import reason
@@ -22,6 +24,8 @@ from .text import reason
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
+
+Array = NDArray[Any]
 
 MANIFEST_KEY = "lora_fx.weights"
 _VERSION = 1

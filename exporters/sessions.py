@@ -12,18 +12,24 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 
-from lora_fx import ExportError
+from lora_fx import AdapterArrays, ExportError
 
 from .external_data import DATA_HASH_KEY, check_external_data
 from .paths import path_of
 from .quiet import stderr_caught
 from .text import plain_lines, reason, some
+
+if TYPE_CHECKING:
+    from .onnx_sites import Mapped
 
 logger = logging.getLogger("exporters")
 
@@ -42,19 +48,68 @@ _MEANT = {name.lower(): short for short, name in _PROVIDERS.items()} | {
 _HEAVY = {"Attention", "Conv", "ConvTranspose", "Einsum", "FusedMatMul", "GRU", "Gemm", "LSTM", "MatMul"}
 
 
-def make_session(path: str | os.PathLike[str], *, provider: str = "auto") -> ort.InferenceSession:
+def make_session(
+    path: str | os.PathLike[str],
+    *,
+    provider: str = "auto",
+    adapter: str | os.PathLike[str] | AdapterArrays | None = None,
+    adapter_name: str = "default",
+    mapping: Mapped | None = None,
+) -> ort.InferenceSession:
     """Open an ONNX file on the provider asked for, or raise.
 
     Args:
+        adapter: an adapter's directory, to be folded into the weights as the session loads them. Nothing is written.
+        adapter_name, mapping: as for `fold_into_onnx`.
         provider: "cuda" or "tensorrt" runs there or raises with the reason; "cpu"; "auto" takes CUDA if it
             works and the CPU otherwise, and says to the logger "exporters" which it took and why.
 
     Raises:
         ExportError: for an unknown provider, a missing or damaged file, external weights that are not those
             the file was written with, or a provider that does not work here.
+        AdapterError: if the adapter does not fit the file.
     """
     check_provider(provider)
-    return open_session(checked_file(path), provider)
+    file = checked_file(path)
+    if adapter is None:
+        return open_session(file, provider)
+    return open_session(file, provider, overrides=Overrides.of_adapter(file, adapter, adapter_name, mapping))
+
+
+class Overrides:
+    """Values that a session takes in place of the file's initializers.
+
+    ONNX Runtime keeps neither the arrays nor what wraps them, and reads freed memory without a word; so they live here
+    until the session is made. Names that it does not know it passes over: these come from the file.
+    """
+
+    def __init__(self, inside: Mapping[str, ir.TensorProtocol], beside: Mapping[str, ir.TensorProtocol]) -> None:
+        self._arrays: list[Any] = []
+        self._inside = {name: self._value(tensor) for name, tensor in inside.items()}
+        self._beside = {name: self._value(tensor) for name, tensor in beside.items()}
+
+    @classmethod
+    def of_adapter(
+        cls, file: Path, adapter: str | os.PathLike[str] | AdapterArrays, adapter_name: str, mapping: Mapped | None
+    ) -> Overrides:
+        """The weights of `file` with an adapter folded into them."""
+        from .onnx_folding import session_values
+
+        return cls(*session_values(file, adapter, adapter_name, mapping))
+
+    def _value(self, tensor: ir.TensorProtocol) -> ort.OrtValue:
+        array = np.ascontiguousarray(tensor.numpy())
+        self._arrays.append(array)
+        if tensor.dtype == ir.DataType.BFLOAT16:  # which numpy has not
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(tensor.dtype))
+        return ort.OrtValue.ortvalue_from_numpy(array)
+
+    def give_to(self, options: ort.SessionOptions) -> None:
+        """Hand the values to a session that is to be made with these options."""
+        for name, value in self._inside.items():
+            options.add_initializer(name, value)
+        if self._beside:
+            options.add_external_initializers(list(self._beside), list(self._beside.values()))
 
 
 def check_provider(provider: str) -> None:
@@ -76,30 +131,41 @@ def checked_file(path: str | os.PathLike[str]) -> Path:
     return file
 
 
-def open_session(file: Path, provider: str, options: Mapping[str, str] | None = None) -> ort.InferenceSession:
+def open_session(
+    file: Path, provider: str, options: Mapping[str, str] | None = None, overrides: Overrides | None = None
+) -> ort.InferenceSession:
     """`make_session` on checked arguments; `options` go to the GPU provider."""
+    source = _Source(file, overrides)
     if provider == "cpu":
-        session = _open(file, ["CPUExecutionProvider"])
+        session = _open(source, ["CPUExecutionProvider"])
     elif provider == "auto":
-        session = _automatic(file, options or {})
+        session = _automatic(source, options or {})
     else:
-        session = _on_gpu(file, _PROVIDERS[provider], options or {})
+        session = _on_gpu(source, _PROVIDERS[provider], options or {})
     if DATA_HASH_KEY in session.get_modelmeta().custom_metadata_map:
         check_external_data(file, onnx.load(file, load_external_data=False))
     return session
 
 
-def _automatic(file: Path, options: Mapping[str, str]) -> ort.InferenceSession:
+@dataclass(frozen=True)
+class _Source:
+    """What a session is made from."""
+
+    file: Path
+    overrides: Overrides | None
+
+
+def _automatic(source: _Source, options: Mapping[str, str]) -> ort.InferenceSession:
     cuda = _PROVIDERS["cuda"]
     if cuda not in ort.get_available_providers():
         logger.info("auto took the CPU: this build of onnxruntime has no CUDA provider")
-        return _open(file, ["CPUExecutionProvider"])
+        return _open(source, ["CPUExecutionProvider"])
     try:
-        session = _on_gpu(file, cuda, options)
+        session = _on_gpu(source, cuda, options)
     except ProviderError as error:
-        logger.warning("auto took the CPU for %s: %s", file.name, error)
-        return _open(file, ["CPUExecutionProvider"])
-    logger.info("auto took CUDA for %s", file.name)
+        logger.warning("auto took the CPU for %s: %s", source.file.name, error)
+        return _open(source, ["CPUExecutionProvider"])
+    logger.info("auto took CUDA for %s", source.file.name)
     return session
 
 
@@ -107,23 +173,23 @@ class ProviderError(ExportError):
     """The provider does not work here; the file may be all right."""
 
 
-def _on_gpu(file: Path, provider: str, options: Mapping[str, str]) -> ort.InferenceSession:
+def _on_gpu(source: _Source, provider: str, options: Mapping[str, str]) -> ort.InferenceSession:
     if provider not in ort.get_available_providers():
         raise ProviderError(
             f"{provider} is not in this build of onnxruntime {ort.__version__} (it has "
             f"{some(ort.get_available_providers())}); pip install onnxruntime-gpu, and not onnxruntime beside it"
         )
-    _open(file, ["CPUExecutionProvider"])  # a file that cannot be read at all is not the provider's fault
+    _open(source, ["CPUExecutionProvider"])  # a file that cannot be read at all is not the provider's fault
     wanted: list[Any] = [(provider, dict(options))]
     with stderr_caught() as caught:
         try:
             # Nothing at all on the CPU: as strict as it gets. Not every good model passes, because ONNX Runtime
             # keeps the arithmetic of free dimensions on the CPU on purpose.
-            return _create(file, wanted, {"session.disable_cpu_ep_fallback": "1"})
+            return _create(source, wanted, {"session.disable_cpu_ep_fallback": "1"})
         except Exception as error:
             first = error
         try:
-            session = _create(file, wanted, {"session.record_ep_graph_assignment_info": "1"})
+            session = _create(source, wanted, {"session.record_ep_graph_assignment_info": "1"})
         except Exception as error:
             first, session = error, None
     log = plain_lines(caught.text)
@@ -148,24 +214,26 @@ def _refuse_heavy_on_cpu(session: ort.InferenceSession, provider: str) -> None:
         logger.info("%s runs the model; %d nodes of shape arithmetic stay on the CPU", provider, len(on_cpu))
 
 
-def _open(file: Path, providers: Sequence[Any]) -> ort.InferenceSession:
+def _open(source: _Source, providers: Sequence[Any]) -> ort.InferenceSession:
     with stderr_caught():
         try:
-            return _create(file, providers, {})
+            return _create(source, providers, {})
         except Exception as error:
             raise ExportError(
-                f"ONNX Runtime {ort.__version__} cannot open {file}: {reason(error)}. The file may be damaged, cut "
-                "off, apart from its .data file, or newer than this onnxruntime; export it again"
+                f"ONNX Runtime {ort.__version__} cannot open {source.file}: {reason(error)}. The file may be damaged, "
+                "cut off, apart from its .data file, or newer than this onnxruntime; export it again"
             ) from error
 
 
-def _create(file: Path, providers: Sequence[Any], config: Mapping[str, str]) -> ort.InferenceSession:
+def _create(source: _Source, providers: Sequence[Any], config: Mapping[str, str]) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     for key, value in config.items():
         options.add_session_config_entry(key, value)
+    if source.overrides is not None:
+        source.overrides.give_to(options)
     # enable_fallback is Python's own retry on other providers, which prints to stdout and goes on.
-    return ort.InferenceSession(os.fspath(file), options, providers=list(providers), enable_fallback=0)
+    return ort.InferenceSession(os.fspath(source.file), options, providers=list(providers), enable_fallback=0)
 
 
 def _why(log: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapter_arrays import AdapterArrays, LowRankArrays, read_adapter
     from .adapters import load_adapter, save_adapter
     from .batching import batch_adapters, unbatch_adapters
     from .calibration import Calibration, calibrate
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adapter_arrays": ("AdapterArrays", "LowRankArrays", "read_adapter"),
     "adapters": ("load_adapter", "save_adapter"),
     "batching": ("batch_adapters", "unbatch_adapters"),
     "calibration": ("Calibration", "calibrate"),
@@ -77,6 +79,7 @@ _HOMES = {
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AdapterArrays",
     "AdapterError",
     "Calibration",
     "ConfigError",
@@ -93,6 +96,7 @@ __all__ = [
     "LoraFxWarning",
     "LoraGAConfig",
     "LoraGraphModule",
+    "LowRankArrays",
     "Plan",
     "Site",
     "TargetError",
@@ -116,6 +120,7 @@ __all__ = [
     "lora_parameters",
     "make_plan",
     "print_trainable_parameters",
+    "read_adapter",
     "save_adapter",
     "set_adapters",
     "swap_adapter",

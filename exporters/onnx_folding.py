@@ -1,0 +1,302 @@
+"""An adapter folded into an existing ONNX file: no model code, no export, no torch.
+
+fold_into_onnx(base, adapter, out)      the same graph with other weights
+fold_into_onnx(file, adapter, file)     in place; unfold_onnx(file) takes it back bit for bit
+make_session(base, adapter=adapter)     at load, with nothing written (see sessions)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_fx import AdapterArrays, ExportError, read_adapter
+
+from .onnx_files import check_file, checked_target, has_external_data, open_model, written
+from .onnx_fold_plan import OnnxWeights, WeightChange, plan_changes
+from .onnx_in_place import unfold_in_place, write_in_place
+from .onnx_sites import Mapped
+from .onnx_weights import MANIFEST_KEY, Array, read_manifest, write_manifest
+from .sessions import checked_file
+from .stored_weights import Rounded, read_weight, rounded
+from .text import some, table
+
+FOLDED_KEY = "lora_fx.folded"
+
+
+@dataclass(frozen=True)
+class FoldedWeight:
+    """What folding did to one initializer.
+
+    Attributes:
+        name, dtype: which.
+        paths: the adapter's modules, or tensors, that went into it.
+        weight_norm, delta_norm: Frobenius norms of the old value, and of what was added.
+        kept: 1 − ‖rounding error‖ / ‖delta‖: the share of the delta that the weight's type keeps.
+        error: ‖rounding error‖ / ‖new value‖: of a quantized weight, that of quantizing it again.
+        untied: the weight is read by something that is not adapted, so the new value got a name of its own.
+    """
+
+    name: str
+    dtype: str
+    paths: tuple[str, ...]
+    weight_norm: float
+    delta_norm: float
+    kept: float
+    error: float
+    untied: bool = False
+
+
+@dataclass(frozen=True)
+class OnnxFoldReport:
+    """What folding into a file did, weight by weight. Prints as a table.
+
+    Attributes:
+        path: the file with the new weights.
+        adapter: the adapter's directory.
+        weights: one entry for each initializer that changed.
+        seconds: what it took.
+        notes: what the caller should know.
+    """
+
+    path: str
+    adapter: str
+    weights: tuple[FoldedWeight, ...]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                ", ".join(weight.paths),
+                weight.name + (" (untied)" if weight.untied else ""),
+                weight.dtype,
+                f"{weight.delta_norm / weight.weight_norm:.2%}" if weight.weight_norm else "",
+                f"{weight.kept:.2%}",
+                f"{weight.error:.1e}",
+            )
+            for weight in self.weights
+        ]
+        header = ("adapter's", "initializer", "type", "‖ΔW‖/‖W‖", "kept", "rounding")
+        lines = [
+            f"{self.path}: {self.adapter} folded into {len(rows)} weights, {self.seconds:.2f} s",
+            table(header, rows),
+        ]
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True, eq=False)
+class NewWeight:
+    """The new value of one initializer, in the type that the file has; several tensors if it is quantized."""
+
+    change: WeightChange
+    values: Rounded
+    report: FoldedWeight
+
+
+def fold_into_onnx(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | AdapterArrays,
+    out: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    mapping: Mapped | None = None,
+    strength: float = 1.0,
+) -> OnnxFoldReport:
+    """Fold an adapter into an existing ONNX file: W + scaling · B @ A in each weight that it is for, and no more.
+
+    The graph stays, op for op; only a tied weight that is adapted in one of its places gets a second initializer.
+    Weights are found by the names that the file has for them: those of `export_onnx`, of torch.onnx, of optimum, of
+    onnxruntime-genai's builder (with q, k and v packed); weights of MatMulNBits are dequantized, folded and quantized
+    again as they were. Sums are taken in float32 and rounded once.
+
+    Args:
+        base: the base model's file; weights may be in a file beside it.
+        adapter: a directory that PEFT or `lora_fx.save_adapter` wrote, or what `lora_fx.read_adapter` read.
+        out: the file to write, with its weights in `<out>.data` if the base's are beside it; `base` itself folds in
+            place, and leaves `<out>.undo` for `unfold_onnx`.
+        adapter_name: the sub-directory to take of a PEFT directory of several adapters.
+        mapping: {initializer: module's name, or a list of the modules packed in it}, for files without names.
+        strength: multiplies all that the adapter adds.
+
+    Raises:
+        AdapterError: if the adapter does not fit the file; nothing is written then.
+        ExportError: if a file cannot be read or written, the adapter is folded in already, or a result is not finite.
+    """
+    started = time.perf_counter()
+    file = checked_file(base)
+    arrays = adapter if isinstance(adapter, AdapterArrays) else read_adapter(adapter, adapter_name=adapter_name)
+    model = open_model(file)
+    _refuse_twice(model, arrays, file)
+    target = checked_target(out)
+    in_place = target.exists() and target.samefile(file)
+    weights = OnnxWeights(model, arrays, mapping)
+    new = list(new_weights(weights, strength))
+    _record(model, arrays, strength)
+    if in_place:
+        _refuse_untied(new, "in place")
+        write_in_place(model, file, {value: data for each in new for value, data in each.values.tensors.items()})
+    else:
+        external = has_external_data(model)
+        _apply(model, new)
+        with written(model, target, external=external) as files:
+            check_file(files.model, full=False)
+    notes = (weights.rename.note,) if weights.rename.note else ()
+    reports = tuple(each.report for each in new)
+    return OnnxFoldReport(os.fspath(out), str(arrays.directory), reports, time.perf_counter() - started, notes)
+
+
+def unfold_onnx(path: str | os.PathLike[str]) -> None:
+    """Take back what `fold_into_onnx(path, adapter, path)` did: the files are again what they were, byte for byte.
+
+    Raises:
+        ExportError: if there is nothing to take back; the base file of a fold into another file is that still.
+    """
+    unfold_in_place(checked_file(path))
+
+
+def new_weights(weights: OnnxWeights, strength: float = 1.0) -> Iterator[NewWeight]:
+    """The new value of each weight that an adapter changes.
+
+    Raises:
+        AdapterError: if the adapter does not fit.
+        ExportError: if a value leaves the range of the weight's type.
+    """
+    if not np.isfinite(strength):
+        raise ExportError(f"strength={strength!r} must be a finite number")
+    for change in plan_changes(weights, strength):
+        old = read_weight(change.weight)
+        exact = old
+        for edit in change.edits:
+            exact = edit(exact)
+        values = rounded(change.weight, exact)
+        yield NewWeight(change, values, _report(change, old, exact, values))
+
+
+def _report(change: WeightChange, old: Array, exact: Array, values: Rounded) -> FoldedWeight:
+    lost, added = _norm(values.stored - exact), _norm(exact - old)
+    return FoldedWeight(
+        name=str(change.weight.name),
+        dtype=values.dtype,
+        paths=change.paths,
+        weight_norm=_norm(old),
+        delta_norm=added,
+        kept=1 - lost / added if added else 1.0,
+        error=lost / _norm(exact) if lost else 0.0,
+        untied=change.others_read,
+    )
+
+
+def _norm(array: Array) -> float:
+    flat = array.reshape(-1)
+    return float(np.sqrt(np.dot(flat, flat).astype(np.float64)))
+
+
+def _apply(model: ir.Model, new: Sequence[NewWeight]) -> None:
+    """Give the model the new values; a weight that something else reads gets a second initializer."""
+    for each in new:
+        for value, tensor in each.values.tensors.items():
+            if each.change.others_read:
+                _untie(model, each.change, value, tensor)
+            else:
+                value.const_value = tensor
+
+
+def _untie(model: ir.Model, change: WeightChange, value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    _check_carriers(change)
+    name = f"{value.name}_folded"
+    taken = {output.name for node in model.graph.all_nodes() for output in node.outputs}
+    if name in model.graph.initializers or name in taken:
+        raise ExportError(f"untying {value.name!r} needs the name {name!r}, which is taken in the file")
+    twin = ir.Value(name=name, shape=value.shape, type=value.type, const_value=tensor)
+    twin.metadata_props.update(value.metadata_props)
+    model.graph.register_initializer(twin)
+    for carrier in {id(site.carrier): site.carrier for site in change.sites}.values():
+        for i, source in enumerate(carrier.inputs):
+            if source is value:
+                carrier.replace_input_with(i, twin)
+    if MANIFEST_KEY in model.metadata_props:
+        recorded = read_manifest(model.metadata_props)
+        if str(value.name) in recorded:
+            entry = dataclasses.replace(recorded[str(value.name)], name=name)
+            write_manifest(model, (*recorded.values(), entry))
+
+
+def _check_carriers(change: WeightChange) -> None:
+    adapted = {id(site.node) for site in change.sites}
+    for carrier in {id(site.carrier): site.carrier for site in change.sites}.values():
+        if id(carrier) in adapted:
+            continue
+        users = [user for output in carrier.outputs for user, _ in output.uses()]
+        if not all(id(user) in adapted for user in users):
+            raise ExportError(
+                f"{change.weight.name!r} is read through {carrier.name!r} by {some(change.paths)}, which the adapter "
+                "is for, and by others; fold in the graph, and export the result: lora_fx.fold"
+            )
+
+
+def _refuse_untied(new: Sequence[NewWeight], how: str) -> None:
+    tied = [each.report.name for each in new if each.report.untied]
+    if tied:
+        raise ExportError(
+            f"{some(tied)} cannot be folded {how}: something that is not adapted reads it too, so that the graph needs "
+            "one more initializer; fold_into_onnx(base, adapter, out) into a file of its own unties it"
+        )
+
+
+def _refuse_twice(model: ir.Model, adapter: AdapterArrays, file: Path) -> None:
+    for entry in _recorded(model):
+        if entry.get("adapter") == adapter.sha256:
+            raise ExportError(
+                f"{str(adapter.directory)!r} is folded into {file.name} already, and folding it again would count it "
+                "twice; take the base's file, or unfold_onnx this one"
+            )
+
+
+def _recorded(model: ir.Model) -> list[dict[str, object]]:
+    try:
+        found = json.loads(model.metadata_props.get(FOLDED_KEY, "[]"))
+        return [dict(entry) for entry in found]
+    except (ValueError, TypeError) as error:
+        raise ExportError(f"the record {FOLDED_KEY!r} in the ONNX file is damaged; take the base's file") from error
+
+
+def _record(model: ir.Model, adapter: AdapterArrays, strength: float) -> None:
+    entries = [*_recorded(model), {"adapter": adapter.sha256, "strength": strength}]
+    model.metadata_props[FOLDED_KEY] = json.dumps(entries)
+
+
+def session_values(
+    file: Path,
+    adapter: str | os.PathLike[str] | AdapterArrays,
+    adapter_name: str = "default",
+    mapping: Mapped | None = None,
+) -> tuple[dict[str, ir.TensorProtocol], dict[str, ir.TensorProtocol]]:
+    """The initializers to give to a session in place of the file's: those in the file, and those beside it.
+
+    Raises:
+        AdapterError, ExportError: as `fold_into_onnx`.
+    """
+    arrays = adapter if isinstance(adapter, AdapterArrays) else read_adapter(adapter, adapter_name=adapter_name)
+    model = open_model(file)
+    _refuse_twice(model, arrays, file)
+    new = list(new_weights(OnnxWeights(model, arrays, mapping)))
+    _refuse_untied(new, "at load")
+    inside: dict[str, ir.TensorProtocol] = {}
+    beside: dict[str, ir.TensorProtocol] = {}
+    for value, tensor in (item for each in new for item in each.values.tensors.items()):
+        place = beside if isinstance(value.const_value, ir.ExternalTensor) else inside
+        place[str(value.name)] = tensor
+    return inside, beside

@@ -1,0 +1,208 @@
+"""An adapter directory as numpy arrays: for work on files, where there is neither a model nor torch.
+
+What `load_adapter` reads with a graph at hand is read here without one: keys, scalings and arrays, in PEFT's shapes.
+What they mean for a weight is for whoever has the weight to say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from numpy.typing import NDArray
+
+from .adapter_files import (
+    CONFIG_FILE,
+    KEY_OF_BIAS,
+    KEY_OF_MAGNITUDE,
+    KEY_OF_ROWS,
+    KEYS,
+    KEYS_OF_LOOKUPS,
+    find_adapter_directory,
+    is_left_behind,
+    parse_key,
+    read_config,
+    weights_path,
+)
+from .config import LoraConfig, scaling_of
+from .errors import AdapterError, ConfigError
+from .init_options import init_of
+from .matching import matching_key
+
+Array = NDArray[Any]
+
+# safetensors' names of types; bfloat16, which numpy has not, is widened.
+_TYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+_FLOATS = ("F32", "F16", "BF16")
+_NESTED = re.compile(r"(\.base_layer)+$")
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankArrays:
+    """A and B of one module, or of one of its parameters.
+
+    Attributes:
+        path: the module's name.
+        nesting: how many `base_layer`s deep PEFT keeps them: of several parameters of one module that
+            target_parameters means, the first registered lies deepest.
+        a, b: float32, in PEFT's shapes: (r, in) and (out, r), (r, in, *kernel) and (out, r, 1, ...), or of experts
+            (experts · r, in) and (out, r · experts).
+        bias: of B, (out,), with lora_bias.
+        magnitude: of each output, with use_dora.
+        is_lookup: whether they are an embedding's, whose `in` is the vocabulary.
+    """
+
+    path: str
+    nesting: int
+    a: Array
+    b: Array
+    bias: Array | None = None
+    magnitude: Array | None = None
+    is_lookup: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterArrays:
+    """What an adapter directory holds.
+
+    Attributes:
+        directory: where it was read from.
+        config: its configuration.
+        low_rank: A and B, in the order of the file.
+        full: {tensor's full name: value} of what was trained in full: modules_to_save, and biases.
+        rows: {module: rows of its embedding, (rows, dim)}, of trainable_token_indices.
+        metadata: the file's own.
+        sha256: of the tensors' file.
+    """
+
+    directory: Path
+    config: LoraConfig
+    low_rank: tuple[LowRankArrays, ...]
+    full: Mapping[str, Array]
+    rows: Mapping[str, Array]
+    metadata: Mapping[str, str]
+    sha256: str
+
+    def rank_at(self, *names: str) -> int:
+        """r for a module, or a parameter, that goes by these names."""
+        key = matching_key(names, self.config.rank_pattern)
+        return self.config.r if key is None else self.config.rank_pattern[key]
+
+    def scaling_at(self, *names: str) -> float:
+        """What multiplies B @ A of a module, or a parameter, that goes by these names."""
+        key = matching_key(names, self.config.alpha_pattern)
+        alpha = self.config.lora_alpha if key is None else self.config.alpha_pattern[key]
+        return scaling_of(alpha, self.rank_at(*names), use_rslora=self.config.use_rslora)
+
+
+def read_adapter(directory: str | os.PathLike[str], *, adapter_name: str = "default") -> AdapterArrays:
+    """An adapter directory that PEFT or `save_adapter` wrote, as numpy arrays; torch is not needed.
+
+    Args:
+        directory: holds adapter_config.json and adapter_model.safetensors.
+        adapter_name: a PEFT directory of several adapters is searched for the sub-directory of that name.
+
+    Raises:
+        AdapterError: if files are missing or broken, a tensor is not finite, or one of A and B is missing.
+        ConfigError: if the configuration cannot be followed, or the adapter took something out of the base.
+    """
+    folder = find_adapter_directory(directory, adapter_name)
+    config = read_config(folder)
+    _check_start(config, folder)
+    path = weights_path(folder)
+    try:
+        data = path.read_bytes()
+        entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+        metadata = _metadata(data)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{str(path)!r} is no readable safetensors file: {error}") from error
+    tensors = {key: _array(key, entry, path) for key, entry in entries if not is_left_behind(key)}
+    if not tensors:
+        raise AdapterError(f"{str(path)!r} holds no tensor")
+    low_rank, full, rows = _sorted_out(tensors, path)
+    return AdapterArrays(folder, config, low_rank, full, rows, metadata, hashlib.sha256(data).hexdigest())
+
+
+def _check_start(config: LoraConfig, folder: Path) -> None:
+    """What an adapter took out of the base is not in its file."""
+    start = config.init_lora_weights
+    if isinstance(start, str) and start != "gaussian" and init_of(start).changes_base:
+        raise ConfigError(
+            f"{str(folder / CONFIG_FILE)!r}: init_lora_weights={start!r} takes A and B out of the base's weights, "
+            "which is undone only with the model at hand; save the adapter as plain LoRA first: lora_fx.save_adapter "
+            "always does, PEFT with path_initial_model_for_weight_conversion="
+        )
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    size = int.from_bytes(data[:8], "little")
+    found = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    return {str(key): str(value) for key, value in found.items()}
+
+
+def _array(key: str, entry: Mapping[str, Any], path: Path) -> Array:
+    kind, shape = entry["dtype"], entry["shape"]
+    if kind not in _TYPES or (".lora_" in key and kind not in _FLOATS):
+        raise AdapterError(f"{str(path)!r}: {key!r} is {kind}; adapters are float32, float16 or bfloat16")
+    values = np.frombuffer(entry["data"], _TYPES[kind])
+    if kind == "BF16":
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    values = values.astype(np.float32) if kind in _FLOATS else values
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise AdapterError(f"{str(path)!r}: {key!r} holds NaN or Inf")
+    return values.reshape(shape)
+
+
+def _sorted_out(
+    tensors: Mapping[str, Array], path: Path
+) -> tuple[tuple[LowRankArrays, ...], dict[str, Array], dict[str, Array]]:
+    found: dict[str, dict[str, Array]] = {}
+    full: dict[str, Array] = {}
+    for key, value in tensors.items():
+        meant = parse_key(key, repr(str(path)))
+        place, name = (full, meant.path) if meant.end is None else (found.setdefault(meant.path, {}), meant.end)
+        if name in place and not np.array_equal(place[name], value):
+            raise AdapterError(f"{str(path)!r} holds two tensors that {key!r} may mean; keep one of them")
+        place[name] = value
+    rows = {_module(name): tensors.pop(KEY_OF_ROWS) for name, tensors in found.items() if KEY_OF_ROWS in tensors}
+    low_rank = tuple(_low_rank(name, tensors, path) for name, tensors in found.items() if tensors)
+    return low_rank, full, rows
+
+
+def _low_rank(name: str, tensors: Mapping[str, Array], path: Path) -> LowRankArrays:
+    is_lookup = any(key in tensors for key in KEYS_OF_LOOKUPS)
+    for key in KEYS_OF_LOOKUPS if is_lookup else KEYS:
+        if key not in tensors:
+            raise AdapterError(f"{str(path)!r} holds {', '.join(tensors)} of {name!r}, but no {key}; it is incomplete")
+    a, b = (tensors[key] for key in (KEYS_OF_LOOKUPS if is_lookup else KEYS))
+    if a.ndim < 2 or a.ndim != b.ndim or a.shape[0] != b.shape[1] or 0 in a.shape or 0 in b.shape:
+        raise AdapterError(
+            f"{str(path)!r}: A of {name!r} has the shape {list(a.shape)} and B {list(b.shape)}, which do not fit "
+            "each other"
+        )
+    nested = _NESTED.search(name)
+    return LowRankArrays(
+        _module(name),
+        nested[0].count(".") if nested else 0,
+        a,
+        b,
+        tensors.get(KEY_OF_BIAS),
+        tensors.get(KEY_OF_MAGNITUDE),
+        is_lookup,
+    )
+
+
+def _module(name: str) -> str:
+    """A module's own name, of one that PEFT nests in `base_layer`s."""
+    return name.replace(".base_layer", "").removeprefix("base_layer.")
