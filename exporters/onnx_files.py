@@ -111,6 +111,7 @@ def written(model: ir.Model, target: Path, *, external: bool) -> Iterator[Writte
 
 
 def _save(model: ir.Model, files: Written) -> None:
+    model.metadata_props.pop(DATA_HASH_KEY, None)  # a file that is written anew has weights of its own
     if files.data is None:
         ir.save(model, files.model)
     else:
