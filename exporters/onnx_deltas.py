@@ -55,6 +55,19 @@ def _kernel_delta(low: LowRankArrays, form: Form, shape: tuple[int, ...]) -> Arr
     return product.reshape(out, inputs, *extent)
 
 
+def kernel_factors(low: LowRankArrays, form: Form, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """A and B as two convolutions with the same groups take them, the second pointwise.
+
+    Returns:
+        (r, in / groups, *k), or (in, r / groups, *k) for a transposed one; and (out, r / groups, 1, ...).
+    """
+    groups, extent = form.groups, tuple(shape[2:])
+    if not form.is_transposed:
+        return _own_groups(low, groups, shape[1]), low.b
+    by_group = low.a.reshape(groups, -1, shape[0] // groups, *extent)  # (groups, r / groups, in / groups, *k)
+    return by_group.swapaxes(1, 2).reshape(shape[0], -1, *extent), low.b
+
+
 def _own_groups(low: LowRankArrays, groups: int, inputs: int) -> Array:
     """A of the inputs that each group sees, (r, in / groups, *k), of PEFT's (r, in, *k)."""
     if groups == 1 or low.a.shape[1] != groups * inputs or len(low.a) % groups:

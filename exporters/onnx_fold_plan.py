@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -92,6 +93,12 @@ class OnnxWeights:
                 self._parameters.setdefault(parameter, []).append(held)
         self.rename = _renaming(self, [low.path for low in adapter.low_rank])
 
+    def only_whole(self) -> OnnxWeights:
+        """Without A and B: what the adapter brings as a whole."""
+        other = copy.copy(self)
+        other.adapter = replace(self.adapter, low_rank=())
+        return other
+
     @property
     def module_names(self) -> list[str]:
         """All names that A and B could mean."""
@@ -123,6 +130,16 @@ class OnnxWeights:
         """What the keys of rank_pattern and alpha_pattern are matched with."""
         attention = self.attention_of(path)
         return (path,) if attention is None else (path, attention)
+
+    def scaling_of(self, low: LowRankArrays) -> float:
+        """What multiplies B @ A of a module."""
+        return self.adapter.scaling_at(*self.pattern_names(low.path)) * self._times_counted(low)
+
+    def _times_counted(self, low: LowRankArrays) -> int:
+        """2 for the output projection of an attention that PEFT adapts whole: it applies that twice (peft#3774)."""
+        attention = self.attention_of(low.path)
+        doubled = attention is not None and any(other.path == attention for other in self.adapter.low_rank)
+        return 2 if doubled else 1
 
     def parameter_of(self, low: LowRankArrays) -> str | None:
         """The parameter that A and B are for, if it is not the module's weight that is meant.
@@ -206,16 +223,8 @@ def match_adapter(weights: OnnxWeights) -> list[Matched]:
                 f"A of {low.path!r} has {len(low.a)} ranks, and by adapter_config.json it is "
                 f"{adapter.rank_at(*names)} (r and rank_pattern); the two files do not belong together"
             )
-        scaling = adapter.scaling_at(*names) * _times_counted(weights, low)
-        matched += [Matched(low, site, piece, scaling) for site, piece in places]
+        matched += [Matched(low, site, piece, weights.scaling_of(low)) for site, piece in places]
     return matched
-
-
-def _times_counted(weights: OnnxWeights, low: LowRankArrays) -> int:
-    """2 for the output projection of an attention that PEFT adapts whole: it applies that twice (peft#3774)."""
-    attention = weights.attention_of(low.path)
-    doubled = attention is not None and any(other.path == attention for other in weights.adapter.low_rank)
-    return 2 if doubled and weights.adapter.metadata.get("writer") != "lora_fx" else 1
 
 
 def plan_changes(weights: OnnxWeights, strength: float = 1.0) -> list[WeightChange]:

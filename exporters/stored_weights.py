@@ -29,6 +29,12 @@ class Rounded:
     stored: Array
     dtype: str
 
+    @property
+    def array(self) -> Array:
+        """The new value in the file's type, of a weight that is not quantized."""
+        (tensor,) = self.tensors.values()
+        return tensor.numpy()
+
 
 def read_weight(value: ir.Value) -> Array:
     """The value of a weight, float32 (float64 if it is stored so), in the initializer's shape; (out, in) if quantized.
@@ -41,6 +47,18 @@ def read_weight(value: ir.Value) -> Array:
     if tensor.dtype not in _FLOATS:
         raise ExportError(f"{value.name!r} is {tensor.dtype.name}; weights to fold into are floats or MatMulNBits'")
     return tensor.numpy().astype(np.float64 if tensor.dtype == ir.DataType.DOUBLE else np.float32)
+
+
+def shape_of(value: ir.Value) -> tuple[int, ...]:
+    """The shape of what `read_weight` reads."""
+    assert value.const_value is not None
+    return tuple(value.const_value.shape.numpy())
+
+
+def stored_bytes(value: ir.Value) -> bytes:
+    """The bytes of all that holds the weight."""
+    assert value.const_value is not None
+    return value.const_value.tobytes()
 
 
 def rounded(value: ir.Value, exact: Array) -> Rounded:
