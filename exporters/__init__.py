@@ -1,10 +1,12 @@
 """From a folded graph to a checked ONNX file, and from the file to a session that runs where it says.
 
     export_onnx     writes the graph as an ONNX file that is op for op the base model's
+    export_onnx_adapters, export_onnx_batched   the same with adapters that are switched at run time, or row by row
     verify_onnx     runs torch and ONNX Runtime on the same inputs and compares
     compare_onnx    compares two ONNX files op for op, and their weights byte for byte
     fold_into_onnx  folds an adapter into an ONNX file, with neither model nor torch; unfold_onnx takes it back
     make_session    opens an ONNX file on the provider asked for, or raises
+    AdapterSession  runs a file with switchable adapters, and never with the wrong one
 
 Names load on first use: sessions and file comparison need neither torch nor a model.
 """
@@ -15,6 +17,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapter_export import AdaptersReport, export_onnx_adapters, export_onnx_batched
+    from .adapter_session import AdapterSession, BoundRun
+    from .onnx_adapters import SlotsReport, add_adapter_inputs, write_onnx_adapter
+    from .onnx_batched import add_adapter_stacks, append_adapter
     from .onnx_compare import OnnxDiff, compare_onnx
     from .onnx_export import export_onnx
     from .onnx_folding import FoldedWeight, OnnxFoldReport, fold_into_onnx, unfold_onnx
@@ -26,41 +32,61 @@ if TYPE_CHECKING:
     from .weight_check import WeightCheck
 
 _HOME = {
+    "AdapterSession": "adapter_session",
+    "AdaptersReport": "adapter_export",
+    "BoundRun": "adapter_session",
     "FoldedWeight": "onnx_folding",
     "OnnxDiff": "onnx_compare",
     "OnnxFoldReport": "onnx_folding",
     "OnnxReport": "onnx_report",
     "OutputError": "output_check",
     "ShapeCheck": "verification",
+    "SlotsReport": "onnx_adapters",
     "StoredWeight": "onnx_weights",
     "VerifyReport": "verification",
     "WeightCheck": "weight_check",
+    "add_adapter_inputs": "onnx_adapters",
+    "add_adapter_stacks": "onnx_batched",
+    "append_adapter": "onnx_batched",
     "compare_onnx": "onnx_compare",
     "export_onnx": "onnx_export",
+    "export_onnx_adapters": "adapter_export",
+    "export_onnx_batched": "adapter_export",
     "fold_into_onnx": "onnx_folding",
     "make_session": "sessions",
     "read_manifest": "onnx_weights",
     "unfold_onnx": "onnx_folding",
     "verify_onnx": "verification",
+    "write_onnx_adapter": "onnx_adapters",
 }
 
 __all__ = [
+    "AdapterSession",
+    "AdaptersReport",
+    "BoundRun",
     "FoldedWeight",
     "OnnxDiff",
     "OnnxFoldReport",
     "OnnxReport",
     "OutputError",
     "ShapeCheck",
+    "SlotsReport",
     "StoredWeight",
     "VerifyReport",
     "WeightCheck",
+    "add_adapter_inputs",
+    "add_adapter_stacks",
+    "append_adapter",
     "compare_onnx",
     "export_onnx",
+    "export_onnx_adapters",
+    "export_onnx_batched",
     "fold_into_onnx",
     "make_session",
     "read_manifest",
     "unfold_onnx",
     "verify_onnx",
+    "write_onnx_adapter",
 ]
 
 

@@ -243,7 +243,7 @@ class Inputs:
         """B(A(x)); with a gain g, + g · (B(A(x)) + y without its bias); with a bias, + that."""
         delta = self._product(slot, node, writer)
         if "gain" in slot.parts:  # DoRA: (1 + g) · (W + ΔW) x
-            adapted = writer.op("Add", delta, _without_bias(slot, node, writer), name=f"{slot.path}.lora_adapted")
+            adapted = writer.op("Add", delta, without_bias(slot, node, writer), name=f"{slot.path}.lora_adapted")
             more = writer.op("Mul", adapted, self._values[slot.parts["gain"]], name=f"{slot.path}.lora_more")
             delta = writer.op("Add", delta, more, name=f"{slot.path}.lora_gained")
         if "bias" in slot.parts:
@@ -307,7 +307,7 @@ def moves_of(node: ir.Node) -> list[ir.Attr]:
     return [node.attributes[name] for name in names if name in node.attributes]
 
 
-def _without_bias(slot: Slot, node: ir.Node, writer: Writer) -> ir.Value:
+def without_bias(slot: Slot, node: ir.Node, writer: Writer) -> ir.Value:
     """What the op gives, without the bias that is in the same op."""
     y = node.outputs[0]
     bias = node.inputs[2] if node.op_type in ("Gemm", "Conv", "ConvTranspose") and len(node.inputs) > 2 else None

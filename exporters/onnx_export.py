@@ -129,14 +129,14 @@ def _refuse_what_is_not_there(dtype: Any, quantize: Any, opset: Any, external_da
 
 def _check_graph(gm: Any) -> None:
     try:
-        adapters = lora_fx.adapter_names(gm)
+        adapters = list(lora_fx.active_adapters(gm)) if lora_fx.adapter_names(gm) else []
     except lora_fx.LoraFxError as error:
         raise ExportError(f"export_onnx takes a graph module: {error}") from error
     if adapters:
         raise ExportError(
             f"the graph holds {some(adapters)} unfolded, which would slow the file down and break its fusions. "
             "Fold first: export_onnx(lora_fx.fold(gm), path). A file whose adapters stay switchable at run "
-            "time is what export_onnx_adapters(gm, path) is for, which this version does not have yet"
+            "time is what export_onnx_adapters(gm, path) writes"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,16 +240,22 @@ def open_for_check(path: Path) -> ort.InferenceSession:
         ) from error
 
 
-def check_shape(session: ort.InferenceSession, gm: fx.GraphModule, example: Example) -> ShapeCheck:
+def check_shape(
+    session: ort.InferenceSession, gm: fx.GraphModule, example: Example, extra: Mapping[str, Any] | None = None
+) -> ShapeCheck:
     """Compare at one set of inputs; `gm` must be in evaluation mode.
+
+    Args:
+        extra: arrays for inputs that the graph has not: those of adapters.
 
     Raises:
         ExportError: if torch or ONNX Runtime cannot run with these inputs.
     """
-    feed = _feed(session, example)
+    extra = extra or {}
+    feed = feed_of(session, example, extra)
     device = next((tensor.device for tensor in [*gm.parameters(), *gm.buffers()]), torch.device("cpu"))
     there = example.on(device)
-    shapes = _shapes(session, example)
+    shapes = _shapes(session, example, extra)
     try:
         result = run_torch(gm, there.args, there.kwargs)
     except Exception as error:
@@ -257,7 +263,7 @@ def check_shape(session: ort.InferenceSession, gm: fx.GraphModule, example: Exam
             f"torch cannot run the graph at {shapes}: {reason(error)}; pass inputs that it takes"
         ) from error
     try:
-        got = session.run(None, feed, _silent())
+        got = session.run(None, feed | dict(extra), _silent())
     except Exception as error:
         raise ExportError(
             f"ONNX Runtime cannot run the file at {shapes}: {reason(error)}. The file does not take what torch takes"
@@ -288,8 +294,13 @@ def _dtype_of(gm: fx.GraphModule) -> torch.dtype:
     return coarsest_dtype(buffer for name, buffer in gm.named_buffers() if name in used)
 
 
-def _feed(session: ort.InferenceSession, example: Example) -> dict[str, Any]:
-    ports = session.get_inputs()
+def feed_of(session: ort.InferenceSession, example: Example, extra: Collection[str] = ()) -> dict[str, Any]:
+    """The example as the session takes it, without the inputs that are named in `extra`.
+
+    Raises:
+        ExportError: if they do not fit each other.
+    """
+    ports = [port for port in session.get_inputs() if port.name not in extra]
     tensors = [tensor for tensor, _ in example.tensors()]
     if len(ports) != len(tensors):
         raise ExportError(
@@ -302,6 +313,7 @@ def _feed(session: ort.InferenceSession, example: Example) -> dict[str, Any]:
     return {port.name: tensor.detach().cpu().numpy() for port, tensor in zip(ports, tensors, strict=True)}
 
 
-def _shapes(session: ort.InferenceSession, example: Example) -> str:
-    ports = zip(session.get_inputs(), example.tensors(), strict=True)
+def _shapes(session: ort.InferenceSession, example: Example, extra: Collection[str] = ()) -> str:
+    own = [port for port in session.get_inputs() if port.name not in extra]
+    ports = zip(own, example.tensors(), strict=True)
     return ", ".join(f"{port.name} {list(tensor.shape)}" for port, (tensor, _) in ports)
