@@ -27,11 +27,11 @@ from .eval_mode import evaluating
 from .example_inputs import Example, make_example, second_example, without_ones
 from .lora_insertion import adapter_arrays
 from .lora_slots import Slots
+from .named_weights import OnnxWeights
 from .onnx_adapters import insert_inputs, save_arrays
 from .onnx_batched import IDS, insert_stacks
 from .onnx_export import export_onnx
 from .onnx_files import check_file, checked_target, has_external_data, open_model, written
-from .onnx_fold_plan import OnnxWeights
 from .onnx_report import OnnxReport
 from .onnx_weights import Array
 from .text import some, table

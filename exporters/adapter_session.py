@@ -25,9 +25,9 @@ from lora_fx.errors import closest
 
 from .lora_insertion import adapter_arrays
 from .lora_slots import Slots, read_slots
+from .named_weights import OnnxWeights
 from .onnx_adapters import Adapter, check_arrays, ort_value, read_onnx_adapter
 from .onnx_files import open_model
-from .onnx_fold_plan import OnnxWeights
 from .onnx_weights import Array
 from .paths import path_of
 from .sessions import checked_file, make_session

@@ -115,7 +115,7 @@ class Slot:
                     f"the adapter has {option} for {low.path!r}, and the file no input for it: it was made for "
                     f"adapters without; make it again with one that has {option} among its adapters"
                 )
-        a, b = self._factors(low)
+        a, b = self._factors(low)  # one of the two is PEFT's B, and the scaling may go onto either
         found = {part: self.default(part) for part in self.parts} | {"a": a, "b": b * np.float32(scaling)}
         if low.bias is not None:
             found["bias"] = self._per_output(low.bias.reshape(-1) * np.float32(scaling))
@@ -132,11 +132,16 @@ class Slot:
         if self.form.kind == "kernel":
             low_rank_delta(low, self.form, self.shape)  # raises if it does not fit
             return kernel_factors(low, self.form, self.shape)
+        count = self.shape[0] if len(self.shape) == 3 else 1
         if low.a.ndim != 2 or low.a.shape[1] != self.in_features or len(low.b) != self.stop - self.start:
             raise AdapterError(
                 f"A {list(low.a.shape)} and B {list(low.b.shape)} of {low.path!r} do not fit the file's slot, which "
                 f"takes {self.in_features} and gives {self.stop - self.start}; is this adapter of this model?"
             )
+        if len(self.shape) == 3:  # PEFT's order: the expert is slowest in A and fastest in B
+            a = low.a.reshape(count, -1, self.in_features)
+            b = low.b.reshape(len(low.b), -1, count).transpose(2, 0, 1)
+            return (a.swapaxes(1, 2), b.swapaxes(1, 2)) if self.form.stored_in_out else (b, a)
         if self.is_on_weight and not self.form.stored_in_out:
             return low.b, low.a
         return low.a.T, self._widened(low.b.T, 1)

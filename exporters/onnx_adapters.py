@@ -25,8 +25,8 @@ from lora_fx import AdapterArrays, AdapterError, read_adapter
 
 from .lora_insertion import Inputs, adapter_arrays, insert_slots, plan_slots
 from .lora_slots import Slots, read_slots
+from .named_weights import OnnxWeights
 from .onnx_files import check_file, checked_target, has_external_data, open_model, written
-from .onnx_fold_plan import OnnxWeights
 from .onnx_sites import Mapped
 from .onnx_weights import Array
 from .sessions import checked_file

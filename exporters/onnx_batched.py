@@ -30,9 +30,9 @@ from .lora_insertion import (
     without_bias,
 )
 from .lora_slots import Slot, Slots, read_slots
+from .named_weights import OnnxWeights
 from .onnx_adapters import Adapter, SlotsReport
 from .onnx_files import check_file, checked_target, has_external_data, open_model, written
-from .onnx_fold_plan import OnnxWeights
 from .onnx_sites import Mapped
 from .onnx_weights import Array
 from .sessions import checked_file
@@ -169,13 +169,9 @@ def _highest(slot: Slot, planned: PlannedSlots) -> int:
 
 def _rank_with(slot: Slot, weights: OnnxWeights) -> int:
     """The rank of the stack, if this adapter is in it."""
-    ranks = [len(low.a) for low in weights.adapter.low_rank if slots_name(slot, weights.rename(low.path))]
+    names = {slot.path, *slot.names}
+    ranks = [len(low.a) for low in weights.adapter.low_rank if weights.slot_name(low) in names]
     return max([slot.r or 1, *ranks])
-
-
-def slots_name(slot: Slot, path: str) -> bool:
-    """Whether a slot is the module's."""
-    return path == slot.path or path in slot.names
 
 
 def _stacked(entries: Sequence[Array], slot: Slot, part: str) -> Array:

@@ -192,7 +192,8 @@ def _convert(
     names = name_ports(model, inputs, outputs)
     weights = tuple(dataclasses.replace(weight, name=names[weight.name]) for weight in weights)
     strip_metadata(model)
-    write_manifest(model, weights)
+    shared = {alias: site.path for site in lora_fx.find_sites(gm) for alias in site.aliases}
+    write_manifest(model, weights, shared)
     return model, weights, notes
 
 

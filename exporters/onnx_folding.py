@@ -8,6 +8,7 @@ make_session(base, adapter=adapter)     at load, with nothing written (see sessi
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -18,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx import AdapterArrays, ExportError, read_adapter
+from lora_fx import AdapterArrays, AdapterError, ExportError, read_adapter
 
+from .named_weights import OnnxWeights
 from .onnx_files import check_file, checked_target, has_external_data, open_model, written
-from .onnx_fold_plan import OnnxWeights, WeightChange, plan_changes
+from .onnx_fold_plan import WeightChange, other_readers, plan_changes
 from .onnx_in_place import unfold_in_place, write_in_place
 from .onnx_sites import Mapped
 from .onnx_weights import MANIFEST_KEY, Array, read_manifest, write_manifest
@@ -30,6 +32,7 @@ from .stored_weights import Rounded, read_weight, rounded
 from .text import some, table
 
 FOLDED_KEY = "lora_fx.folded"
+_IN_MEMORY = "lora_fx_weights_given_at_load"  # a file that does not exist
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def fold_into_onnx(
     adapter_name: str = "default",
     mapping: Mapped | None = None,
     strength: float = 1.0,
+    partial: bool = False,
 ) -> OnnxFoldReport:
     """Fold an adapter into an existing ONNX file: W + scaling · B @ A in each weight that it is for, and no more.
 
@@ -130,6 +134,7 @@ def fold_into_onnx(
         adapter_name: the sub-directory to take of a PEFT directory of several adapters.
         mapping: {initializer: module's name, or a list of the modules packed in it}, for files without names.
         strength: multiplies all that the adapter adds.
+        partial: the file is one part of the model (an encoder, say), and the adapter may have more than it takes.
 
     Raises:
         AdapterError: if the adapter does not fit the file; nothing is written then.
@@ -142,7 +147,7 @@ def fold_into_onnx(
     _refuse_twice(model, arrays, file)
     target = checked_target(out)
     in_place = target.exists() and target.samefile(file)
-    weights = OnnxWeights(model, arrays, mapping)
+    weights = OnnxWeights(model, arrays, mapping, partial=partial)
     new = list(new_weights(weights, strength))
     _record(model, arrays, strength)
     if in_place:
@@ -153,9 +158,11 @@ def fold_into_onnx(
         _apply(model, new)
         with written(model, target, external=external) as files:
             check_file(files.model, full=False)
-    notes = (weights.rename.note,) if weights.rename.note else ()
+    notes = [weights.rename.note] if weights.rename.note else []
+    if weights.left_out:
+        notes.append(f"not in this file: {some(weights.left_out)}")
     reports = tuple(each.report for each in new)
-    return OnnxFoldReport(os.fspath(out), str(arrays.directory), reports, time.perf_counter() - started, notes)
+    return OnnxFoldReport(os.fspath(out), str(arrays.directory), reports, time.perf_counter() - started, tuple(notes))
 
 
 def unfold_onnx(path: str | os.PathLike[str]) -> None:
@@ -176,16 +183,37 @@ def new_weights(weights: OnnxWeights, strength: float = 1.0) -> Iterator[NewWeig
     """
     if not np.isfinite(strength):
         raise ExportError(f"strength={strength!r} must be a finite number")
+    by_weight: dict[int, list[WeightChange]] = {}
     for change in plan_changes(weights, strength):
-        old = read_weight(change.weight)
+        by_weight.setdefault(id(change.weight), []).append(change)
+    if not by_weight:
+        raise AdapterError(f"{str(weights.adapter.directory)!r} changes nothing in this file")
+    for changes in by_weight.values():
+        yield from _new_values(changes)
+
+
+def _new_values(changes: Sequence[WeightChange]) -> Iterator[NewWeight]:
+    """The new value of one initializer; several, if modules that are tied in it have other adapters."""
+    weight = changes[0].weight
+    old = read_weight(weight)
+    found: list[tuple[WeightChange, Array]] = []
+    for change in changes:
         exact = old
         for edit in change.edits:
             exact = edit(exact)
-        values = rounded(change.weight, exact)
-        yield NewWeight(change, values, _report(change, old, exact, values))
+        if found and np.array_equal(found[0][1], exact):  # tied, and adapted alike
+            first = found[0][0]
+            joined = dataclasses.replace(first, paths=first.paths + change.paths, sites=first.sites + change.sites)
+            found[0] = joined, exact
+        else:
+            found.append((change, exact))
+    for change, exact in found:
+        values = rounded(weight, exact)
+        is_shared = bool(change.sites) and bool(other_readers(weight, change.sites))
+        yield NewWeight(change, values, _report(change, old, exact, values, untied=is_shared))
 
 
-def _report(change: WeightChange, old: Array, exact: Array, values: Rounded) -> FoldedWeight:
+def _report(change: WeightChange, old: Array, exact: Array, values: Rounded, *, untied: bool) -> FoldedWeight:
     lost, added = _norm(values.stored - exact), _norm(exact - old)
     return FoldedWeight(
         name=str(change.weight.name),
@@ -195,7 +223,7 @@ def _report(change: WeightChange, old: Array, exact: Array, values: Rounded) -> 
         delta_norm=added,
         kept=1 - lost / added if added else 1.0,
         error=lost / _norm(exact) if lost else 0.0,
-        untied=change.others_read,
+        untied=untied,
     )
 
 
@@ -208,7 +236,7 @@ def _apply(model: ir.Model, new: Sequence[NewWeight]) -> None:
     """Give the model the new values; a weight that something else reads gets a second initializer."""
     for each in new:
         for value, tensor in each.values.tensors.items():
-            if each.change.others_read:
+            if each.report.untied:
                 _untie(model, each.change, value, tensor)
             else:
                 value.const_value = tensor
@@ -216,10 +244,9 @@ def _apply(model: ir.Model, new: Sequence[NewWeight]) -> None:
 
 def _untie(model: ir.Model, change: WeightChange, value: ir.Value, tensor: ir.TensorProtocol) -> None:
     _check_carriers(change)
-    name = f"{value.name}_folded"
-    taken = {output.name for node in model.graph.all_nodes() for output in node.outputs}
-    if name in model.graph.initializers or name in taken:
-        raise ExportError(f"untying {value.name!r} needs the name {name!r}, which is taken in the file")
+    taken = {output.name for node in model.graph.all_nodes() for output in node.outputs} | set(model.graph.initializers)
+    names = itertools.chain([f"{value.name}_folded"], (f"{value.name}_folded_{n}" for n in itertools.count(2)))
+    name = next(name for name in names if name not in taken)
     twin = ir.Value(name=name, shape=value.shape, type=value.type, const_value=tensor)
     twin.metadata_props.update(value.metadata_props)
     model.graph.register_initializer(twin)
@@ -227,11 +254,14 @@ def _untie(model: ir.Model, change: WeightChange, value: ir.Value, tensor: ir.Te
         for i, source in enumerate(carrier.inputs):
             if source is value:
                 carrier.replace_input_with(i, twin)
+    if not value.uses():
+        del model.graph.initializers[str(value.name)]
     if MANIFEST_KEY in model.metadata_props:
         recorded = read_manifest(model.metadata_props)
         if str(value.name) in recorded:
             entry = dataclasses.replace(recorded[str(value.name)], name=name)
-            write_manifest(model, (*recorded.values(), entry))
+            kept = [weight for weight in recorded.values() if weight.name in model.graph.initializers]
+            write_manifest(model, (*kept, entry))
 
 
 def _check_carriers(change: WeightChange) -> None:
@@ -283,8 +313,8 @@ def session_values(
     adapter: str | os.PathLike[str] | AdapterArrays,
     adapter_name: str = "default",
     mapping: Mapped | None = None,
-) -> tuple[dict[str, ir.TensorProtocol], dict[str, ir.TensorProtocol]]:
-    """The initializers to give to a session in place of the file's: those in the file, and those beside it.
+) -> tuple[bytes, dict[str, ir.TensorProtocol]]:
+    """A graph that looks for the folded weights beside it, and these weights.
 
     Raises:
         AdapterError, ExportError: as `fold_into_onnx`.
@@ -294,9 +324,11 @@ def session_values(
     _refuse_twice(model, arrays, file)
     new = list(new_weights(OnnxWeights(model, arrays, mapping)))
     _refuse_untied(new, "at load")
-    inside: dict[str, ir.TensorProtocol] = {}
-    beside: dict[str, ir.TensorProtocol] = {}
+    given: dict[str, ir.TensorProtocol] = {}
     for value, tensor in (item for each in new for item in each.values.tensors.items()):
-        place = beside if isinstance(value.const_value, ir.ExternalTensor) else inside
-        place[str(value.name)] = tensor
-    return inside, beside
+        name = str(value.name)
+        given[name] = tensor
+        value.const_value = ir.ExternalTensor(
+            _IN_MEMORY, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
+        )
+    return ir.to_proto(model).SerializeToString(), given

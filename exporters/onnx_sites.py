@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from lora_fx import ExportError
 
-from .onnx_weights import MANIFEST_KEY, StoredWeight, read_manifest
+from .onnx_weights import MANIFEST_KEY, StoredWeight, read_manifest, read_shared_modules
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
@@ -99,6 +99,7 @@ def find_onnx_sites(model: ir.Model, mapping: Mapped | None = None) -> tuple[Onn
             f"{', '.join(map(repr, list(model.graph.initializers)[:8]))}, ..."
         )
     recorded = read_manifest(model.metadata_props) if MANIFEST_KEY in model.metadata_props else {}
+    shared = read_shared_modules(model.metadata_props)
     sites: list[OnnxSite] = []
     for value in model.graph.initializers.values():
         if value.const_value is None or len(value.const_value.shape) < 2:
@@ -108,10 +109,15 @@ def find_onnx_sites(model: ir.Model, mapping: Mapped | None = None) -> tuple[Onn
             form = _form(node, position, turned)
             if form is None:
                 continue
-            modules, parameters, packs = _names(value, node, recorded.get(name), mapping.get(name))
+            modules, parameters, packs = _names(value, node, recorded.get(name), mapping.get(name), shared)
             perm = permutation(value, recorded.get(name))
             sites.append(OnnxSite(value, node, position, carrier, form, modules, parameters, packs, perm))
     return tuple(sites)
+
+
+def module_of_weight(parameter: str) -> str:
+    """The module that a parameter is the weight of; the parameter's own name if it is none's."""
+    return "" if parameter == "weight" else parameter.removesuffix(".weight")
 
 
 def parameter_names(value: ir.Value, recorded: StoredWeight | None) -> list[str]:
@@ -209,7 +215,11 @@ def _einsum_form(node: ir.Node, position: int, turned: bool) -> Form | None:
 
 
 def _names(
-    value: ir.Value, node: ir.Node, recorded: StoredWeight | None, mapped: str | Sequence[str] | None
+    value: ir.Value,
+    node: ir.Node,
+    recorded: StoredWeight | None,
+    mapped: str | Sequence[str] | None,
+    shared: Mapping[str, str],
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """(names of modules, names of the parameter, names of packed modules)."""
     if isinstance(mapped, str):
@@ -217,12 +227,13 @@ def _names(
     if mapped is not None:
         return (), (), tuple((name,) for name in mapped)
     parameters = parameter_names(value, recorded)
-    modules = dict.fromkeys(parameter.removesuffix(".weight") for parameter in parameters)
+    modules = dict.fromkeys(module_of_weight(parameter) for parameter in parameters)
     by_node = _module_of(node)
     if by_node is not None:
         # A tied weight goes by several names; the op's own says which of them is meant here.
         modules = dict.fromkeys([by_node]) if not modules or by_node in modules else modules
-    names = tuple(other for name in modules for other in _other_spellings(name))
+    own = [*modules, *(shared[name] for name in modules if name in shared)]
+    names = tuple(dict.fromkeys(other for name in own for other in _other_spellings(name)))
     last = next(iter(modules), "").rpartition(".")[2]
     if recorded is None and last in _PACKED:
         packs = tuple(

@@ -185,15 +185,35 @@ def _value_names(model: ir.Model) -> set[str]:
     return {str(value.name) for graph in model.graphs() for value in _graph_values(graph)}
 
 
-def write_manifest(model: ir.Model, weights: tuple[StoredWeight, ...]) -> None:
-    """Record in the file's metadata which initializer is which weight."""
+def write_manifest(
+    model: ir.Model, weights: tuple[StoredWeight, ...], shared_modules: Mapping[str, str] | None = None
+) -> None:
+    """Record in the file's metadata which initializer is which weight.
+
+    Args:
+        shared_modules: {another name of a module: its own}; None keeps what the file records.
+    """
+    if shared_modules is None:
+        shared_modules = read_shared_modules(model.metadata_props)
     entries = {}
     for weight in weights:
         assert weight.name in model.graph.initializers, weight.name
         entry = weight.to_dict()
         del entry["name"]
         entries[weight.name] = {key: value for key, value in entry.items() if value not in (None, ())}
-    model.metadata_props[MANIFEST_KEY] = json.dumps({"version": _VERSION, "weights": entries}, sort_keys=True)
+    record: dict[str, Any] = {"version": _VERSION, "weights": entries}
+    if shared_modules:
+        record["shared_modules"] = dict(shared_modules)
+    model.metadata_props[MANIFEST_KEY] = json.dumps(record, sort_keys=True)
+
+
+def read_shared_modules(metadata: Mapping[str, str]) -> dict[str, str]:
+    """{another name of a module that stands in the model twice: its own}, as far as the file records it."""
+    try:
+        found = json.loads(metadata.get(MANIFEST_KEY, "{}")).get("shared_modules", {})
+        return {str(alias): str(name) for alias, name in found.items()}
+    except (ValueError, AttributeError) as error:
+        raise ExportError(f"the record {MANIFEST_KEY!r} in the ONNX file is damaged; export the model again") from error
 
 
 def read_manifest(model: onnx.ModelProto | Mapping[str, str]) -> dict[str, StoredWeight]:

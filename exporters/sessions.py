@@ -30,6 +30,7 @@ from .text import plain_lines, reason, some
 
 if TYPE_CHECKING:
     from .onnx_sites import Mapped
+    from .onnx_weights import Array
 
 logger = logging.getLogger("exporters")
 
@@ -77,16 +78,18 @@ def make_session(
 
 
 class Overrides:
-    """Values that a session takes in place of the file's initializers.
+    """A file's graph, and values that a session takes in place of some of its initializers.
 
-    ONNX Runtime keeps neither the arrays nor what wraps them, and reads freed memory without a word; so they live here
-    until the session is made. Names that it does not know it passes over: these come from the file.
+    ONNX Runtime keeps neither the arrays nor what wraps them, and reads freed memory without a word: they live here
+    until the session is made. They are given as external initializers, since `add_initializer` replaces what is in the
+    file only after optimisers have used it: weights of convolutions, and what is folded, would stay the base's.
     """
 
-    def __init__(self, inside: Mapping[str, ir.TensorProtocol], beside: Mapping[str, ir.TensorProtocol]) -> None:
-        self._arrays: list[Any] = []
-        self._inside = {name: self._value(tensor) for name, tensor in inside.items()}
-        self._beside = {name: self._value(tensor) for name, tensor in beside.items()}
+    def __init__(self, graph: bytes, given: Mapping[str, ir.TensorProtocol]) -> None:
+        self.graph = graph
+        self._arrays = [np.ascontiguousarray(tensor.numpy()) for tensor in given.values()]
+        self._names = list(given)
+        self._values = [self._value(array) for array in self._arrays]
 
     @classmethod
     def of_adapter(
@@ -97,19 +100,18 @@ class Overrides:
 
         return cls(*session_values(file, adapter, adapter_name, mapping))
 
-    def _value(self, tensor: ir.TensorProtocol) -> ort.OrtValue:
-        array = np.ascontiguousarray(tensor.numpy())
-        self._arrays.append(array)
-        if tensor.dtype == ir.DataType.BFLOAT16:  # which numpy has not
-            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(tensor.dtype))
+    @staticmethod
+    def _value(array: Array) -> ort.OrtValue:
+        if array.dtype.name == "bfloat16":  # which onnxruntime's numpy has not
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(ir.DataType.BFLOAT16))
         return ort.OrtValue.ortvalue_from_numpy(array)
 
-    def give_to(self, options: ort.SessionOptions) -> None:
-        """Hand the values to a session that is to be made with these options."""
-        for name, value in self._inside.items():
-            options.add_initializer(name, value)
-        if self._beside:
-            options.add_external_initializers(list(self._beside), list(self._beside.values()))
+    def give_to(self, options: ort.SessionOptions, file: Path) -> None:
+        """Hand the values to a session that is to be made of `graph` with these options."""
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", os.fspath(file.parent.resolve())
+        )
+        options.add_external_initializers(self._names, self._values)
 
 
 def check_provider(provider: str) -> None:
@@ -230,10 +232,12 @@ def _create(source: _Source, providers: Sequence[Any], config: Mapping[str, str]
     options.log_severity_level = 3
     for key, value in config.items():
         options.add_session_config_entry(key, value)
+    model: str | bytes = os.fspath(source.file)
     if source.overrides is not None:
-        source.overrides.give_to(options)
+        source.overrides.give_to(options, source.file)
+        model = source.overrides.graph
     # enable_fallback is Python's own retry on other providers, which prints to stdout and goes on.
-    return ort.InferenceSession(os.fspath(source.file), options, providers=list(providers), enable_fallback=0)
+    return ort.InferenceSession(model, options, providers=list(providers), enable_fallback=0)
 
 
 def _why(log: Sequence[str]) -> str:
