@@ -26,7 +26,7 @@ from lora_fx.errors import closest
 from .lora_insertion import adapter_arrays
 from .lora_slots import Slots, read_slots
 from .named_weights import OnnxWeights
-from .onnx_adapters import Adapter, check_arrays, ort_value, read_onnx_adapter
+from .onnx_adapters import Adapter, check_arrays, read_onnx_adapter
 from .onnx_files import open_model
 from .onnx_weights import Array
 from .paths import path_of
@@ -38,9 +38,8 @@ Adapters = str | Sequence[str] | None
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """An adapter's tensors, and the memory that they refer to."""
+    """An adapter's tensors: the arrays, and values on the session's device, which on the CPU refer to the arrays."""
 
-    values: Mapping[str, ort.OrtValue]
     arrays: Mapping[str, Array]
     there: Mapping[str, ort.OrtValue]
 
@@ -240,22 +239,24 @@ class AdapterSession:
 
     def _from_file(self, adapter: Any) -> _Loaded:
         file = path_of(adapter)
-        values, version = read_onnx_adapter(file)
-        described = {name: (tuple(value.shape()), _type_of(value)) for name, value in values.items()}
+        arrays, version = read_onnx_adapter(file)
+        described = {name: (array.shape, _type_of(array)) for name, array in arrays.items()}
         check_arrays(described, version, self.slots, repr(str(adapter)))
-        return self._placed({name: _array_of(value) for name, value in values.items()}, values)
+        return self._placed(arrays)
 
     def _from_directory(self, adapter: Any, adapter_name: str) -> _Loaded:
         arrays = adapter if isinstance(adapter, AdapterArrays) else read_adapter(adapter, adapter_name=adapter_name)
         found = adapter_arrays(OnnxWeights(open_model(self._file), arrays), self.slots)
-        return self._placed(found, {name: ort_value(array) for name, array in found.items()})
+        if any(array.dtype.name == "bfloat16" for array in found.values()):
+            raise AdapterError(
+                "ONNX Runtime's Python interface feeds no bfloat16; export the model in float16 or float32"
+            )
+        return self._placed(found)
 
-    def _placed(self, arrays: Mapping[str, Array], values: Mapping[str, ort.OrtValue]) -> _Loaded:
+    def _placed(self, arrays: Mapping[str, Array]) -> _Loaded:
         """With a copy on the GPU, if that is where the session runs."""
-        if self.provider == "CPUExecutionProvider":
-            return _Loaded(values, arrays, values)
-        there = {name: ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0) for name, array in arrays.items()}
-        return _Loaded(values, arrays, there)
+        device = "cpu" if self.provider == "CPUExecutionProvider" else "cuda"
+        return _Loaded(arrays, {name: ort.OrtValue.ortvalue_from_numpy(a, device, 0) for name, a in arrays.items()})
 
 
 class BoundRun:
@@ -273,7 +274,7 @@ class BoundRun:
     ) -> None:
         self._owner, self._kept = owner, kept
         self._device = "cpu" if owner.provider == "CPUExecutionProvider" else "cuda"
-        self._arrays = {name: np.ascontiguousarray(array) for name, array in feed.items()}
+        self._arrays = {name: np.array(array, order="C") for name, array in feed.items()}  # `update` writes into them
         self._inputs = {name: self._value(array) for name, array in self._arrays.items()}
         self._adapter = dict(adapter)
         self._binding = owner.session.io_binding()
@@ -321,16 +322,8 @@ def _is_file(adapter: Adapter) -> bool:
     return isinstance(adapter, str | os.PathLike) and not Path(adapter).is_dir()
 
 
-def _type_of(value: ort.OrtValue) -> str:
-    return ir.DataType(value.element_type()).name
-
-
-def _array_of(value: ort.OrtValue) -> Array:
-    """The values; bfloat16, which onnxruntime's numpy has not, cannot be fed by Python at all."""
-    if value.element_type() == int(ir.DataType.BFLOAT16):
-        raise AdapterError("ONNX Runtime's Python interface feeds no bfloat16; export the model in float16 or float32")
-    array: Array = value.numpy()
-    return array
+def _type_of(array: Array) -> str:
+    return ir.DataType.from_numpy(array.dtype).name
 
 
 def _silent() -> ort.RunOptions:

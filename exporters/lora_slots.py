@@ -116,12 +116,12 @@ class Slot:
                     f"adapters without; make it again with one that has {option} among its adapters"
                 )
         a, b = self._factors(low)  # one of the two is PEFT's B, and the scaling may go onto either
-        found = {part: self.default(part) for part in self.parts} | {"a": a, "b": b * np.float32(scaling)}
+        found = {part: self.default(part) for part in self.parts} | {"a": a, "b": b * scaling}
         if low.bias is not None:
-            found["bias"] = self._per_output(low.bias.reshape(-1) * np.float32(scaling))
+            found["bias"] = self._per_output(low.bias.reshape(-1) * scaling)
         if low.magnitude is not None:
             assert weight is not None
-            scale = gain(low, weight + low_rank_delta(low, self.form, weight.shape) * np.float32(scaling), self.form)
+            scale = gain(low, weight + low_rank_delta(low, self.form, weight.shape) * scaling, self.form)
             found["gain"] = self._per_output(scale.reshape(-1) - 1)
         return {part: np.ascontiguousarray(self._padded(part, array)) for part, array in found.items()}
 

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import time
@@ -160,15 +161,19 @@ def save_arrays(arrays: Mapping[str, Array], slots: Slots, target: Path) -> None
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         form.export_adapter(os.fspath(temporary))
-        again, _ = read_onnx_adapter(temporary)
-        for name, array in kept.items():
-            if again[name].numpy().tobytes() != array.tobytes():
+        again = ort.AdapterFormat.read_adapter(os.fspath(temporary))
+        for name, value in again.get_parameters().items():
+            if (value.tensor_size_in_bytes(), _bytes_of(value)) != (kept[name].nbytes, kept[name].tobytes()):
                 raise AdapterError(f"onnxruntime {ort.__version__} wrote other values of {name!r} than it was given")
         os.replace(temporary, target)
     except (OSError, RuntimeError) as error:
         raise AdapterError(f"cannot write {target}: {reason(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _bytes_of(value: ort.OrtValue) -> bytes:
+    return ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes()) if value.tensor_size_in_bytes() else b""
 
 
 def ort_value(array: Array) -> ort.OrtValue:
@@ -178,17 +183,25 @@ def ort_value(array: Array) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def read_onnx_adapter(path: Path) -> tuple[dict[str, ort.OrtValue], int]:
-    """({input: value}, the fingerprint in it) of an .onnx_adapter file.
+def read_onnx_adapter(path: Path) -> tuple[dict[str, Array], int]:
+    """({input: array}, the fingerprint in it) of an .onnx_adapter file.
+
+    The values that onnxruntime hands out lie in the file's memory, which goes when the object that read it goes; these
+    are copies.
 
     Raises:
-        AdapterError: if it is none.
+        AdapterError: if it is none, or holds bfloat16, which Python cannot feed to ONNX Runtime.
     """
     if not path.is_file():
         raise AdapterError(f"there is no adapter file {str(path)!r}; write_onnx_adapter writes one")
     try:
         form = ort.AdapterFormat.read_adapter(os.fspath(path))
-        return dict(form.get_parameters()), int(form.get_model_version())
+        values = form.get_parameters()
+        if any(value.element_type() == int(ir.DataType.BFLOAT16) for value in values.values()):
+            raise AdapterError("it holds bfloat16, which ONNX Runtime's Python interface does not feed")
+        return {name: np.array(value.numpy()) for name, value in values.items()}, int(form.get_model_version())
+    except AdapterError:
+        raise
     except Exception as error:
         raise AdapterError(f"{str(path)!r} is no .onnx_adapter file: {reason(error)}; write it again") from error
 

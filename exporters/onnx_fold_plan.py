@@ -91,7 +91,7 @@ def plan_changes(weights: OnnxWeights, strength: float = 1.0) -> list[WeightChan
         rows = None if each.piece is None else piece_of(each, matched)
         changes.at_sites(each, _edit(each, rows, strength))
         if each.low.bias is not None:
-            bias = each.low.bias * np.float32(each.scaling * strength)
+            bias = each.low.bias * (each.scaling * strength)
             changes.of_all(WeightChange(bias_of(each.site), (each.low.path,), (_added(bias, rows),)))
     for low in adapter.low_rank:
         parameter = weights.parameter_of(low)
@@ -178,11 +178,11 @@ def _edit(matched: Matched, rows: slice | None, strength: float) -> Edit:
     def edit(weight: Array) -> Array:
         whole = _seen(weight, matched.site, rows)
         low, form, scaling = matched.low, matched.site.form, matched.scaling
-        delta = low_rank_delta(low, form, whole.shape) * np.float32(scaling)
+        delta = low_rank_delta(low, form, whole.shape) * scaling
         if low.magnitude is not None:
             adapted = whole + delta
             delta = gain(low, adapted, form) * adapted - whole
-        result: Array = whole + delta * np.float32(strength)
+        result: Array = whole + delta * strength
         if rows is None:
             return result
         weight = weight.copy()
@@ -268,7 +268,7 @@ def bias_of(site: OnnxSite) -> ir.Value:
 def _parameter_changes(weights: OnnxWeights, low: LowRankArrays, name: str, strength: float) -> Iterator[WeightChange]:
     """Of target_parameters, and of the packed projection of nn.MultiheadAttention."""
     adapter = weights.adapter
-    scaling, r = np.float32(weights.scaling_at_slot(low) * strength), adapter.rank_at(*weights.names_at_slot(low))
+    scaling, r = weights.scaling_at_slot(low) * strength, adapter.rank_at(*weights.names_at_slot(low))
     if low.magnitude is not None or low.bias is not None:
         raise AdapterError(f"{name!r} is a parameter of its own, for which use_dora and lora_bias are not defined")
     for held in weights.held(name):
@@ -319,7 +319,7 @@ def _with_rows(held: Held, rows: list[int], values: Array, strength: float) -> E
     def edit(old: Array) -> Array:
         new = old.copy()
         own = new if held.perm is None else new.transpose(np.argsort(held.perm))
-        own[rows] += (values - own[rows]) * np.float32(strength)
+        own[rows] += (values - own[rows]) * strength
         return new
 
     return edit
@@ -349,4 +349,4 @@ def _is_the_bases_own(weights: OnnxWeights, name: str, full: Array) -> bool:
 
 
 def _towards(full: Array, strength: float) -> Edit:
-    return lambda old: full if strength == 1 else old + (full - old) * np.float32(strength)
+    return lambda old: full if strength == 1 else old + (full - old) * strength

@@ -56,8 +56,8 @@ class LowRankArrays:
         path: the module's name.
         nesting: how many `base_layer`s deep PEFT keeps them: of several parameters of one module that
             target_parameters means, the first registered lies deepest.
-        a, b: float32, in PEFT's shapes: (r, in) and (out, r), (r, in, *kernel) and (out, r, 1, ...), or of experts
-            (experts · r, in) and (out, r · experts).
+        a, b: float32, or float64, in PEFT's shapes: (r, in) and (out, r); (r, in, *kernel) and (out, r / groups, 1, …);
+            or, of experts, (experts · r, in) and (out, r · experts).
         bias: of B, (out,), with lora_bias.
         magnitude: of each output, with use_dora.
         is_lookup: whether they are an embedding's, whose `in` is the vocabulary.
@@ -153,8 +153,8 @@ def _metadata(data: bytes) -> dict[str, str]:
 
 def _array(key: str, entry: Mapping[str, Any], path: Path) -> Array:
     kind, shape = entry["dtype"], entry["shape"]
-    if kind not in _TYPES or (".lora_" in key and kind not in _FLOATS):
-        raise AdapterError(f"{str(path)!r}: {key!r} is {kind}; adapters are float32, float16 or bfloat16")
+    if kind not in _TYPES or (".lora_" in key and kind not in (*_FLOATS, "F64")):
+        raise AdapterError(f"{str(path)!r}: {key!r} is {kind}; adapters are floats")
     values = np.frombuffer(entry["data"], _TYPES[kind])
     if kind == "BF16":
         values = (values.astype(np.uint32) << 16).view(np.float32)
@@ -186,7 +186,7 @@ def _low_rank(name: str, tensors: Mapping[str, Array], path: Path) -> LowRankArr
         if key not in tensors:
             raise AdapterError(f"{str(path)!r} holds {', '.join(tensors)} of {name!r}, but no {key}; it is incomplete")
     a, b = (tensors[key] for key in (KEYS_OF_LOOKUPS if is_lookup else KEYS))
-    if a.ndim < 2 or a.ndim != b.ndim or a.shape[0] != b.shape[1] or 0 in a.shape or 0 in b.shape:
+    if a.ndim < 2 or a.ndim != b.ndim or 0 in (*a.shape, *b.shape) or len(a) % b.shape[1]:
         raise AdapterError(
             f"{str(path)!r}: A of {name!r} has the shape {list(a.shape)} and B {list(b.shape)}, which do not fit "
             "each other"

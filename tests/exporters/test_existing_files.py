@@ -1,0 +1,300 @@
+"""An adapter folded into an existing file, with neither model nor torch: what folding in the graph gives."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import zoo
+from deployed import BASE, BOUND, ONE, TWO, Deployed, distance, same_bits
+
+import lora_fx
+from exporters import (
+    AdapterSession,
+    add_adapter_inputs,
+    compare_onnx,
+    export_onnx,
+    fold_into_onnx,
+    make_session,
+    unfold_onnx,
+    verify_onnx,
+)
+from lora_fx import AdapterError, ConfigError, ExportError
+
+
+def files_in(directory: Path) -> dict[str, str]:
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+@pytest.fixture
+def base(bert: Deployed, tmp_path: Path) -> Path:
+    """A base file that a test may write into."""
+    return Path(shutil.copy(bert.base, tmp_path / "model.onnx"))
+
+
+def test_a_folded_file_computes_what_torch_computes(deployed: Deployed, tmp_path: Path) -> None:
+    for who in (ONE, TWO):
+        out = tmp_path / f"{who}.onnx"
+        report = fold_into_onnx(deployed.base, deployed.adapter(who), out)
+        onnx.checker.check_model(str(out), full_check=True)
+        diff = compare_onnx(deployed.base, out)
+        assert diff.same_graph, str(diff)
+        assert set(diff.values_changed) == {weight.name for weight in report.weights}
+        session, loaded = (
+            make_session(out, provider="cpu"),
+            make_session(deployed.base, adapter=deployed.adapter(who), provider="cpu"),
+        )
+        for feed, wanted, plain in zip(deployed.feeds, deployed.wanted[who], deployed.wanted[BASE], strict=True):
+            got = session.run(None, feed)
+            assert distance(got, wanted) < BOUND
+            assert distance(got, plain) > 100 * BOUND, "the law would be vacuous"
+            assert same_bits(loaded.run(None, feed), got)
+
+
+def test_it_is_the_file_that_folding_in_the_graph_gives(bert: Deployed, tmp_path: Path) -> None:
+    fold_into_onnx(bert.base, bert.adapter(ONE), tmp_path / "out.onnx")
+    lora_fx.set_adapters(bert.injected, {ONE: 1.0})
+    report = verify_onnx(tmp_path / "out.onnx", lora_fx.fold(bert.injected, adapters=[ONE]), provider="cpu")
+    assert report.ok, str(report)
+    assert report.weights.compared > 20
+
+
+def test_no_torch_is_needed(bert: Deployed, tmp_path: Path) -> None:
+    code = f"""
+import sys, numpy, exporters, lora_fx
+base, one = {str(bert.base)!r}, {str(bert.adapter(ONE))!r}
+exporters.fold_into_onnx(base, one, {str(tmp_path / "folded.onnx")!r})
+exporters.make_session(base, adapter=one, provider="cpu")
+exporters.add_adapter_inputs(base, {str(tmp_path / "switch.onnx")!r}, one)
+exporters.write_onnx_adapter({str(tmp_path / "switch.onnx")!r}, one, {str(tmp_path / "one.onnx_adapter")!r})
+exporters.add_adapter_stacks(base, {str(tmp_path / "rows.onnx")!r}, {{"one": one}})
+session = exporters.AdapterSession({str(tmp_path / "switch.onnx")!r}, provider="cpu")
+session.load("one", one)
+exporters.compare_onnx(base, {str(tmp_path / "folded.onnx")!r})
+assert "torch" not in sys.modules, "torch was imported"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("external", [True, False])
+def test_in_place_and_back_leaves_every_byte(bert: Deployed, tmp_path: Path, external: bool) -> None:
+    with lora_fx.disable_adapters(bert.injected):
+        export_onnx(bert.injected, tmp_path / "model.onnx", external_data=external, check=False)
+    before, file = files_in(tmp_path), tmp_path / "model.onnx"
+    plain = make_session(file, provider="cpu").run(None, bert.feeds[1])
+    fold_into_onnx(file, bert.adapter(ONE), file)
+    got = make_session(file, provider="cpu").run(None, bert.feeds[1])
+    assert distance(got, bert.wanted[ONE][1]) < BOUND
+    with pytest.raises(ExportError, match="already"):
+        fold_into_onnx(file, bert.adapter(ONE), file)
+    with pytest.raises(ExportError, match="take that back first"):
+        fold_into_onnx(file, bert.adapter(TWO), file)
+    assert same_bits(make_session(file, provider="cpu").run(None, bert.feeds[1]), got)
+    unfold_onnx(file)
+    assert files_in(tmp_path) == before
+    assert same_bits(make_session(file, provider="cpu").run(None, bert.feeds[1]), plain)
+    with pytest.raises(ExportError, match="not folded in place"):
+        unfold_onnx(file)
+
+
+def test_a_write_that_fails_half_way_leaves_every_byte(
+    bert: Deployed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lora_fx.disable_adapters(bert.injected):
+        export_onnx(bert.injected, tmp_path / "model.onnx", external_data=True, check=False)
+    before = files_in(tmp_path)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("exporters.onnx_in_place.save_graph", full)
+    with pytest.raises(ExportError, match="No space left"):
+        fold_into_onnx(tmp_path / "model.onnx", bert.adapter(ONE), tmp_path / "model.onnx")
+    assert files_in(tmp_path) == before
+
+
+def test_strength_is_a_factor(bert: Deployed, base: Path, tmp_path: Path) -> None:
+    half, back = tmp_path / "half.onnx", tmp_path / "back.onnx"
+    fold_into_onnx(base, bert.adapter(ONE), half, strength=0.5)
+    values = {n: v for n, v in initializers(half).items() if n.endswith("query.weight")}
+    plain, whole = initializers(base), lora_fx.read_adapter(bert.adapter(ONE))
+    low = next(low for low in whole.low_rank if low.path.endswith("0.attention.self.query"))
+    delta = 7 / 3 * (low.b.astype(np.float64) @ low.a).T
+    name = "encoder.layer.0.attention.self.query.weight"
+    np.testing.assert_allclose(values[name], plain[name] + 0.5 * delta, rtol=0, atol=1e-6)
+    fold_into_onnx(base, bert.adapter(ONE), back, strength=0.0)
+    assert all(np.array_equal(value, plain[name]) for name, value in initializers(back).items())
+
+
+def initializers(path: Path) -> dict[str, np.ndarray]:
+    return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+
+
+# Every kind of op -------------------------------------------------------------------------------
+
+KINDS = [
+    case for case in zoo.SMALL
+    if case.name in {
+        "root", "functional", "addmm", "addmm_factors", "products", "vector", "einsum", "called_twice", "shared_module",
+        "shared_parameter", "tied_head", "cond", "multi_head", "encoder_layer", "lookups", "kernels", "experts",
+    }
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KINDS, ids=str)
+def test_every_kind_of_op(case: zoo.Case, tmp_path: Path) -> None:
+    injected = zoo.randomise(zoo.injected(case, zoo.traced(case)))
+    lora_fx.save_adapter(injected, tmp_path / "adapter")
+    export_onnx(zoo.traced(case), tmp_path / "base.onnx", check=False)
+    fold_into_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
+    report = verify_onnx(tmp_path / "out.onnx", zoo.folded(case, injected), [case.arguments()], provider="cpu")
+    assert all(check.ok for check in report.checks), str(report)
+    plain = verify_onnx(tmp_path / "base.onnx", zoo.folded(case, injected), [case.arguments()], provider="cpu")
+    assert not all(check.ok for check in plain.checks), "the law would be vacuous"
+
+
+class Variants(torch.nn.Module):
+    """A convolution, an embedding and linears, with and without biases."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(13, 6)
+        self.conv = torch.nn.Conv1d(6, 4, 3, groups=2, padding=1)
+        if dtype is torch.float64:  # for which ONNX Runtime's CPU has no convolution
+            self.conv = torch.nn.Identity()
+        self.up = torch.nn.Linear(6 if dtype is torch.float64 else 4, 11)
+        self.norm = torch.nn.LayerNorm(11)
+        self.head = torch.nn.Linear(11, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(torch.tanh(self.up(self.conv(self.words(ids).transpose(1, 2)).transpose(1, 2)))))
+
+
+VARIANTS = {
+    "plain": {"target_modules": ["words", "conv", "up", "head"]},
+    "patterns": {
+        "target_modules": ["words", "up", "head"], "rank_pattern": {"up": 5}, "alpha_pattern": {"head": 2},
+        "use_rslora": True,
+    },
+    "dora": {"target_modules": ["words", "up", "head"], "use_dora": True},
+    "lora_bias": {"target_modules": ["conv", "up", "head"], "lora_bias": True},
+    "in_full": {"target_modules": ["up"], "modules_to_save": ["norm", "head"], "bias": "all"},
+    "tokens": {"target_modules": ["up"], "trainable_token_indices": [2, 7]},
+    "parameters": {"target_modules": ["head"], "target_parameters": ["up.weight"]},
+    "float16": {"target_modules": ["up", "head"]},
+    "float64": {"target_modules": ["up", "head"]},
+}  # fmt: skip
+
+
+def variant(name: str, directory: Path) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
+    """(the base's graph, the folded one), with base.onnx and adapter/ in the directory."""
+    torch.manual_seed(1)
+    dtype = {"float16": torch.float16, "float64": torch.float64}.get(name, torch.float32)
+    gm = lora_fx.trace(Variants(dtype).to(dtype).eval(), (torch.randint(0, 13, (2, 7)),))
+    injected = lora_fx.inject(gm, lora_fx.LoraConfig(**({"r": 4, "lora_alpha": 7} | VARIANTS[name])))
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(injected):
+            parameter.add_(torch.randn_like(parameter) / 3)
+    lora_fx.save_adapter(injected, directory / "adapter")
+    export_onnx(gm, directory / "base.onnx", check=False)
+    return injected, lora_fx.fold(injected)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_folded_and_switched(name: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lora_fx.LoraFxWarning)  # float16 loses some of the delta, and says so
+        _, folded = variant(name, tmp_path)
+    base, adapter, out, switch = (tmp_path / each for each in ("base.onnx", "adapter", "out.onnx", "switch.onnx"))
+    fold_into_onnx(base, adapter, out)
+    report = verify_onnx(out, folded, provider="cpu")
+    assert all(check.ok for check in report.checks), str(report)
+    assert not all(check.ok for check in verify_onnx(base, folded, provider="cpu").checks)
+    add_adapter_inputs(base, switch, adapter)
+    session = AdapterSession(switch, provider="cpu")
+    session.load("x", adapter)
+    feed = {session.inputs[0]: np.random.default_rng(0).integers(0, 13, (3, 5))}
+    assert same_bits(session.run(feed), make_session(base, provider="cpu").run(None, feed))
+    wanted = make_session(out, provider="cpu").run(None, feed)
+    assert distance(session.run(feed, "x"), wanted) < 64 * float(np.finfo(wanted[0].dtype).eps)
+
+
+# Bad input --------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_another_model_is_refused(bert: Deployed, base: Path, tmp_path: Path) -> None:
+    gm = lora_fx.trace(torch.nn.Sequential(torch.nn.Linear(7, 5)), (torch.randn(2, 7),))
+    lora_fx.save_adapter(lora_fx.inject(gm, {"target_modules": ["0"]}), tmp_path / "other")
+    before = files_in(tmp_path)
+    with pytest.raises(AdapterError, match=r"no weight for the adapter's '0'.*mapping=.*Is this adapter of this model"):
+        fold_into_onnx(base, tmp_path / "other", tmp_path / "out.onnx")
+    assert files_in(tmp_path) == before
+
+
+def test_shapes_that_do_not_fit_are_refused(bert: Deployed, base: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(bert.adapter(ONE), tmp_path / "cut")
+    tensors = load_file(tmp_path / "cut" / "adapter_model.safetensors")
+    key = next(key for key in tensors if key.endswith("key.lora_B.weight"))
+    save_file(tensors | {key: tensors[key][:-1].copy()}, tmp_path / "cut" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="make a delta of the shape"):
+        fold_into_onnx(base, tmp_path / "cut", tmp_path / "out.onnx")
+    del tensors[key]
+    save_file(tensors, tmp_path / "cut" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"no lora_B.weight; it is incomplete"):
+        fold_into_onnx(base, tmp_path / "cut", tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_config_and_tensors_of_two_adapters_are_refused(bert: Deployed, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(bert.adapter(ONE), tmp_path / "mixed")
+    config = tmp_path / "mixed" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 3', '"r": 4'))
+    with pytest.raises(AdapterError, match="do not belong together"):
+        fold_into_onnx(base, tmp_path / "mixed", tmp_path / "out.onnx")
+    config.write_text(config.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
+    with pytest.raises(ConfigError, match="save the adapter as plain LoRA"):
+        fold_into_onnx(base, tmp_path / "mixed", tmp_path / "out.onnx")
+
+
+def test_what_is_no_onnx_file_is_refused(bert: Deployed, tmp_path: Path) -> None:
+    (tmp_path / "text.onnx").write_text("not a model")
+    with pytest.raises(ExportError, match="cannot be read as an ONNX file"):
+        fold_into_onnx(tmp_path / "text.onnx", bert.adapter(ONE), tmp_path / "out.onnx")
+    with pytest.raises(ExportError, match="does not exist"):
+        fold_into_onnx(tmp_path / "none.onnx", bert.adapter(ONE), tmp_path / "out.onnx")
+
+
+def test_a_value_that_overflows_is_refused(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lora_fx.LoraFxWarning)
+        variant("float16", tmp_path)
+    with pytest.raises(ExportError, match="FLOAT16 cannot hold"):
+        fold_into_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "out.onnx", strength=1e6)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_part_of_a_model_takes_its_part_of_the_adapter(bert: Deployed, base: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(bert.adapter(ONE), tmp_path / "more")
+    tensors = load_file(tmp_path / "more" / "adapter_model.safetensors")
+    twin = {k.replace("encoder.", "decoder."): v for k, v in tensors.items() if ".0.attention.self.query" in k}
+    save_file(tensors | twin, tmp_path / "more" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="partial=True"):
+        fold_into_onnx(base, tmp_path / "more", tmp_path / "out.onnx")
+    report = fold_into_onnx(base, tmp_path / "more", tmp_path / "out.onnx", partial=True)
+    assert any("decoder.layer.0.attention.self.query" in note for note in report.notes)
+    got = make_session(tmp_path / "out.onnx", provider="cpu").run(None, bert.feeds[0])
+    assert distance(got, bert.wanted[ONE][0]) < BOUND
