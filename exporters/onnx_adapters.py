@@ -27,7 +27,7 @@ from lora_fx import AdapterArrays, AdapterError, read_adapter
 from .lora_insertion import Inputs, adapter_arrays, insert_slots, plan_slots
 from .lora_slots import Slots, read_slots
 from .named_weights import OnnxWeights
-from .onnx_files import check_file, checked_target, has_external_data, open_model, written
+from .onnx_files import check_derived, checked_target, has_external_data, open_model, written
 from .onnx_sites import Mapped
 from .onnx_weights import Array
 from .sessions import checked_file
@@ -98,7 +98,7 @@ def add_adapter_inputs(
     before = len(list(model.graph.all_nodes()))
     slots = insert_inputs(model, _arrays(adapters), rank=rank, mapping=mapping)
     with written(model, target, external=has_external_data(model)) as files:
-        check_file(files.model)
+        check_derived(files.model, file)
     ranks = {slot.path: (slot.in_features, slot.stop - slot.start, slot.r or "free") for slot in slots.slots}
     nodes = (before, len(list(model.graph.all_nodes())))
     return SlotsReport(os.fspath(out), ranks, nodes, slots.fingerprint, time.perf_counter() - started)

@@ -32,7 +32,7 @@ from .lora_insertion import (
 from .lora_slots import Slot, Slots, read_slots
 from .named_weights import OnnxWeights
 from .onnx_adapters import Adapter, SlotsReport
-from .onnx_files import check_file, checked_target, has_external_data, open_model, written
+from .onnx_files import check_derived, checked_target, has_external_data, open_model, written
 from .onnx_sites import Mapped
 from .onnx_weights import Array
 from .sessions import checked_file
@@ -70,7 +70,7 @@ def add_adapter_stacks(
     before = len(list(model.graph.all_nodes()))
     slots = insert_stacks(model, {name: _read(each) for name, each in adapters.items()}, mapping)
     with written(model, target, external=has_external_data(model)) as files:
-        check_file(files.model)
+        check_derived(files.model, file)
     places = {slot.path: (slot.in_features, slot.stop - slot.start, slot.r or "free") for slot in slots.slots}
     nodes = (before, len(list(model.graph.all_nodes())))
     return SlotsReport(os.fspath(out), places, nodes, slots.fingerprint, time.perf_counter() - started)
@@ -138,7 +138,7 @@ def append_adapter(
             value.shape = None
     new.write_to(model)
     with written(model, target, external=has_external_data(model)) as files:
-        check_file(files.model)
+        check_derived(files.model, file)
     return len(new.adapters)
 
 

@@ -17,6 +17,7 @@ from lora_fx import ExportError
 
 from .external_data import DATA_HASH_KEY, check_external_data, data_locations, sha256
 from .paths import path_of
+from .sessions import open_session
 from .text import reason
 
 AUTOMATIC_EXTERNAL_BYTES = 3 * 2**29  # 1.5 GiB
@@ -188,6 +189,25 @@ def save_graph(model: ir.Model, target: Path) -> None:
         with open(new, "rb") as file:
             os.fsync(file.fileno())
         os.replace(new, target)
+
+
+def check_derived(path: Path, base: Path, *, full: bool = True) -> None:
+    """`check_file` on a file that was made of another; what the checker has against both is not ours.
+
+    onnxruntime-genai's files, for one, have ops that onnx does not know; they are opened in ONNX Runtime instead.
+
+    Raises:
+        ExportError: if the new file does not pass, and its base does; or neither does, and it does not open.
+    """
+    try:
+        check_file(path, full=full)
+    except ExportError:
+        try:
+            onnx.checker.check_model(os.fspath(base), full_check=full)
+        except Exception:
+            open_session(path, "cpu")
+            return
+        raise
 
 
 def check_file(path: Path, *, full: bool = True) -> None:

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from lora_fx import AdapterArrays, AdapterError, ExportError, read_adapter
 
 from .named_weights import OnnxWeights
-from .onnx_files import check_file, checked_target, has_external_data, open_model, written
+from .onnx_files import check_derived, checked_target, has_external_data, open_model, written
 from .onnx_fold_plan import WeightChange, other_readers, plan_changes
 from .onnx_in_place import unfold_in_place, write_in_place
 from .onnx_sites import Mapped
@@ -157,7 +157,7 @@ def fold_into_onnx(
         external = has_external_data(model)
         _apply(model, new)
         with written(model, target, external=external) as files:
-            check_file(files.model, full=False)
+            check_derived(files.model, file, full=False)
     notes = [weights.rename.note] if weights.rename.note else []
     if weights.left_out:
         notes.append(f"not in this file: {some(weights.left_out)}")
