@@ -2,6 +2,7 @@
 
     export_onnx     writes the graph as an ONNX file that is op for op the base model's
     export_onnx_adapters, export_onnx_batched   the same with adapters that are switched at run time, or row by row
+    optimize_onnx   the best right form of a file that the optimisers of this field can find
     verify_onnx     runs torch and ONNX Runtime on the same inputs and compares
     compare_onnx    compares two ONNX files op for op, and their weights byte for byte
     fold_into_onnx  folds an adapter into an ONNX file, with neither model nor torch; unfold_onnx takes it back
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .onnx_compare import OnnxDiff, compare_onnx
     from .onnx_export import export_onnx
     from .onnx_folding import FoldedWeight, OnnxFoldReport, fold_into_onnx, unfold_onnx
+    from .onnx_optimization import OptimizeReport, export_optimized, optimize_onnx
     from .onnx_report import OnnxReport
     from .onnx_weights import StoredWeight, read_manifest
     from .output_check import OutputError
@@ -39,6 +41,7 @@ _HOME = {
     "OnnxDiff": "onnx_compare",
     "OnnxFoldReport": "onnx_folding",
     "OnnxReport": "onnx_report",
+    "OptimizeReport": "onnx_optimization",
     "OutputError": "output_check",
     "ShapeCheck": "verification",
     "SlotsReport": "onnx_adapters",
@@ -52,8 +55,10 @@ _HOME = {
     "export_onnx": "onnx_export",
     "export_onnx_adapters": "adapter_export",
     "export_onnx_batched": "adapter_export",
+    "export_optimized": "onnx_optimization",
     "fold_into_onnx": "onnx_folding",
     "make_session": "sessions",
+    "optimize_onnx": "onnx_optimization",
     "read_manifest": "onnx_weights",
     "unfold_onnx": "onnx_folding",
     "verify_onnx": "verification",
@@ -68,6 +73,7 @@ __all__ = [
     "OnnxDiff",
     "OnnxFoldReport",
     "OnnxReport",
+    "OptimizeReport",
     "OutputError",
     "ShapeCheck",
     "SlotsReport",
@@ -81,8 +87,10 @@ __all__ = [
     "export_onnx",
     "export_onnx_adapters",
     "export_onnx_batched",
+    "export_optimized",
     "fold_into_onnx",
     "make_session",
+    "optimize_onnx",
     "read_manifest",
     "unfold_onnx",
     "verify_onnx",
