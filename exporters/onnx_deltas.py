@@ -24,8 +24,8 @@ def low_rank_delta(low: LowRankArrays, form: Form, shape: tuple[int, ...]) -> Ar
     if form.kind == "kernel":
         delta = _kernel_delta(low, form, shape)
     else:
-        product = low.b.reshape(len(low.b), -1) @ low.a.reshape(len(low.a), -1)  # (out, r) @ (r, in)
-        delta = product.T if form.stored_in_out else product
+        a, b = low.a.reshape(len(low.a), -1), low.b.reshape(len(low.b), -1)  # (r, in), (out, r)
+        delta = a.T @ b.T if form.stored_in_out else b @ a
     if delta.shape != tuple(shape):
         raise AdapterError(
             f"A {list(low.a.shape)} and B {list(low.b.shape)} of {low.path!r} make a delta of the shape "

@@ -214,7 +214,8 @@ def _new_values(changes: Sequence[WeightChange]) -> Iterator[NewWeight]:
 
 
 def _report(change: WeightChange, old: Array, exact: Array, values: Rounded, *, untied: bool) -> FoldedWeight:
-    lost, added = _norm(values.stored - exact), _norm(exact - old)
+    lost = 0.0 if values.stored is exact else _norm(values.stored - exact)
+    added = _norm(exact - old)
     return FoldedWeight(
         name=str(change.weight.name),
         dtype=values.dtype,

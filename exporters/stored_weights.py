@@ -70,8 +70,8 @@ def rounded(value: ir.Value, exact: Array) -> Rounded:
     tensor = value.const_value
     assert tensor is not None
     with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(exact).astype(tensor.dtype.numpy())
-    stored = array.astype(exact.dtype)
+        array = np.ascontiguousarray(exact, tensor.dtype.numpy())
+    stored = array.astype(exact.dtype, copy=False)
     if not np.isfinite(stored).all():
         raise ExportError(
             f"folding makes values of {value.name!r} that {tensor.dtype.name} cannot hold; fold into a float32 file"

@@ -1,4 +1,4 @@
-"""The command line: `lora-fx demo | inspect | fold | export | verify`.
+"""The command line: `lora-fx demo | inspect | fold | export | verify | onnx`.
 
 Exit status: 0 ok, 2 usage, 3 bad input, 4 a check failed, 5 environment (a package, a GPU or disk space is
 missing), 1 anything else, which is a bug in lora_fx, and 130 interrupted. Results go to stdout, progress and
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import cli_onnx
 from .cli_console import complain, print_json, progress, show_warning
 from .cli_paths import check_model_destination, check_onnx_destination, check_writable
 from .errors import ExportError, LoraFxError, warn
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(cli_onnx.app, name="onnx")
 
 
 class Provider(StrEnum):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import torch
 from models import TRANSFORMERS, randomise
@@ -57,15 +59,20 @@ class Deployed:
 
     Attributes:
         directory: holds base.onnx, and the adapters one/ and two/.
-        injected: the graph with both.
         feeds: inputs of three shapes.
         wanted: {who: torch's outputs for each feed}, for the base and for each adapter.
+        graph: the graph with both adapters; None if another process made the files.
     """
 
     directory: Path
-    injected: fx.GraphModule
     feeds: list[Feed]
     wanted: dict[str, list[list[np.ndarray]]]
+    graph: fx.GraphModule | None = None
+
+    @property
+    def injected(self) -> fx.GraphModule:
+        assert self.graph is not None
+        return self.graph
 
     @property
     def base(self) -> Path:
@@ -95,7 +102,19 @@ def deploy(name: str, directory: Path) -> Deployed:
     wanted = {who: [run_torch(injected, who, each) for each in batches] for who in (BASE, ONE, TWO)}
     names = [port.name for port in make_session(directory / "base.onnx", provider="cpu").get_inputs()]
     feeds = [dict(zip(names, (value.numpy() for value in each.values()), strict=True)) for each in batches]
-    return Deployed(directory, injected, feeds, wanted)
+    return Deployed(directory, feeds, wanted, injected)
+
+
+def shared(name: str, directory: Path) -> Deployed:
+    """The same, made by one of several processes and read by the others."""
+    done = directory / "done.pickle"
+    with filelock.FileLock(f"{directory}.lock"):
+        if not done.exists():
+            directory.mkdir()
+            made = deploy(name, directory)
+            done.write_bytes(pickle.dumps((made.feeds, made.wanted)))
+    feeds, wanted = pickle.loads(done.read_bytes())
+    return Deployed(directory, feeds, wanted)
 
 
 def _resized(kwargs: dict[str, Any], batch: int, length: int) -> dict[str, Any]:
