@@ -127,7 +127,7 @@ def _common(
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Where to keep the files; none: a temporary directory.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 40,
     seed: Annotated[int, typer.Option(help="Seed of the split and of the training.")] = 0,
     as_json: Json = False,
 ) -> None:
