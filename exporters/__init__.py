@@ -4,6 +4,7 @@
     verify_onnx     runs torch and ONNX Runtime on the same inputs and compares
     compare_onnx    compares two ONNX files op for op, and their weights byte for byte
     make_session    opens an ONNX file on the provider asked for, or raises
+    diagnose        says what is wrong with an installation of ONNX Runtime, and what mends it
 
 Names load on first use: sessions and file comparison need neither torch nor a model.
 """
@@ -14,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .doctor import Diagnosis, Finding, diagnose
     from .onnx_compare import OnnxDiff, compare_onnx
     from .onnx_export import export_onnx
     from .onnx_report import OnnxReport
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from .weight_check import WeightCheck
 
 _HOME = {
+    "Diagnosis": "doctor",
+    "Finding": "doctor",
     "OnnxDiff": "onnx_compare",
     "OnnxReport": "onnx_report",
     "OutputError": "output_check",
@@ -32,6 +36,7 @@ _HOME = {
     "VerifyReport": "verification",
     "WeightCheck": "weight_check",
     "compare_onnx": "onnx_compare",
+    "diagnose": "doctor",
     "export_onnx": "onnx_export",
     "make_session": "sessions",
     "read_manifest": "onnx_weights",
@@ -39,6 +44,8 @@ _HOME = {
 }
 
 __all__ = [
+    "Diagnosis",
+    "Finding",
     "OnnxDiff",
     "OnnxReport",
     "OutputError",
@@ -47,6 +54,7 @@ __all__ = [
     "VerifyReport",
     "WeightCheck",
     "compare_onnx",
+    "diagnose",
     "export_onnx",
     "make_session",
     "read_manifest",

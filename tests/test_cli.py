@@ -560,7 +560,7 @@ def test_a_terminal_sees_what_is_going_on(directories, tmp_path, monkeypatch) ->
         assert step in screen.getvalue()
 
 
-@pytest.mark.parametrize("command", ["", "demo", "inspect", "fold", "export", "verify"])
+@pytest.mark.parametrize("command", ["", "demo", "inspect", "fold", "export", "verify", "doctor"])
 def test_help(command: str, monkeypatch, capsys) -> None:
     assert run(monkeypatch, *filter(None, [command]), "--help") == 0
     assert "--help" in capsys.readouterr().out
