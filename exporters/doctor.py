@@ -268,8 +268,9 @@ def _providers(runtime: Any, cuda: int | None, gpus: list[str]) -> Iterator[Find
 
 
 def _gpu_fix(problem: str, cuda: int) -> str:
+    """The command for the library that a provider lacks; where it lacks none, where to look."""
     missing = re.match(r"(lib\S+) is missing", problem)
-    return cuda_libraries.pip_line(missing[1], cuda) if missing else "look at nvidia-smi, and at the libraries below"
+    return _library(missing[1], cuda, "error").fix if missing else "look at nvidia-smi, and at the libraries below"
 
 
 def _why_not(runtime: Any, provider: str) -> str:

@@ -246,6 +246,8 @@ def test_libraries_that_are_missing(provider_files: Any, monkeypatch: pytest.Mon
     assert found["libcudart.so.13"] == Finding("libcudart.so.13", "ok", "loads")
     assert found["libcurand.so.10"].severity == "warning"
     assert found["libcurand.so.10"].fix == f"export LD_LIBRARY_PATH={wheel}:$LD_LIBRARY_PATH"
+    assert doctor._gpu_fix("libcurand.so.10 is missing", 13) == found["libcurand.so.10"].fix
+    assert "nvidia-smi" in doctor._gpu_fix("RuntimeError: CUDA failure 35", 13)
     assert found["libcudnn.so.9"] == Finding(
         "libcudnn.so.9", "warning", "missing", "pip install 'nvidia-cudnn-cu13~=9.0'"
     )
