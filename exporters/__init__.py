@@ -8,6 +8,7 @@
     fold_into_onnx  folds an adapter into an ONNX file, with neither model nor torch; unfold_onnx takes it back
     make_session    opens an ONNX file on the provider asked for, or raises
     AdapterSession  runs a file with switchable adapters, and never with the wrong one
+    diagnose        says what is wrong with an installation of ONNX Runtime, and what mends it
 
 Names load on first use: sessions and file comparison need neither torch nor a model.
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapter_export import AdaptersReport, export_onnx_adapters, export_onnx_batched
     from .adapter_session import AdapterSession, BoundRun
+    from .doctor import Diagnosis, Finding, diagnose
     from .onnx_adapters import SlotsReport, add_adapter_inputs, write_onnx_adapter
     from .onnx_batched import add_adapter_stacks, append_adapter
     from .onnx_compare import OnnxDiff, compare_onnx
@@ -37,6 +39,8 @@ _HOME = {
     "AdapterSession": "adapter_session",
     "AdaptersReport": "adapter_export",
     "BoundRun": "adapter_session",
+    "Diagnosis": "doctor",
+    "Finding": "doctor",
     "FoldedWeight": "onnx_folding",
     "OnnxDiff": "onnx_compare",
     "OnnxFoldReport": "onnx_folding",
@@ -52,6 +56,7 @@ _HOME = {
     "add_adapter_stacks": "onnx_batched",
     "append_adapter": "onnx_batched",
     "compare_onnx": "onnx_compare",
+    "diagnose": "doctor",
     "export_onnx": "onnx_export",
     "export_onnx_adapters": "adapter_export",
     "export_onnx_batched": "adapter_export",
@@ -69,6 +74,8 @@ __all__ = [
     "AdapterSession",
     "AdaptersReport",
     "BoundRun",
+    "Diagnosis",
+    "Finding",
     "FoldedWeight",
     "OnnxDiff",
     "OnnxFoldReport",
@@ -84,6 +91,7 @@ __all__ = [
     "add_adapter_stacks",
     "append_adapter",
     "compare_onnx",
+    "diagnose",
     "export_onnx",
     "export_onnx_adapters",
     "export_onnx_batched",

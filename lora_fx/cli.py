@@ -1,4 +1,4 @@
-"""The command line: `lora-fx demo | inspect | fold | export | verify | onnx`.
+"""The command line: `lora-fx demo | inspect | fold | export | verify | doctor | onnx`.
 
 Exit status: 0 ok, 2 usage, 3 bad input, 4 a check failed, 5 environment (a package, a GPU or disk space is
 missing), 1 anything else, which is a bug in lora_fx, and 130 interrupted. Results go to stdout, progress and
@@ -129,7 +129,7 @@ def _common(
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Where to keep the files; none: a temporary directory.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 40,
     seed: Annotated[int, typer.Option(help="Seed of the split and of the training.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -330,6 +330,26 @@ def verify(
         print(report)
     if not report.ok:
         raise CheckFailedError(_disagreement(report, base))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is wrong with this machine's ONNX Runtime, and what mends it; exit status 5 if something is broken.
+
+    Packages and versions, providers that are listed against those that work, CUDA's libraries, GPU and driver.
+
+    Example: `lora-fx doctor`
+    """
+    from exporters import diagnose
+
+    with progress("examining the installation"):
+        diagnosis = diagnose()
+    if as_json:
+        print_json(diagnosis.to_dict())
+    else:
+        print(diagnosis)
+    if not diagnosis.ok:
+        raise OSError(f"broken: {', '.join(dict.fromkeys(finding.subject for finding in diagnosis.errors))}")
 
 
 def _check_runs_on(onnx: Path, provider: Provider) -> None:

@@ -64,7 +64,7 @@ class DemoResult:
 
 
 def run_demo(
-    out: Path, *, steps: int = 60, seed: int = 0, quiet: bool = False, is_temporary: bool = False
+    out: Path, *, steps: int = 40, seed: int = 0, quiet: bool = False, is_temporary: bool = False
 ) -> DemoResult:
     """Tune, fold, export, verify and measure; files go to `out`.
 
@@ -117,7 +117,7 @@ def _run_demo(out: Path, *, steps: int, seed: int, quiet: bool, is_temporary: bo
     embed = _embedder(tokenizer)
     result.before = _recall(_torch_encoder(gm), embed, task)
     say.print(f"held out, before: {_spelled(result.before)}")
-    _train(gm, tokenizer, task.train, steps, seed, say)
+    _train(gm, embed, task.train, steps, seed, say)
     result.after = _recall(_torch_encoder(gm), embed, task)
     say.print(f"held out, after:  {_spelled(result.after)}")
     if result.after["mrr"] <= result.before["mrr"] or result.after["recall@5"] < result.before["recall@5"]:
@@ -171,17 +171,16 @@ def _brief(plan: Plan) -> str:
 
 
 def _embedder(tokenizer: Any) -> Callable[[Encoder, Sequence[str]], torch.Tensor]:
-    """Embeds texts in batches of like length with a given encoder."""
+    """Embeds texts with a given encoder: 16 of like length at a time, so that little of what it computes is padding."""
     import torch
 
     def embed(encode: Encoder, texts: Sequence[str]) -> torch.Tensor:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         rows: list[torch.Tensor] = []
-        for start in range(0, len(order), 64):
-            batch = [texts[i] for i in order[start : start + 64]]
-            tokens = tokenizer(batch, padding=True, truncation=True, max_length=_LONGEST, return_tensors="pt")
-            with torch.no_grad():
-                rows.append(_pooled(encode(tokens.input_ids, tokens.attention_mask), tokens.attention_mask))
+        for start in range(0, len(order), 16):
+            part = [texts[i] for i in order[start : start + 16]]
+            tokens = tokenizer(part, padding=True, truncation=True, max_length=_LONGEST, return_tensors="pt")
+            rows.append(_pooled(encode(tokens.input_ids, tokens.attention_mask), tokens.attention_mask))
         embedded = torch.cat(rows)
         return embedded[torch.tensor(order).argsort()]
 
@@ -197,7 +196,6 @@ def _pooled(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _torch_encoder(gm: LoraGraphModule) -> Encoder:
-    gm.eval()
     return lambda ids, mask: gm(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
@@ -215,8 +213,9 @@ def _recall(encode: Encoder, embed: Callable[..., torch.Tensor], task: Retrieval
     """How often the right passage is first, or among the first five; and the mean of 1 / its rank."""
     import torch
 
-    queries = embed(encode, [pair.query for pair in task.held_out])
-    passages = embed(encode, task.pool)
+    with torch.no_grad():
+        queries = embed(encode, [pair.query for pair in task.held_out])
+        passages = embed(encode, task.pool)
     gold = torch.tensor([task.pool.index(pair.passage) for pair in task.held_out])[:, None]
     scores = queries @ passages.T
     ranks = (~(scores < scores.gather(1, gold))).sum(1)  # ties and NaN count against the right passage
@@ -227,7 +226,14 @@ def _recall(encode: Encoder, embed: Callable[..., torch.Tensor], task: Retrieval
     }
 
 
-def _train(gm: LoraGraphModule, tokenizer: Any, pairs: Sequence[Pair], steps: int, seed: int, say: Console) -> None:
+def _train(
+    gm: LoraGraphModule,
+    embed: Callable[..., torch.Tensor],
+    pairs: Sequence[Pair],
+    steps: int,
+    seed: int,
+    say: Console,
+) -> None:
     """In-batch contrastive training: each query must find its passage among those of the batch."""
     import torch
     from torch.nn import functional as F
@@ -240,20 +246,16 @@ def _train(gm: LoraGraphModule, tokenizer: Any, pairs: Sequence[Pair], steps: in
         optimizer, lambda step: min(1.0, (step + 1) / warmup) * (1 - step / steps)
     )
     order, queue = random.Random(seed), list[Pair]()
-    gm.train()
-
-    def embed(texts: list[str]) -> torch.Tensor:
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=_LONGEST, return_tensors="pt")
-        output = gm(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-        return _pooled(output.last_hidden_state, tokens.attention_mask)
-
+    encode = _torch_encoder(gm.train())
     with Progress(console=say, transient=True) as progress:
         bar = progress.add_task("training", total=steps)
         for step in range(steps):
             if len(queue) < _BATCH:
                 queue += order.sample(list(pairs), len(pairs))
             batch, queue = queue[:_BATCH], queue[_BATCH:]
-            scores = embed([p.query for p in batch]) @ embed([p.passage for p in batch]).T / _TEMPERATURE
+            embedded = embed(encode, [p.query for p in batch] + [p.passage for p in batch])
+            queries, passages = embedded.chunk(2)
+            scores = queries @ passages.T / _TEMPERATURE
             labels = torch.arange(len(batch))
             loss = (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
             optimizer.zero_grad()

@@ -23,12 +23,17 @@ from rich.console import Console
 from lora_fx import cli, cli_console, hf_folding, hf_models
 from lora_fx.hf_folding import output_error
 
+BERT = {"vocab_size": 97, "hidden_size": 22, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 37}
 GPT2 = {"vocab_size": 97, "n_embd": 22, "n_layer": 1, "n_head": 2, "n_positions": 40}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
 LLAMA = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 1}
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 40}
 T5 = {"vocab_size": 97, "d_model": 22, "d_kv": 11, "d_ff": 37, "num_layers": 1, "num_heads": 2}
 T5 |= {"decoder_start_token_id": 0}
+
+
+def make_bert(kind: str = "Model") -> torch.nn.Module:
+    return getattr(transformers, f"Bert{kind}")(transformers.BertConfig(**BERT))
 
 
 def make_gpt2(**config: object) -> torch.nn.Module:
@@ -63,10 +68,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A small BERT, and an adapter that PEFT wrote for it."""
     root = tmp_path_factory.mktemp("cli")
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=97, hidden_size=22, num_hidden_layers=2, num_attention_heads=2, intermediate_size=37
-    )
-    model = transformers.BertModel(config)
+    model = make_bert()
     model.save_pretrained(root / "model")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=7, target_modules=["query", "dense"]))
     for name, parameter in adapted.named_parameters():
@@ -74,6 +76,17 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             parameter.data.normal_(std=0.2)
     adapted.save_pretrained(root / "adapter")
     return root / "model", root / "adapter"
+
+
+@pytest.fixture(scope="module")
+def exported(directories: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The base's ONNX file, and that of the folded model, which replaces another: an ONNX file may be replaced."""
+    root = tmp_path_factory.mktemp("exported")
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, "export", directories[0], root / "base.onnx") == 0
+        shutil.copy(root / "base.onnx", root / "folded.onnx")
+        assert run(patch, "export", *directories, root / "folded.onnx") == 0
+    return root / "base.onnx", root / "folded.onnx"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -86,10 +99,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def test_inspect_prints_sites_and_the_plan(directories, monkeypatch, capsys) -> None:
     model, adapter = directories
     assert run(monkeypatch, "inspect", model) == 0
-    assert "encoder.layer.1.output.dense" in capsys.readouterr().out
+    assert "encoder.layer.0.output.dense" in capsys.readouterr().out
     assert run(monkeypatch, "inspect", model, adapter, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
-    assert len(printed["targets"]) == 9
+    assert len(printed["targets"]) == 5
     assert {target["r"] for target in printed["targets"]} == {3}
     assert printed["all_linear_names"] == ["dense", "key", "query", "value"]
 
@@ -206,36 +219,30 @@ def test_inspect_finds_the_class_and_inputs_of_other_models(kind, tmp_path, monk
     assert printed["parameters"] == sum(p.numel() for p in model.parameters())
 
 
-def test_export_and_verify(directories, tmp_path, monkeypatch, capsys) -> None:
+def test_export_and_verify(directories, exported, monkeypatch, capsys) -> None:
     model, adapter = directories
-    base, folded = tmp_path / "base.onnx", tmp_path / "folded.onnx"
-    assert run(monkeypatch, "export", model, base) == 0
-    assert run(monkeypatch, "export", model, adapter, folded, "--json") == 0
-    lines = capsys.readouterr().out
-    assert '"opset"' in lines
+    base, folded = exported
     assert run(monkeypatch, "verify", folded, model, adapter, "--base", base, "--json") == 0
     assert json.loads(capsys.readouterr().out)
     assert run(monkeypatch, "verify", base, model, adapter, "--provider", "cpu") == 4  # not the adapted model
     assert "does not compute" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert run(monkeypatch, "verify", folded, model, adapter, "--provider", "cuda") == 5
-    assert run(monkeypatch, "export", model, adapter, folded) == 0  # an ONNX file may be replaced
 
 
 def test_verify_tells_a_file_that_computes_something_else_from_one_of_another_graph(
-    directories, tmp_path, monkeypatch, capsys
+    directories, exported, tmp_path, monkeypatch, capsys
 ) -> None:
     model, adapter = directories
     value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
     result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
     graph = onnx.helper.make_graph([onnx.helper.make_node("Abs", ["x"], ["y"])], "other", [value], [result])
     onnx.save(onnx.helper.make_model(graph), tmp_path / "other.onnx")
-    assert run(monkeypatch, "export", model, adapter, tmp_path / "folded.onnx") == 0
     arguments = ("--base", tmp_path / "other.onnx", "--provider", "cpu")
-    assert run(monkeypatch, "verify", tmp_path / "folded.onnx", model, adapter, *arguments) == 4
+    assert run(monkeypatch, "verify", exported[1], model, adapter, *arguments) == 4
     last = capsys.readouterr().err
     assert "computes what the model computes, but it is not op for op" in last
-    assert run(monkeypatch, "verify", tmp_path / "folded.onnx", model, *arguments) == 4
+    assert run(monkeypatch, "verify", exported[1], model, *arguments) == 4
     last = capsys.readouterr().err
     assert "does not compute" in last
     assert "; it is not op for op" in last
@@ -308,8 +315,10 @@ def test_export_replaces_what_is_no_onnx_file_only_when_told(directories, tmp_pa
         assert run(patch, "export", *directories, tmp_path / "out.onnx") == 3
     assert "--overwrite" in capsys.readouterr().err
     assert (tmp_path / "out.onnx").read_bytes() == b"mine"
-    assert run(monkeypatch, "export", *directories, tmp_path / "out.onnx", "--overwrite") == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "export", *directories, tmp_path / "out.onnx", "--overwrite", "--json") == 0
     assert (tmp_path / "out.onnx").stat().st_size > 1000
+    assert json.loads(capsys.readouterr().out)["opset"] > 0
 
 
 def test_overwrite_deletes_model_directories_alone(directories, tmp_path, monkeypatch, capsys) -> None:
@@ -410,10 +419,7 @@ def test_fold_refuses_a_class_that_computes_something_else_untied(tmp_path, monk
 
 
 def test_fold_names_what_was_trained_in_full(tmp_path, monkeypatch, capsys) -> None:
-    config = transformers.BertConfig(
-        vocab_size=97, hidden_size=22, num_hidden_layers=1, num_attention_heads=2, intermediate_size=37
-    )
-    bert = transformers.BertForSequenceClassification(config)
+    bert = make_bert("ForSequenceClassification")
     options = {"target_modules": ["query"], "modules_to_save": ["classifier"]}
     model, adapter = save(tmp_path, bert, **options)
     assert run(monkeypatch, "fold", model, adapter, tmp_path / "out") == 0
@@ -503,7 +509,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_a_status_of_its_own(
 
 @pytest.mark.filterwarnings("always::lora_fx.LoraFxWarning")
 def test_a_bfloat16_model_is_exported_in_float32_or_as_told(tmp_path, monkeypatch, capsys) -> None:
-    model, adapter = save(tmp_path, make_llama().bfloat16(), target_modules=["q_proj"])
+    model, adapter = save(tmp_path, make_bert().bfloat16(), target_modules=["query"])
     assert run(monkeypatch, "export", model, adapter, tmp_path / "out.onnx") == 0
     assert "bfloat16" in capsys.readouterr().err
     assert run(monkeypatch, "verify", tmp_path / "out.onnx", model, adapter, "--provider", "cpu") == 0
@@ -554,7 +560,7 @@ def test_a_terminal_sees_what_is_going_on(directories, tmp_path, monkeypatch) ->
         assert step in screen.getvalue()
 
 
-@pytest.mark.parametrize("command", ["", "demo", "inspect", "fold", "export", "verify"])
+@pytest.mark.parametrize("command", ["", "demo", "inspect", "fold", "export", "verify", "doctor"])
 def test_help(command: str, monkeypatch, capsys) -> None:
     assert run(monkeypatch, *filter(None, [command]), "--help") == 0
     assert "--help" in capsys.readouterr().out

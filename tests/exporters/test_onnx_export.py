@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 import warnings
 from collections.abc import Callable, Iterator
@@ -766,12 +767,20 @@ def interrupt(patch: pytest.MonkeyPatch) -> str:
 FAILURES = [spoil_weight, spoil_weight_a_little, fail_to_save, fail_to_replace, fail_the_checker, interrupt]
 
 
-@pytest.mark.parametrize("external", [False, True])
+@pytest.fixture(scope="module", params=[False, True], ids=["inside", "external"])
+def old_files(request: pytest.FixtureRequest, gm: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the MLP's file, weights inside or beside it."""
+    directory: Path = tmp_path_factory.mktemp("old")
+    export_onnx(gm, directory / "m.onnx", external_data=request.param)
+    return directory
+
+
 @pytest.mark.parametrize("failure", FAILURES)
 def test_failure_leaves_the_old_files(
-    tmp_path: Path, gm: fx.GraphModule, failure: Callable[[pytest.MonkeyPatch], str], external: bool
+    tmp_path: Path, gm: fx.GraphModule, old_files: Path, failure: Callable[[pytest.MonkeyPatch], str]
 ) -> None:
-    export_onnx(gm, tmp_path / "m.onnx", external_data=external)
+    shutil.copytree(old_files, tmp_path, dirs_exist_ok=True)
+    external = (tmp_path / "m.onnx.data").exists()
     before = snapshot(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         message = failure(patch)
