@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from torch import fx
@@ -19,10 +23,14 @@ from lora_fx import ExportError
 
 from .eval_mode import evaluating, run_torch
 from .example_inputs import Example, make_example, second_example, with_dimensions
+from .lora_slots import SLOTS_KEY, Slots, read_slots
 from .onnx_compare import OnnxDiff, compare_onnx
+from .onnx_weights import MANIFEST_KEY, read_manifest
 from .output_check import TOLERANCE_IN_EPS, OutputError, coarsest_dtype, compare_output
+from .paths import path_of
 from .sessions import check_provider, checked_file, open_session
-from .text import reason, table
+from .text import reason, some, table
+from .verification_page import verification_page
 from .weight_check import WeightCheck, check_weights, used_names
 
 NOTHING_COMPARABLE = (
@@ -38,10 +46,12 @@ class ShapeCheck:
     Attributes:
         shapes: the inputs' names and shapes.
         outputs: one entry per output.
+        adapter: the adapter that was switched on, of a file with places for adapters; empty for none.
     """
 
     shapes: str
     outputs: tuple[OutputError, ...]
+    adapter: str = ""
 
     @property
     def ok(self) -> bool:
@@ -63,7 +73,8 @@ class ShapeCheck:
         said = "; ".join(
             f"{o.name!r}: {o.problem or f'error {o.max_rel:.2e} of max |y|, allowed {o.tolerance:.2e}'}" for o in worst
         )
-        return f"at {self.shapes}: {said}"
+        on = f" with adapter {self.adapter!r}" if self.adapter else ""
+        return f"at {self.shapes}{on}: {said}"
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,8 @@ class VerifyReport:
         checks: one per set of inputs.
         weights: the comparison of the file's weights with the graph's.
         base: the comparison with the base's file, if one was given.
+        unexpected: weights whose values differ from the base's though nothing was folded into them.
+        has_places: whether the file has places for adapters, and so more nodes than the base's.
         tolerance: how the tolerances were derived.
         notes: what else to know, such as why there is only one shape.
     """
@@ -89,11 +102,22 @@ class VerifyReport:
     base: OnnxDiff | None
     tolerance: str
     notes: tuple[str, ...]
+    unexpected: tuple[str, ...] = ()
+    has_places: bool = False
 
     @property
     def ok(self) -> bool:
         """Whether all outputs agree, and so do the weights, and the graph is the base's if one was given."""
-        return self._outputs_ok and self.weights.ok and (self.base is None or self.base.same_graph)
+        return self._outputs_ok and self.weights.ok and self._is_the_bases and not self.unexpected
+
+    @property
+    def _is_the_bases(self) -> bool:
+        """Whether the graph is the base's, or, with places for adapters, holds all of the base's as it was."""
+        if self.base is None or self.base.same_graph:
+            return True
+        base = self.base
+        less = (base.ops_removed, base.initializers_removed, base.initializers_reshaped, base.values_changed)
+        return self.has_places and not any(less)
 
     @property
     def _outputs_ok(self) -> bool:
@@ -114,7 +138,12 @@ class VerifyReport:
                 f"{self.path} holds other weights than the graph. {self.weights}\nExport the graph again, and check "
                 "that this is its file"
             )
-        if self.base is not None and not self.base.same_graph:
+        if self.unexpected:
+            raise ExportError(
+                f"{self.path}: {some(self.unexpected)} differ from the base's, and nothing was folded into them; "
+                "export both anew"
+            )
+        if not self._is_the_bases:
             raise ExportError(
                 f"{self.path} is not op for op the base's file:\n{self.base}\nExport both with the same torch, "
                 "opset and example inputs"
@@ -124,10 +153,25 @@ class VerifyReport:
         """Plain values for JSON."""
         return dataclasses.asdict(self) | {"ok": self.ok}
 
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the report: as JSON, or, if the path ends in .html, as a page.
+
+        Raises:
+            ExportError: if it cannot be written.
+        """
+        file = path_of(path)
+        is_page = file.suffix.lower() == ".html"
+        text = verification_page(self) if is_page else json.dumps(self.to_dict(), indent=2, default=str)
+        try:
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ExportError(f"cannot write {file} ({error.strerror}); choose another place") from error
+
     def __str__(self) -> str:
         rows = [
             (
                 check.shapes,
+                check.adapter,
                 o.name,
                 f"{o.max_abs:.2e}",
                 f"{o.max_rel:.2e}",
@@ -139,11 +183,12 @@ class VerifyReport:
         ]
         lines = [
             f"{self.path}: {'ok' if self.ok else 'FAILED'}, asked for {self.asked}, ran on {', '.join(self.providers)}",
-            table(("inputs", "output", "max |error|", "/ max |y|", "allowed", ""), rows),
+            table(("inputs", "adapter", "output", "max |error|", "/ max |y|", "allowed", ""), rows),
             self.tolerance,
             *([NOTHING_COMPARABLE] if all(check.is_vacuous for check in self.checks) else []),
             str(self.weights),
             *([str(self.base)] if self.base is not None else []),
+            *([f"differ and should not: {some(self.unexpected)}"] if self.unexpected else []),
             *self.notes,
         ]
         return "\n".join(lines)
@@ -160,7 +205,8 @@ def verify_onnx(
     """Run `gm` in torch and the file in ONNX Runtime on the same inputs, and compare; and compare the weights.
 
     Weights are compared bit for bit, if `export_onnx` wrote the file. A graph with adapters that are not folded
-    can be compared with the folded file: the weights under the adapters are then judged by the outputs alone.
+    can be compared with the folded file: the weights under the adapters are then judged by the outputs alone. A file
+    with places for adapters is run without one, against the base, and with each adapter of the graph.
 
     Args:
         path: the .onnx file.
@@ -182,7 +228,7 @@ def verify_onnx(
     session = open_session(file, provider, {"use_tf32": "0"} if provider in ("auto", "cuda") else None)
     with evaluating(gm):
         examples, notes = _examples(session, gm, inputs)
-        checks = tuple(check_shape(session, gm, example) for example in examples)
+        checks = tuple(_checks(file, session, gm, examples))
         weights = check_weights(file, gm)
         dtype = _dtype_of(gm)
     return VerifyReport(
@@ -194,7 +240,71 @@ def verify_onnx(
         base=diff,
         tolerance=f"allowed is {TOLERANCE_IN_EPS[dtype]:.0f} eps of {dtype} (integers: equal)",
         notes=tuple(notes),
+        unexpected=_unexpected(file, gm, diff),
+        has_places=_places_of(session) is not None,
     )
+
+
+def _checks(
+    file: Path, session: ort.InferenceSession, gm: fx.GraphModule, examples: Sequence[Example]
+) -> Iterator[ShapeCheck]:
+    """At all examples; of a file with places for adapters, without one and with each."""
+    slots = _places_of(session)
+    names = list(lora_fx.adapter_names(gm)) if slots is not None else []
+    if slots is None or not names:
+        for example in examples:
+            yield check_shape(session, gm, example, ids_for(example, 0) if slots and slots.ids else {})
+        return
+    before = lora_fx.active_adapters(gm)
+    try:
+        for name in ("", *names):
+            lora_fx.set_adapters(gm, {name: 1.0} if name else {})
+            arrays = _arrays_of(file, gm, slots, name) if name and slots.ids is None else {}
+            number = slots.adapters.index(name) + 1 if name in slots.adapters else 0
+            for example in examples:
+                extra = arrays if slots.ids is None else ids_for(example, number)
+                yield dataclasses.replace(check_shape(session, gm, example, extra), adapter=name)
+    finally:
+        lora_fx.set_adapters(gm, before)
+
+
+def ids_for(example: Example, number: int) -> dict[str, Any]:
+    """`adapter_ids` for a batch whose rows all take one adapter."""
+    count = next((len(tensor) for tensor, _ in example.tensors() if tensor.ndim), 1)
+    return {"adapter_ids": np.full(count, number, np.int64)}
+
+
+def _places_of(session: ort.InferenceSession) -> Slots | None:
+    metadata = session.get_modelmeta().custom_metadata_map
+    return read_slots(metadata, "the file") if SLOTS_KEY in metadata else None
+
+
+def _arrays_of(file: Path, gm: fx.GraphModule, slots: Slots, name: str) -> dict[str, Any]:
+    """An adapter of the graph as the file takes it."""
+    from .lora_insertion import adapter_arrays
+    from .named_weights import OnnxWeights
+    from .onnx_files import open_model
+
+    with tempfile.TemporaryDirectory(prefix="lora_fx.") as directory:
+        lora_fx.save_adapter(gm, directory, adapter_name=name)
+        return dict(adapter_arrays(OnnxWeights(open_model(file), lora_fx.read_adapter(directory)), slots))
+
+
+def _unexpected(file: Path, gm: fx.GraphModule, diff: OnnxDiff | None) -> tuple[str, ...]:
+    """Initializers that differ from the base's, and hold no weight that was folded into."""
+    if diff is None or (lora_fx.adapter_names(gm) and lora_fx.active_adapters(gm)):
+        return ()
+    try:
+        report = lora_fx.fold_report(gm)
+    except lora_fx.LoraFxError:  # a graph that was never folded: whose weights differ, nobody knows
+        return ()
+    model = onnx.load(file, load_external_data=False)
+    if not any(prop.key == MANIFEST_KEY for prop in model.metadata_props):
+        return ()
+    recorded = read_manifest(model)
+    folded = {*report.trained, *(site.weight for site in report.sites), *(f"{s.path}.weight" for s in report.sites)}
+    names = {name: {*recorded[name].fqn.split(", "), *recorded[name].aliases} for name in recorded}
+    return tuple(name for name in diff.values_changed if name in names and not names[name] & folded)
 
 
 def _check_arguments(gm: Any, inputs: Any) -> None:
@@ -219,9 +329,10 @@ def _examples(session: ort.InferenceSession, gm: fx.GraphModule, inputs: Any) ->
     if inputs is None:
         example = make_example(gm)
         pairs = [(example.args, example.kwargs)]
-    names = [{i: d for i, d in enumerate(port.shape) if isinstance(d, str)} for port in session.get_inputs()]
+    ports = [port for port in session.get_inputs() if port.name != "adapter_ids"]
+    names = [{i: d for i, d in enumerate(port.shape) if isinstance(d, str)} for port in ports]
     examples = [with_dimensions(gm, args, kwargs, names) for args, kwargs in pairs]
-    if len({_shapes(session, example) for example in examples}) > 1:
+    if len({_shapes(session, example, ("adapter_ids",)) for example in examples}) > 1:
         return examples, []
     second, line = second_example(gm, examples[0])
     if second is None:

@@ -36,10 +36,17 @@ class FoldedSite:
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What a fold did, site by site; prints as a table."""
+    """What a fold did, site by site; prints as a table.
+
+    Attributes:
+        adapters: what was folded.
+        sites: the weights that something was added to.
+        trained: names of tensors that an adapter has as a whole, and that took the base's place.
+    """
 
     adapters: tuple[str, ...]
     sites: tuple[FoldedSite, ...]
+    trained: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [

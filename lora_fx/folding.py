@@ -80,7 +80,8 @@ def fold(
         result, sites = way(gm, tasks, chosen, accumulate)
         for name in [name for name in record_of(result).adapters if adapters is None]:
             forget_adapter(result, name)
-    report = FoldReport(tuple(adapter.name for adapter in chosen), tuple(sites))
+    trained = tuple(dict.fromkeys(name for adapter in chosen for name in adapter.trained))
+    report = FoldReport(tuple(adapter.name for adapter in chosen), tuple(sites), trained)
     record_of(result).report = report
     warn_of_losses(report)
     return result

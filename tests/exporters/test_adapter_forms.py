@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,9 @@ from exporters import (
     append_adapter,
     export_onnx_adapters,
     export_onnx_batched,
+    fold_into_onnx,
     make_session,
+    verify_onnx,
     write_onnx_adapter,
 )
 from exporters.onnx_adapters import read_onnx_adapter
@@ -235,8 +238,6 @@ def test_an_adapter_of_other_weights_is_refused(
     bert: Deployed, session: AdapterSession, switch: Path, tmp_path: Path
 ) -> None:
     """onnxruntime never looks at the versions in a file."""
-    from exporters import fold_into_onnx
-
     fold_into_onnx(bert.base, bert.adapter(TWO), tmp_path / "other.onnx")
     add_adapter_inputs(tmp_path / "other.onnx", tmp_path / "switch.onnx", bert.adapter(ONE))
     write_onnx_adapter(tmp_path / "switch.onnx", bert.adapter(ONE), tmp_path / "foreign.onnx_adapter")
@@ -344,3 +345,45 @@ def test_numbers_of_adapters_are_checked(bert: Deployed, tmp_path: Path) -> None
         session.load("two", bert.adapter(TWO))
     with pytest.raises(AdapterError, match="has an adapter 'one' already"):
         append_adapter(tmp_path / "rows.onnx", ONE, bert.adapter(ONE))
+
+
+# Verification -----------------------------------------------------------------------------------
+
+
+def test_verification_runs_with_each_adapter_on_and_off(bert: Deployed, tmp_path: Path) -> None:
+    export_onnx_adapters(bert.injected, tmp_path / "switch.onnx", check=False)
+    export_onnx_batched(bert.injected, tmp_path / "rows.onnx", check=False)
+    for name in ("switch.onnx", "rows.onnx"):
+        report = verify_onnx(tmp_path / name, bert.injected, base=bert.base, provider="cpu")
+        assert report.ok, str(report)
+        assert [check.adapter for check in report.checks] == ["", "", ONE, ONE, TWO, TWO]
+        assert report.base is not None
+        assert not report.base.ops_removed
+        assert not report.base.values_changed
+
+
+def test_a_report_becomes_json_and_a_page(bert: Deployed, tmp_path: Path) -> None:
+    gm = lora_fx.fold(lora_fx.set_adapters(bert.injected, ONE), adapters=[ONE])
+    fold_into_onnx(bert.base, bert.adapter(ONE), tmp_path / "<folded>.onnx")
+    report = verify_onnx(tmp_path / "<folded>.onnx", gm, base=bert.base, provider="cpu")
+    assert report.ok, str(report)
+    report.write(tmp_path / "report.json")
+    report.write(tmp_path / "report.html")
+    assert json.loads((tmp_path / "report.json").read_text())["ok"] is True
+    page = (tmp_path / "report.html").read_text()
+    assert "&lt;folded&gt;.onnx" in page
+    assert "encoder.layer.0.attention.self.query.weight" in page
+    with pytest.raises(ExportError, match="cannot write"):
+        report.write(tmp_path / "none" / "report.html")
+
+
+def test_a_weight_that_should_not_differ_is_named(bert: Deployed, tmp_path: Path) -> None:
+    fold_into_onnx(bert.base, bert.adapter(ONE), tmp_path / "folded.onnx")
+    model = onnx.load(tmp_path / "folded.onnx")
+    (bias,) = (t for t in model.graph.initializer if t.name == "pooler.dense.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(1e-9), bias.name))
+    onnx.save(model, tmp_path / "folded.onnx")
+    gm = lora_fx.fold(lora_fx.set_adapters(bert.injected, ONE), adapters=[ONE])
+    report = verify_onnx(tmp_path / "folded.onnx", gm, base=bert.base, provider="cpu")
+    assert report.unexpected == ("pooler.dense.bias",)
+    assert not report.ok
