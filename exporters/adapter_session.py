@@ -56,15 +56,15 @@ class AdapterSession:
 
     Args:
         path: the file.
-        provider: as for `make_session`.
+        provider, cuda_graph: as for `make_session`.
 
     Raises:
         ExportError: if the file has no places for adapters, or as `make_session`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, provider: str = "auto") -> None:
+    def __init__(self, path: str | os.PathLike[str], *, provider: str = "auto", cuda_graph: bool = False) -> None:
         self._file = checked_file(path)
-        self.session = make_session(self._file, provider=provider)
+        self.session = make_session(self._file, provider=provider, cuda_graph=cuda_graph)
         self.slots: Slots = read_slots(self.session.get_modelmeta().custom_metadata_map, self._file.name)
         self.inputs = tuple(port.name for port in self.session.get_inputs())
         self.outputs = tuple(port.name for port in self.session.get_outputs())
@@ -282,6 +282,15 @@ class BoundRun:
             self._binding.bind_ortvalue_input(name, value)
         for name in owner.outputs:
             self._binding.bind_output(name, self._device)
+        if self._device != "cpu":
+            self._fix_outputs()
+
+    def _fix_outputs(self) -> None:
+        """Keep the outputs where the first run put them: a CUDA graph writes where it did when it was recorded."""
+        self._run("-1")
+        self._outputs = self._binding.get_outputs()
+        for name, value in zip(self._owner.outputs, self._outputs, strict=True):
+            self._binding.bind_ortvalue_output(name, value)
 
     def _value(self, array: Array) -> ort.OrtValue:
         return ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
@@ -312,8 +321,15 @@ class BoundRun:
 
     def run_in_place(self) -> None:
         """Run, and leave the outputs on the device: what to time."""
+        self._run("0")
+
+    def _run(self, graph: str) -> None:
+        """One run; `graph` numbers the CUDA graph that is recorded, or replayed, and -1 is a run without."""
+        options = _silent()
+        if self._device != "cpu":
+            options.add_run_config_entry("gpu_graph_id", graph)
         try:
-            self._owner.session.run_with_iobinding(self._binding, _silent())
+            self._owner.session.run_with_iobinding(self._binding, options)
         except Exception as error:
             raise ExportError(f"the session cannot run with what is bound: {reason(error)}") from error
 

@@ -56,12 +56,15 @@ def make_session(
     adapter: str | os.PathLike[str] | AdapterArrays | None = None,
     adapter_name: str = "default",
     mapping: Mapped | None = None,
+    cuda_graph: bool = False,
 ) -> ort.InferenceSession:
     """Open an ONNX file on the provider asked for, or raise.
 
     Args:
         adapter: an adapter's directory, to be folded into the weights as the session loads them. Nothing is written.
         adapter_name, mapping: as for `fold_into_onnx`.
+        cuda_graph: record the kernels once and replay them: on CUDA, with bound inputs of one shape
+            (`AdapterSession.bind`), of a file without dimensions that are free inside. On the CPU it means nothing.
         provider: "cuda" or "tensorrt" runs there or raises with the reason; "cpu"; "auto" takes CUDA if it
             works and the CPU otherwise, and says to the logger "exporters" which it took and why.
 
@@ -72,9 +75,11 @@ def make_session(
     """
     check_provider(provider)
     file = checked_file(path)
-    if adapter is None:
-        return open_session(file, provider)
-    return open_session(file, provider, overrides=Overrides.of_adapter(file, adapter, adapter_name, mapping))
+    if cuda_graph and provider not in ("cuda", "auto"):
+        raise ExportError(f'cuda_graph=True needs provider="cuda" or "auto", not {provider!r}')
+    options = {"enable_cuda_graph": "1"} if cuda_graph else None
+    overrides = None if adapter is None else Overrides.of_adapter(file, adapter, adapter_name, mapping)
+    return open_session(file, provider, options, overrides)
 
 
 class Overrides:

@@ -347,6 +347,11 @@ def test_numbers_of_adapters_are_checked(bert: Deployed, tmp_path: Path) -> None
         append_adapter(tmp_path / "rows.onnx", ONE, bert.adapter(ONE))
 
 
+def test_cuda_graphs_need_cuda(bert: Deployed) -> None:
+    with pytest.raises(ExportError, match="cuda_graph=True needs"):
+        make_session(bert.base, provider="cpu", cuda_graph=True)
+
+
 # Verification -----------------------------------------------------------------------------------
 
 
