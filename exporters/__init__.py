@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .onnx_report import OnnxReport
     from .onnx_weights import StoredWeight, read_manifest
     from .output_check import OutputError
+    from .quantization import OutputQuality, Quantization, QuantizationReport
     from .sessions import make_session
     from .verification import ShapeCheck, VerifyReport, verify_onnx
     from .weight_check import WeightCheck
@@ -40,6 +41,9 @@ _HOME = {
     "OnnxFoldReport": "onnx_folding",
     "OnnxReport": "onnx_report",
     "OutputError": "output_check",
+    "OutputQuality": "quantization",
+    "Quantization": "quantization",
+    "QuantizationReport": "quantization",
     "ShapeCheck": "verification",
     "SlotsReport": "onnx_adapters",
     "StoredWeight": "onnx_weights",
@@ -69,6 +73,9 @@ __all__ = [
     "OnnxFoldReport",
     "OnnxReport",
     "OutputError",
+    "OutputQuality",
+    "Quantization",
+    "QuantizationReport",
     "ShapeCheck",
     "SlotsReport",
     "StoredWeight",
