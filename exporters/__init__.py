@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .onnx_report import OnnxReport
     from .onnx_weights import StoredWeight, read_manifest
     from .output_check import OutputError
+    from .quantization import OutputQuality, Quantization, QuantizationReport
     from .sessions import make_session
     from .verification import ShapeCheck, VerifyReport, verify_onnx
     from .weight_check import WeightCheck
@@ -47,6 +48,9 @@ _HOME = {
     "OnnxReport": "onnx_report",
     "OptimizeReport": "onnx_optimization",
     "OutputError": "output_check",
+    "OutputQuality": "quantization",
+    "Quantization": "quantization",
+    "QuantizationReport": "quantization",
     "ShapeCheck": "verification",
     "SlotsReport": "onnx_adapters",
     "StoredWeight": "onnx_weights",
@@ -82,6 +86,9 @@ __all__ = [
     "OnnxReport",
     "OptimizeReport",
     "OutputError",
+    "OutputQuality",
+    "Quantization",
+    "QuantizationReport",
     "ShapeCheck",
     "SlotsReport",
     "StoredWeight",

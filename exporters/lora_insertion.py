@@ -20,7 +20,7 @@ from .named_weights import OnnxWeights
 from .onnx_fold_plan import WeightChange, is_in_out, match_adapter, other_readers, piece_of, plan_changes
 from .onnx_sites import Form, Mapped, OnnxSite
 from .onnx_weights import Array
-from .stored_weights import read_weight, rounded, shape_of, stored_bytes
+from .stored_weights import nbits_of, read_weight, rounded, shape_of, stored_bytes
 from .text import some
 
 # Ops beside which A and B can stand; of any other op that takes a weight, they are added to the weight.
@@ -138,10 +138,11 @@ def _slot(place: _Place, rank: int | None) -> Slot:
         raise ExportError(f"rank={rank!r} must be a positive multiple of the {form.groups} groups of {path!r}")
     rows = place.rows or slice(0, slot.out_features)
     what = ["a", "b", *(["bias"] if low.bias is not None else []), *(["gain"] if low.magnitude is not None else [])]
-    if slot.is_on_weight and (len(what) > 2 or place.rows is not None or form.kind != "matrix"):
+    is_plain = len(what) == 2 and place.rows is None and form.kind == "matrix" and nbits_of(site.weight) is None
+    if slot.is_on_weight and not is_plain:
         raise ExportError(
             f"{path!r} is applied by {site.node.op_type}, where A and B stand on the weight, and that goes for whole "
-            "matrices without use_dora and lora_bias; fold this adapter: fold_into_onnx"
+            "float matrices without use_dora and lora_bias; fold this adapter: fold_into_onnx"
         )
     names = {"a": "lora_A.weight", "b": "lora_B.weight", "bias": "lora_B.bias", "gain": "lora_gain"}
     parts = {part: f"{path}.{names[part]}".lstrip(".") for part in what}
@@ -189,6 +190,11 @@ def _whole_tensors(weights: OnnxWeights) -> list[WeightChange]:
     ]
     if tied:
         raise ExportError(f"{some(tied)} is tied to something that the adapter does not train; fold this adapter")
+    quantized = [str(change.weight.name) for change in changes if nbits_of(change.weight) is not None]
+    if quantized:
+        raise ExportError(
+            f"{some(quantized)} is quantized, and the adapter brings all of it; fold this adapter: fold_into_onnx"
+        )
     return changes
 
 

@@ -11,8 +11,9 @@ import onnx_ir as ir
 from lora_fx import AdapterArrays, AdapterError, LowRankArrays
 from lora_fx.errors import closest
 
-from .onnx_sites import Mapped, OnnxSite, find_onnx_sites, parameter_names, permutation
-from .onnx_weights import MANIFEST_KEY, Array, StoredWeight, read_manifest
+from .onnx_sites import Mapped, OnnxSite, find_onnx_sites, parameter_names, permutation, recorded_weights
+from .onnx_weights import Array, StoredWeight
+from .stored_weights import shape_of
 from .text import some
 
 
@@ -46,9 +47,7 @@ class OnnxWeights:
         self.partial = partial
         self.left_out: list[str] = []
         self.sites = find_onnx_sites(model, mapping)
-        self.recorded: Mapping[str, StoredWeight] = (
-            read_manifest(model.metadata_props) if MANIFEST_KEY in model.metadata_props else {}
-        )
+        self.recorded: Mapping[str, StoredWeight] = recorded_weights(model)
         self._parameters: dict[str, list[Held]] = {}
         for name, value in model.graph.initializers.items():
             for parameter in parameter_names(value, self.recorded.get(name)):
@@ -168,8 +167,7 @@ class Held:
     @property
     def own_shape(self) -> tuple[int, ...]:
         """The parameter's shape in the model."""
-        assert self.value.const_value is not None
-        stored = tuple(self.value.const_value.shape.numpy())
+        stored = shape_of(self.value)
         return stored if self.perm is None else tuple(stored[self.perm.index(axis)] for axis in range(len(stored)))
 
     def lying(self, own: Array) -> Array:

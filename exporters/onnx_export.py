@@ -23,13 +23,14 @@ from lora_fx import ExportError, LoraFxWarning
 
 from .eval_mode import evaluating
 from .example_inputs import Example, make_example, second_example, torch_export_shapes, without_ones
-from .onnx_files import check_file, checked_target, is_external, written
+from .onnx_files import Written, check_file, checked_target, is_external, save_files, written
 from .onnx_names import copy_module_paths, name_dimensions, name_ports, output_names, strip_metadata
 from .onnx_report import Dims, OnnxReport
-from .onnx_weights import StoredWeight, hide_weights, restore_weights, write_manifest
+from .onnx_weights import StoredWeight, hide_weights, read_manifest, restore_weights, write_manifest
+from .quantization import Metric, Quantization, QuantizationReport, as_quantization, compare_outputs, quantize_weights
 from .quiet import quiet
 from .text import reason, some
-from .verification import NOTHING_COMPARABLE, ShapeCheck, check_shape, open_for_check
+from .verification import NOTHING_COMPARABLE, ShapeCheck, check_shape, feed_of, open_for_check
 from .weight_check import check_weights
 
 
@@ -38,7 +39,8 @@ def export_onnx(
     path: str | os.PathLike[str],
     *,
     dtype: Any = None,
-    quantize: Any = None,
+    quantize: str | Quantization | None = None,
+    metric: Metric | None = None,
     opset: int | None = None,
     external_data: bool | None = None,
     args: tuple[Any, ...] | torch.Tensor | None = None,
@@ -66,14 +68,21 @@ def export_onnx(
             free, or torch.export's form, in which a string names a free dimension.
         check: run ONNX Runtime (CPU) and torch on the example inputs, and on a second shape if
             dimensions are free, compare the weights, and refuse a file that disagrees.
-        dtype, quantize: not available yet; refused if not None.
+        dtype: not available yet; refused if not None.
+        quantize: "int4", "int8" or a `Quantization`: weights that the graph multiplies with are quantized, after the
+            float file was checked; the report tells how far the outputs move at the example inputs.
+        metric: measures the float file and the quantized one, such as lambda session: accuracy(session); for the
+            report.
 
     Raises:
         ExportError: if the graph holds unfolded adapters, trains, cannot be written in ONNX, has weights that
             are not finite, or the file does not agree with torch; nothing is written then.
     """
     started = time.perf_counter()
-    _refuse_what_is_not_there(dtype, quantize, opset, external_data)
+    _check_options(dtype, opset, external_data)
+    options = as_quantization(quantize)
+    if metric is not None and options is None:
+        raise ExportError("metric= compares a quantized file with the float one; pass quantize= as well")
     _check_graph(gm)
     target = checked_target(path)
     _check_weights(gm)
@@ -87,7 +96,12 @@ def export_onnx(
             check_file(files.model)
             checks, lines = _check_against_torch(gm, files.model, example) if check else ((), [])
             notes += lines
-            size = sum(file.stat().st_size for file in (files.model, files.data) if file is not None and file.exists())
+            quantized = None
+            if options is not None:
+                quantized = _quantize(model, files, example, options, metric)
+                weights = tuple(read_manifest(model.metadata_props).values())
+                notes += [quantized.poor] if quantized.poor is not None else []
+            size = files.size
             has_data = files.data is not None and files.data.exists()
     for note in found:
         warnings.warn(note, LoraFxWarning, stacklevel=2)
@@ -106,19 +120,15 @@ def export_onnx(
         max_error=max((each.relative_error for each in checks), default=None),
         seconds=time.perf_counter() - started,
         warnings=tuple(notes),
+        quantization=quantized,
     )
 
 
-def _refuse_what_is_not_there(dtype: Any, quantize: Any, opset: Any, external_data: Any) -> None:
+def _check_options(dtype: Any, opset: Any, external_data: Any) -> None:
     if dtype is not None:
         raise ExportError(
             f"dtype={dtype!r} is not available yet; convert the model before tracing it: "
             "gm = lora_fx.trace(model.half(), args)"
-        )
-    if quantize is not None:
-        raise ExportError(
-            f"quantize={quantize!r} is not available yet; quantize the written file with "
-            "onnxruntime.quantization, and verify_onnx the result"
         )
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int) or not 1 <= opset <= newest):
@@ -294,6 +304,34 @@ def _check_against_torch(gm: fx.GraphModule, path: Path, example: Example) -> tu
             "export_onnx(..., check=False) writes it all the same, to look into it"
         )
     return checks, notes
+
+
+def _quantize(
+    model: ir.Model, files: Written, example: Example, options: Quantization, metric: Metric | None
+) -> QuantizationReport:
+    """Quantize the model, write it over its float files, and measure both."""
+    before, size = _measured(files.model, example, metric), files.size
+    count = quantize_weights(model, options)
+    save_files(model, files)
+    check_file(files.model)
+    after = _measured(files.model, example, metric)
+    return QuantizationReport(
+        bits=options.bits,
+        block_size=options.block_size,
+        symmetric=options.symmetric,
+        weights=count,
+        bytes_before=size,
+        bytes_after=files.size,
+        outputs=compare_outputs([str(value.name) for value in model.graph.outputs], before[0], after[0]),
+        metric=None if before[1] is None or after[1] is None else (before[1], after[1]),
+    )
+
+
+def _measured(path: Path, example: Example, metric: Metric | None) -> tuple[list[Any], float | None]:
+    """(outputs at the example inputs, the caller's measure) of a file; nothing holds it open afterwards."""
+    session = open_for_check(path)
+    outputs = list(session.run(None, feed_of(session, example)))
+    return outputs, None if metric is None else float(metric(session))
 
 
 def _count(model: ir.Model) -> Counter[str]:

@@ -31,6 +31,11 @@ class Written:
     model: Path
     data: Path | None
 
+    @property
+    def size(self) -> int:
+        """Bytes of both."""
+        return sum(file.stat().st_size for file in (self.model, self.data) if file is not None and file.exists())
+
 
 def checked_target(path: str | os.PathLike[str]) -> Path:
     """Where to write, with links resolved.
@@ -98,7 +103,7 @@ def written(model: ir.Model, target: Path, *, external: bool) -> Iterator[Writte
                 f"cannot write the weights to {taken}: it is a directory; move it, or choose another name"
             )
         try:
-            _save(model, files)
+            save_files(model, files)
         except OSError as error:
             raise ExportError(f"cannot write {target} ({error.strerror or reason(error)}); {_room(target)}") from error
         yield files
@@ -111,7 +116,8 @@ def written(model: ir.Model, target: Path, *, external: bool) -> Iterator[Writte
             stale.unlink(missing_ok=True)
 
 
-def _save(model: ir.Model, files: Written) -> None:
+def save_files(model: ir.Model, files: Written) -> None:
+    """Write the model into the temporary files, in place of what is there."""
     model.metadata_props.pop(DATA_HASH_KEY, None)  # a file that is written anew has weights of its own
     if files.data is None:
         ir.save(model, files.model)

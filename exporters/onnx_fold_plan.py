@@ -250,8 +250,9 @@ def bias_of(site: OnnxSite) -> ir.Value:
         ExportError: if there is none.
     """
     node = site.node
-    if node.op_type in ("Gemm", "Conv", "ConvTranspose", "Attention") and len(node.inputs) > 2:
-        found = node.inputs[2]
+    position = 5 if node.op_type == "MatMulNBits" else 2
+    if node.op_type in ("Gemm", "Conv", "ConvTranspose", "Attention", "MatMulNBits") and len(node.inputs) > position:
+        found = node.inputs[position]
         if found is not None and found.is_initializer():
             return found
     users = [user for user, _ in node.outputs[0].uses()]

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -236,15 +236,18 @@ def _norm(array: Array) -> float:
 def _apply(model: ir.Model, new: Sequence[NewWeight]) -> None:
     """Give the model the new values; a weight that something else reads gets a second initializer."""
     for each in new:
-        for value, tensor in each.values.tensors.items():
-            if each.report.untied:
-                _untie(model, each.change, value, tensor)
-            else:
+        if not each.report.untied:
+            for value, tensor in each.values.tensors.items():
                 value.const_value = tensor
+            continue
+        _check_carriers(each.change)
+        pairs = each.values.tensors.items()
+        names = {str(value.name): _untie(model, each.change, value, tensor) for value, tensor in pairs}
+        _record_twin(model, names)
 
 
-def _untie(model: ir.Model, change: WeightChange, value: ir.Value, tensor: ir.TensorProtocol) -> None:
-    _check_carriers(change)
+def _untie(model: ir.Model, change: WeightChange, value: ir.Value, tensor: ir.TensorProtocol) -> str:
+    """Give the change's places an initializer of their own; returns its name."""
     taken = {output.name for node in model.graph.all_nodes() for output in node.outputs} | set(model.graph.initializers)
     names = itertools.chain([f"{value.name}_folded"], (f"{value.name}_folded_{n}" for n in itertools.count(2)))
     name = next(name for name in names if name not in taken)
@@ -257,10 +260,16 @@ def _untie(model: ir.Model, change: WeightChange, value: ir.Value, tensor: ir.Te
                 carrier.replace_input_with(i, twin)
     if not value.uses():
         del model.graph.initializers[str(value.name)]
-    if MANIFEST_KEY in model.metadata_props:
-        recorded = read_manifest(model.metadata_props)
-        if str(value.name) in recorded:
-            entry = dataclasses.replace(recorded[str(value.name)], name=name)
+    return name
+
+
+def _record_twin(model: ir.Model, names: Mapping[str, str]) -> None:
+    """The manifest's entry of a second initializer, {old name: new name}; a quantized weight has several."""
+    recorded = read_manifest(model.metadata_props) if MANIFEST_KEY in model.metadata_props else {}
+    for old in names:
+        if old in recorded:
+            scales, zero_points = names.get(str(recorded[old].scales)), names.get(str(recorded[old].zero_points))
+            entry = dataclasses.replace(recorded[old], name=names[old], scales=scales, zero_points=zero_points)
             kept = [weight for weight in recorded.values() if weight.name in model.graph.initializers]
             write_manifest(model, (*kept, entry))
 

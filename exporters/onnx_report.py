@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .onnx_weights import StoredWeight
+from .quantization import QuantizationReport
 from .text import table
 
 Dims = tuple[int | str, ...]
@@ -29,6 +30,7 @@ class OnnxReport:
         max_error: largest error of that check relative to max |output|; None if it was switched off.
         seconds: what it took.
         warnings: what the caller should know.
+        quantization: what quantizing the weights did; None if they are not quantized.
     """
 
     path: str
@@ -44,6 +46,7 @@ class OnnxReport:
     max_error: float | None
     seconds: float
     warnings: tuple[str, ...]
+    quantization: QuantizationReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -63,4 +66,5 @@ class OnnxReport:
             table(("", "name", "dimensions"), [(kind, name, list(dims)) for kind, name, dims in ports]),
             table(("op", "nodes"), self.ops.items()),
         ]
+        lines += [str(self.quantization)] if self.quantization is not None else []
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])

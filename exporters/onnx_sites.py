@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 # A name that an exporter made up says nothing.
 _MADE_UP = re.compile(r"^(val_|onnx::|node_|_?[0-9]+$|[A-Za-z]+_[0-9]+$)")
+# What onnxruntime.quantization and others append to the name of a weight that they quantize.
+_QUANTIZED = re.compile(r"(_Q[48]|_quantized)$")
 # What onnxruntime-genai's builder calls differently from transformers, and what it packs.
 _PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
@@ -98,7 +101,7 @@ def find_onnx_sites(model: ir.Model, mapping: Mapped | None = None) -> tuple[Onn
             f"mapping names {unknown[0]!r}, which is no initializer of the file; it has "
             f"{', '.join(map(repr, list(model.graph.initializers)[:8]))}, ..."
         )
-    recorded = read_manifest(model.metadata_props) if MANIFEST_KEY in model.metadata_props else {}
+    recorded = recorded_weights(model)
     shared = read_shared_modules(model.metadata_props)
     sites: list[OnnxSite] = []
     for value in model.graph.initializers.values():
@@ -113,6 +116,21 @@ def find_onnx_sites(model: ir.Model, mapping: Mapped | None = None) -> tuple[Onn
             perm = permutation(value, recorded.get(name))
             sites.append(OnnxSite(value, node, position, carrier, form, modules, parameters, packs, perm))
     return tuple(sites)
+
+
+def recorded_weights(model: ir.Model) -> dict[str, StoredWeight]:
+    """The file's manifest, if it has one; weights that a tool has quantized since are there under their new names."""
+    if MANIFEST_KEY not in model.metadata_props:
+        return {}
+    recorded = read_manifest(model.metadata_props)
+    for name, value in model.graph.initializers.items():
+        weight = recorded.get(_QUANTIZED.sub("", name))
+        if name in recorded or weight is None or not any(node.op_type == "MatMulNBits" for node, _ in value.uses()):
+            continue
+        # What MatMul takes as (in, out), MatMulNBits takes as (out, in).
+        perm = None if weight.perm is not None else (1, 0)
+        recorded[name] = dataclasses.replace(weight, name=name, layout="quantized", perm=perm)
+    return recorded
 
 
 def module_of_weight(parameter: str) -> str:
@@ -134,7 +152,7 @@ def parameter_names(value: ir.Value, recorded: StoredWeight | None) -> list[str]
     name = str(value.name)
     if _MADE_UP.match(name):
         return []
-    name = re.sub(r"(_Q[48]|_quantized)$", "", name)
+    name = _QUANTIZED.sub("", name)
     return [re.sub(r"\.(MatMul|Gemm|Gather)\.weight$", ".weight", name)]
 
 

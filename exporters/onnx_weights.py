@@ -38,12 +38,14 @@ class StoredWeight:
     Attributes:
         name: the initializer's name: the weight's fqn, `<fqn>.T` for a second, transposed copy.
         fqn: the weight's dotted name in the model; for "computed", all of them, joined by a comma.
-        layout: "as_stored", "transposed", or "computed" (made of one or more weights at export; such an
-            initializer keeps the exporter's name).
-        perm: the axes' order if transposed: initializer = weight.permute(perm).
+        layout: "as_stored", "transposed", "quantized" (the packed values of MatMulNBits), or "computed" (made of
+            one or more weights at export; such an initializer keeps the exporter's name).
+        perm: the axes' order if transposed: initializer = weight.permute(perm); of a quantized weight, that of the
+            (out, in) which is packed.
         shape: the initializer's shape.
         dtype: the initializer's ONNX type, such as "FLOAT".
         aliases: other names of the same (tied) weight in the model.
+        scales, zero_points: the initializers that go with the packed values of a quantized weight.
     """
 
     name: str
@@ -53,6 +55,8 @@ class StoredWeight:
     shape: tuple[int, ...]
     dtype: str
     aliases: tuple[str, ...] = ()
+    scales: str | None = None
+    zero_points: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -250,4 +254,6 @@ def _stored_weight(name: str, entry: Mapping[str, Any]) -> StoredWeight:
         shape=tuple(entry["shape"]),
         dtype=entry["dtype"],
         aliases=tuple(entry.get("aliases", ())),
+        scales=entry.get("scales"),
+        zero_points=entry.get("zero_points"),
     )

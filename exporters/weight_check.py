@@ -152,6 +152,8 @@ def _absent(gm: fx.GraphModule, manifest: dict[str, StoredWeight]) -> list[str]:
 def _incomparable(weight: StoredWeight, tensor: onnx.TensorProto | None, names: list[str], adapted: set[str]) -> str:
     if weight.layout == "computed":
         return "computed from the graph's at export"
+    if weight.layout == "quantized":
+        return "quantized"
     if tensor is None:
         return "no longer in the file under that name"
     if tensor.data_type not in _TORCH_TYPES:

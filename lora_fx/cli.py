@@ -63,6 +63,15 @@ ModelDir = Annotated[Path, typer.Argument(help="Hugging Face model directory (co
 AdapterDir = Annotated[Path, typer.Argument(help="PEFT adapter directory (adapter_config.json, safetensors).")]
 OptionalAdapter = Annotated[Path | None, typer.Argument(help="PEFT adapter directory; none: the base alone.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+
+
+class Quantize(StrEnum):
+    """How many bits the weights of an ONNX file take."""
+
+    INT4 = "int4"
+    INT8 = "int8"
+
+
 OnnxDtype = Annotated[
     Dtype | None,
     typer.Option(
@@ -267,6 +276,9 @@ def export(
     paths: Annotated[list[Path], typer.Argument(metavar="[ADAPTER_DIR] OUT.onnx", help="Adapter, and file to write.")],
     opset: Annotated[int | None, typer.Option(min=1, help="ONNX operator set; none: the exporter's choice.")] = None,
     dtype: OnnxDtype = None,
+    quantize: Annotated[
+        Quantize | None, typer.Option(help="Quantize the weights, after the float file's check.")
+    ] = None,
     check: Annotated[bool, typer.Option(help="Run the file in ONNX Runtime, on the CPU, before it is kept.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace a file at OUT that is not an ONNX file, too.")] = False,
     as_json: Json = False,
@@ -275,7 +287,7 @@ def export(
 
     An ONNX file at OUT is replaced; anything else that is there stays, unless --overwrite says otherwise.
 
-    Examples: `lora-fx export MODEL_DIR ADAPTER_DIR OUT.onnx`, `lora-fx export MODEL_DIR BASE.onnx`
+    Examples: `lora-fx export MODEL_DIR ADAPTER_DIR OUT.onnx`, `lora-fx export MODEL_DIR BASE.onnx --quantize int4`
     """
     if len(paths) > 2:
         raise typer.BadParameter("give an adapter directory and one file to write, or the file alone")
@@ -289,7 +301,7 @@ def export(
     from exporters import export_onnx
 
     with progress("exporting and checking"):
-        report = export_onnx(gm, out, opset=opset, check=check)
+        report = export_onnx(gm, out, opset=opset, quantize=quantize, check=check)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -228,6 +228,10 @@ def test_export_and_verify(directories, exported, monkeypatch, capsys) -> None:
     assert "does not compute" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert run(monkeypatch, "verify", folded, model, adapter, "--provider", "cuda") == 5
+    capsys.readouterr()
+    # An ONNX file may be replaced.
+    assert run(monkeypatch, "export", model, adapter, folded, "--quantize", "int8", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["quantization"]["bits"] == 8
 
 
 def test_verify_tells_a_file_that_computes_something_else_from_one_of_another_graph(

@@ -428,7 +428,6 @@ def test_unfolded_adapters_are_refused_with_the_call_that_works(tmp_path: Path, 
     ("options", "message"),
     [
         ({"dtype": torch.float16}, "dtype=torch.float16 is not available yet; convert the model before tracing"),
-        ({"quantize": "int8"}, "quantize='int8' is not available yet"),
         ({"opset": 5}, "asked for opset 5, but torch"),
         ({"opset": 99}, "opset=99 is not an operator set that onnx"),
         ({"opset": "20"}, "opset='20' is not an operator set"),
