@@ -6,6 +6,7 @@
     compare_onnx    compares two ONNX files op for op, and their weights byte for byte
     fold_into_onnx  folds an adapter into an ONNX file, with neither model nor torch; unfold_onnx takes it back
     make_session    opens an ONNX file on the provider asked for, or raises
+    flat_cache_model   a causal language model whose cache is inputs and outputs; greedy generates from its file
     AdapterSession  runs a file with switchable adapters, and never with the wrong one
 
 Names load on first use: sessions and file comparison need neither torch nor a model.
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapter_export import AdaptersReport, export_onnx_adapters, export_onnx_batched
     from .adapter_session import AdapterSession, BoundRun
+    from .decoders import decoder_example, encoder_example, flat_cache_model, flat_decoder, flat_encoder
+    from .generation import greedy, greedy_seq2seq
     from .onnx_adapters import SlotsReport, add_adapter_inputs, write_onnx_adapter
     from .onnx_batched import add_adapter_stacks, append_adapter
     from .onnx_compare import OnnxDiff, compare_onnx
@@ -49,10 +52,17 @@ _HOME = {
     "add_adapter_stacks": "onnx_batched",
     "append_adapter": "onnx_batched",
     "compare_onnx": "onnx_compare",
+    "decoder_example": "decoders",
+    "encoder_example": "decoders",
     "export_onnx": "onnx_export",
     "export_onnx_adapters": "adapter_export",
     "export_onnx_batched": "adapter_export",
+    "flat_cache_model": "decoders",
+    "flat_decoder": "decoders",
+    "flat_encoder": "decoders",
     "fold_into_onnx": "onnx_folding",
+    "greedy": "generation",
+    "greedy_seq2seq": "generation",
     "make_session": "sessions",
     "read_manifest": "onnx_weights",
     "unfold_onnx": "onnx_folding",
@@ -78,10 +88,17 @@ __all__ = [
     "add_adapter_stacks",
     "append_adapter",
     "compare_onnx",
+    "decoder_example",
+    "encoder_example",
     "export_onnx",
     "export_onnx_adapters",
     "export_onnx_batched",
+    "flat_cache_model",
+    "flat_decoder",
+    "flat_encoder",
     "fold_into_onnx",
+    "greedy",
+    "greedy_seq2seq",
     "make_session",
     "read_manifest",
     "unfold_onnx",
