@@ -9,6 +9,7 @@
     make_session    opens an ONNX file on the provider asked for, or raises
     AdapterSession  runs a file with switchable adapters, and never with the wrong one
     diagnose        says what is wrong with an installation of ONNX Runtime, and what mends it
+    flat_cache_model   a causal language model whose cache is inputs and outputs; greedy generates from its file
 
 Names load on first use: sessions and file comparison need neither torch nor a model.
 """
@@ -21,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapter_export import AdaptersReport, export_onnx_adapters, export_onnx_batched
     from .adapter_session import AdapterSession, BoundRun
+    from .decoders import decoder_example, encoder_example, flat_cache_model, flat_decoder, flat_encoder
     from .doctor import Diagnosis, Finding, diagnose
+    from .generation import greedy, greedy_seq2seq
     from .onnx_adapters import SlotsReport, add_adapter_inputs, write_onnx_adapter
     from .onnx_batched import add_adapter_stacks, append_adapter
     from .onnx_compare import OnnxDiff, compare_onnx
@@ -60,12 +63,19 @@ _HOME = {
     "add_adapter_stacks": "onnx_batched",
     "append_adapter": "onnx_batched",
     "compare_onnx": "onnx_compare",
+    "decoder_example": "decoders",
     "diagnose": "doctor",
+    "encoder_example": "decoders",
     "export_onnx": "onnx_export",
     "export_onnx_adapters": "adapter_export",
     "export_onnx_batched": "adapter_export",
     "export_optimized": "onnx_optimization",
+    "flat_cache_model": "decoders",
+    "flat_decoder": "decoders",
+    "flat_encoder": "decoders",
     "fold_into_onnx": "onnx_folding",
+    "greedy": "generation",
+    "greedy_seq2seq": "generation",
     "make_session": "sessions",
     "optimize_onnx": "onnx_optimization",
     "read_manifest": "onnx_weights",
@@ -98,12 +108,19 @@ __all__ = [
     "add_adapter_stacks",
     "append_adapter",
     "compare_onnx",
+    "decoder_example",
     "diagnose",
+    "encoder_example",
     "export_onnx",
     "export_onnx_adapters",
     "export_onnx_batched",
     "export_optimized",
+    "flat_cache_model",
+    "flat_decoder",
+    "flat_encoder",
     "fold_into_onnx",
+    "greedy",
+    "greedy_seq2seq",
     "make_session",
     "optimize_onnx",
     "read_manifest",

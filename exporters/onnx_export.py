@@ -24,7 +24,7 @@ from lora_fx import ExportError, LoraFxWarning
 from .eval_mode import evaluating
 from .example_inputs import Example, make_example, second_example, torch_export_shapes, without_ones
 from .onnx_files import Written, check_file, checked_target, is_external, save_files, written
-from .onnx_names import copy_module_paths, name_dimensions, name_ports, output_names, strip_metadata
+from .onnx_names import copy_module_paths, input_names, name_dimensions, name_ports, output_names, strip_metadata
 from .onnx_report import Dims, OnnxReport
 from .onnx_weights import StoredWeight, hide_weights, read_manifest, restore_weights, write_manifest
 from .quantization import Metric, Quantization, QuantizationReport, as_quantization, compare_outputs, quantize_weights
@@ -180,6 +180,7 @@ def _convert(
     outputs = output_names(program)
     notes = _mutations(program)
     copy_module_paths(gm, program)
+    _copy_what_is_turned(program)
     try:
         # Without its optimizer, which would look at the values of the weights: see onnx_weights.
         with quiet():
@@ -197,7 +198,7 @@ def _convert(
             "pass only tensors (and None, numbers and flags, which are written into the file as they are)"
         )
     notes += name_dimensions(model, example, onnx_program.rename_axes)
-    inputs = [str(value.name) for value in model.graph.inputs]
+    inputs = input_names(model, example)
     weights = _optimize(model, program, _aliases(gm))
     names = name_ports(model, inputs, outputs)
     weights = tuple(dataclasses.replace(weight, name=names[weight.name]) for weight in weights)
@@ -235,15 +236,33 @@ def _mutations(program: ExportedProgram) -> list[str]:
     return [f"the model writes into {some(targets)} when it runs; an ONNX file forgets that between two runs"]
 
 
+def _copy_what_is_turned(program: ExportedProgram) -> None:
+    """Make each `transpose(...).contiguous()` a copy, for the views of it.
+
+    Attention may be laid out so that there is nothing to copy, but not any more when torch takes it apart.
+    """
+    turns = (torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.contiguous.default and node.args[0].target in turns:
+            node.target = torch.ops.aten.clone.default
+            node.kwargs = {"memory_format": torch.contiguous_format}
+
+
 def _is_in_place(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _first_source(node: fx.Node) -> fx.Node:
     """Through views, the tensor that a node writes into."""
-    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node) and _may_view(node.target):
         node = node.args[0]
     return node
+
+
+def _may_view(op: Any) -> bool:
+    """Whether the op's result may be a part of its first input, and not a tensor of its own."""
+    schema = getattr(op, "_schema", None)
+    return schema is None or any(result.alias_info is not None for result in schema.returns)
 
 
 def _optimize(

@@ -45,6 +45,23 @@ def output_names(program: ExportedProgram) -> list[str]:
     return names
 
 
+def input_names(model: ir.Model, example: Example) -> list[str]:
+    """One name per tensor: the graph's own, or the key of a dictionary, where that is a dotted name by itself.
+
+    `past_key_values={"past_key_values.0.key": tensor}` is the input past_key_values.0.key.
+    """
+    paths = [
+        path for path, leaf in pytree.tree_flatten_with_path((example.args, example.kwargs))[0] if _is_tensor(leaf)
+    ]
+    keys = [_key(path[-1]) for path in paths]
+    both = zip(keys, model.graph.inputs, strict=True)
+    return [key if "." in key and keys.count(key) == 1 else str(value.name) for key, value in both]
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
 def _described(argument: Any) -> str:
     if isinstance(argument, ConstantArgument):
         return f"{argument.value!r} ({type(argument.value).__name__})"

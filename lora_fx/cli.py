@@ -280,6 +280,9 @@ def export(
         Quantize | None, typer.Option(help="Quantize the weights, after the float file's check.")
     ] = None,
     check: Annotated[bool, typer.Option(help="Run the file in ONNX Runtime, on the CPU, before it is kept.")] = True,
+    with_cache: Annotated[
+        bool, typer.Option("--with-cache", help="A decoder with past_key_values in and present out, to generate with.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a file at OUT that is not an ONNX file, too.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -297,7 +300,7 @@ def export(
         raise typer.BadParameter(f"{str(out)!r} is {what}, so OUT.onnx, the file to write, is missing")
     check_onnx_destination(out, [model, *paths[:-1]], overwrite=overwrite)
     _check_opset(opset)
-    gm = _folded(model, adapter, dtype)
+    gm = _folded(model, adapter, dtype, with_cache=with_cache)
     from exporters import export_onnx
 
     with progress("exporting and checking"):
@@ -413,14 +416,20 @@ def _loaded(model: Path, adapter: Path | None, dtype: Dtype | None = None) -> Hf
     return loaded
 
 
-def _traced(loaded: HfModel) -> LoraGraphModule:
+def _traced(loaded: HfModel, *, with_cache: bool = False) -> LoraGraphModule:
     import lora_fx
 
     with progress("tracing"):
-        return lora_fx.trace(loaded.model, (), loaded.inputs)
+        if not with_cache:
+            return lora_fx.trace(loaded.model, (), loaded.inputs)
+        from exporters import decoder_example, flat_cache_model
+
+        flat = flat_cache_model(loaded.model)
+        inputs, shapes = decoder_example(flat)
+        return lora_fx.trace(flat, (), inputs, dynamic_shapes=shapes)
 
 
-def _folded(model: Path, adapter: Path | None, dtype: Dtype | None) -> LoraGraphModule:
+def _folded(model: Path, adapter: Path | None, dtype: Dtype | None, *, with_cache: bool = False) -> LoraGraphModule:
     """The graph that an ONNX file is made of, or compared with."""
     import lora_fx
 
@@ -436,7 +445,7 @@ def _folded(model: Path, adapter: Path | None, dtype: Dtype | None) -> LoraGraph
             f"{str(model)!r} has no pad_token_id in its config.json, without which {type(loaded.model).__name__} "
             "takes one text at a time, and so does its ONNX file; set it for batches"
         )
-    gm = _traced(loaded)
+    gm = _traced(loaded, with_cache=with_cache)
     if adapter is None:
         return gm
     with progress("folding"):

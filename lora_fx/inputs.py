@@ -104,6 +104,13 @@ def free_shapes(bound: dict[str, Any], is_free: Callable[[int], bool]) -> dict[s
     return {name: pytree.tree_map(shapes, value) for name, value in bound.items()}
 
 
+def without_names(dynamic_shapes: Any) -> Any:
+    """The caller's dynamic_shapes as torch.export takes them: a name in place of a `Dim` asks for a free dimension."""
+    if dynamic_shapes == "auto":
+        return dynamic_shapes
+    return pytree.tree_map(lambda spec: Dim.DYNAMIC if isinstance(spec, str) else spec, dynamic_shapes)
+
+
 def doubled_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The inputs with their first dimension doubled, if it is one everywhere."""
     leaves = pytree.tree_leaves((args, kwargs))
@@ -162,7 +169,7 @@ def _usual_name(value: torch.Tensor, dimension: int, input_name: str) -> str:
 def _given_names(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> dict[tuple[int, int], str]:
-    """{(flattened input, dimension): name} of the `Dim`s in the caller's dynamic_shapes."""
+    """{(flattened input, dimension): name} of the `Dim`s and strings in the caller's dynamic_shapes."""
     if dynamic_shapes is None or dynamic_shapes == "auto":
         return {}
     bound = bound_inputs(model, args, kwargs)
@@ -176,6 +183,7 @@ def _given_names(
         is_shape = isinstance(spec, (Mapping, list, tuple))  # an int input has a single hint
         entries = () if not is_shape else spec.items() if isinstance(spec, Mapping) else enumerate(spec)
         names |= {(position, i): dim.__name__ for i, dim in entries if isinstance(dim, Dim)}
+        names |= {(position, i): dim for i, dim in entries if isinstance(dim, str)}
     return names
 
 

@@ -34,6 +34,7 @@ from .inputs import (
     free_shapes,
     positional_names,
     spelled_out,
+    without_names,
 )
 
 logger = logging.getLogger("lora_fx")
@@ -65,7 +66,8 @@ def trace(
         model: any module that torch.export takes. It is left as it was.
         args, kwargs: example inputs. Copies are remembered for export and for checks.
         dynamic_shapes: "auto" leaves free every dimension that the model leaves free; None fixes all;
-            anything else is torch.export's own form, and its `Dim` names are kept.
+            anything else is torch.export's own form, and its `Dim` names are kept. A string stands for a free
+            dimension of that name.
         tracer: "export", or "symbolic" for `torch.fx.symbolic_trace` (plain feed-forward modules).
 
     Raises:
@@ -78,7 +80,7 @@ def trace(
     if tracer != "export":
         raise GraphError(f"tracer={tracer!r} is unknown; use 'export' or 'symbolic'")
     with _noting_functions() as functions:
-        traced = _traced(model, args, kwargs, dynamic_shapes)
+        traced = _traced(model, args, kwargs, without_names(dynamic_shapes))
     _warn_of_functions(functions)
     record = TraceRecord(
         args=copied_inputs(args),

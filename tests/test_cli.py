@@ -312,6 +312,15 @@ def test_a_place_inside_a_file_is_refused_before_anything_is_loaded(
     assert files_of(tmp_path) == {"file": b"mine"}
 
 
+def test_export_with_cache_writes_a_decoder(tmp_path, monkeypatch, capsys) -> None:
+    model, adapter = save(tmp_path, make_llama(), target_modules="all-linear")
+    assert run(monkeypatch, "export", model, adapter, tmp_path / "out.onnx", "--with-cache", "--no-check") == 0
+    graph = onnx.load(tmp_path / "out.onnx").graph
+    past = [f"past_key_values.0.{part}" for part in ("key", "value")]
+    assert {value.name for value in graph.input} == {"input_ids", "attention_mask", "position_ids", *past}
+    assert {value.name for value in graph.output} == {"logits", "present.0.key", "present.0.value"}
+
+
 def test_export_replaces_what_is_no_onnx_file_only_when_told(directories, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "out.onnx").write_bytes(b"mine")
     with monkeypatch.context() as patch:
