@@ -7,7 +7,9 @@ read the log for the reason.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import logging
 import os
 import re
@@ -25,7 +27,7 @@ from lora_fx import AdapterArrays, ExportError
 
 from .external_data import DATA_HASH_KEY, check_external_data
 from .paths import path_of
-from .quiet import stderr_caught
+from .quiet import quiet, stderr_caught
 from .text import plain_lines, reason, some
 
 if TYPE_CHECKING:
@@ -186,6 +188,7 @@ def _on_gpu(source: _Source, provider: str, options: Mapping[str, str]) -> ort.I
             f"{provider} is not in this build of onnxruntime {ort.__version__} (it has "
             f"{some(ort.get_available_providers())}); pip install onnxruntime-gpu, and not onnxruntime beside it"
         )
+    _preload()
     _open(source, ["CPUExecutionProvider"])  # a file that cannot be read at all is not the provider's fault
     wanted: list[Any] = [(provider, dict(options))]
     with stderr_caught() as caught:
@@ -206,6 +209,14 @@ def _on_gpu(source: _Source, provider: str, options: Mapping[str, str]) -> ort.I
         ) from first
     _refuse_heavy_on_cpu(session, provider)
     return session
+
+
+@functools.cache
+def _preload() -> None:
+    """Load CUDA's libraries from the wheels that they came in, where the loader does not look of its own accord."""
+    if hasattr(ort, "preload_dlls"):
+        with quiet(), stderr_caught(), contextlib.suppress(Exception):  # the session says what is missing
+            ort.preload_dlls()
 
 
 def _refuse_heavy_on_cpu(session: ort.InferenceSession, provider: str) -> None:

@@ -327,6 +327,9 @@ def verify(
     base: Annotated[Path | None, typer.Option(help="The base model's ONNX, to compare op for op.")] = None,
     provider: Annotated[Provider, typer.Option(help="Where ONNX Runtime runs.")] = Provider.AUTO,
     dtype: OnnxDtype = None,
+    write: Annotated[
+        Path | None, typer.Option("--report", help="Write the report there: .html a page, else JSON.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run an ONNX file and the torch model on the same inputs and compare; exit status 4 if they differ.
@@ -339,6 +342,8 @@ def verify(
 
     with progress("verifying"):
         report = verify_onnx(onnx, gm, base=base, provider=provider)
+    if write is not None:
+        report.write(write)
     if as_json:
         print_json(report.to_dict())
     else:

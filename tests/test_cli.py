@@ -228,6 +228,9 @@ def test_export_and_verify(directories, exported, monkeypatch, capsys) -> None:
     assert "does not compute" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert run(monkeypatch, "verify", folded, model, adapter, "--provider", "cuda") == 5
+    page = folded.with_suffix(".html")
+    assert run(monkeypatch, "verify", folded, model, adapter, "--report", page) == 0
+    assert page.read_text().startswith("<!doctype html>")
     capsys.readouterr()
     # An ONNX file may be replaced.
     assert run(monkeypatch, "export", model, adapter, folded, "--quantize", "int8", "--json") == 0
