@@ -149,6 +149,7 @@ def fold_into_onnx(
     in_place = target.exists() and target.samefile(file)
     weights = OnnxWeights(model, arrays, mapping, partial=partial)
     new = list(new_weights(weights, strength))
+    names = list(model.graph.initializers)
     _record(model, arrays, strength)
     if in_place:
         _refuse_untied(new, "in place")
@@ -161,7 +162,8 @@ def fold_into_onnx(
     notes = [weights.rename.note] if weights.rename.note else []
     if weights.left_out:
         notes.append(f"not in this file: {some(weights.left_out)}")
-    reports = tuple(each.report for each in new)
+    order = {name: i for i, name in enumerate(names)}
+    reports = tuple(sorted((each.report for each in new), key=lambda weight: order[weight.name]))
     return OnnxFoldReport(os.fspath(out), str(arrays.directory), reports, time.perf_counter() - started, tuple(notes))
 
 

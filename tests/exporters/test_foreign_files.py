@@ -146,3 +146,30 @@ def test_names_that_begin_otherwise_are_found(tmp_path: Path) -> None:
     report = fold_into_onnx(FOREIGN / "torch" / "model.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
     assert distance(first_output(tmp_path / "out.onnx", "bert"), [values("bert")["adapted"]]) < BOUND
     assert any("'bert.'" in note for note in report.notes)
+
+
+def test_weights_that_genai_quantized(tmp_path: Path) -> None:
+    """Dequantized, folded, and quantized again as they were; or left as they are, with floats beside them."""
+    base, adapter, wanted = FOREIGN / "genai_int4" / "model.onnx", FOREIGN / "llama" / "adapter", values("llama")
+    rounding = distance(first_output(base, "llama"), [wanted["base"]])
+    assert rounding > 0.01, "int4 is not that exact"
+
+    report = fold_into_onnx(base, adapter, tmp_path / "folded.onnx")
+    assert len(report.weights) == 6  # qkv, o and up of two layers
+    assert {weight.dtype for weight in report.weights} == {"int4"}
+    assert all(0.01 < weight.error < 0.2 for weight in report.weights), str(report)
+    assert compare_onnx(base, tmp_path / "folded.onnx").same_graph
+    folded = first_output(tmp_path / "folded.onnx", "llama")
+    moved = distance([wanted["adapted"]], [wanted["base"]])
+    assert distance(folded, [wanted["adapted"]]) < 0.7 * moved
+    assert same_bits(first_output(base, "llama", adapter), folded)
+
+    add_adapter_inputs(base, tmp_path / "switch.onnx", adapter)
+    session = AdapterSession(tmp_path / "switch.onnx", provider="cpu")
+    session.load("x", adapter)
+    feed = feed_of(session.session, wanted)
+    assert same_bits(session.run(feed)[:1], first_output(base, "llama"))
+    assert distance(session.run(feed, "x")[:1], [wanted["adapted"]]) < 0.7 * moved
+    quantized = {t.name for t in onnx.load(tmp_path / "switch.onnx").graph.initializer if t.data_type == 2}
+    assert quantized, "the base stays quantized"
+    assert not [name for name in quantized if "lora" in name]
