@@ -20,6 +20,7 @@ import lora_fx
 from exporters import (
     AdapterSession,
     add_adapter_inputs,
+    add_adapter_stacks,
     decoder_example,
     encoder_example,
     export_onnx,
@@ -212,6 +213,10 @@ def test_it_generates_what_torch_generates(decoder: Decoder, tmp_path: Path) -> 
     write_onnx_adapter(tmp_path / "switch.onnx", decoder.adapter, tmp_path / "one.onnx_adapter")
     session = AdapterSession(tmp_path / "switch.onnx", provider="cpu")
     session.load("one", tmp_path / "one.onnx_adapter")
+    assert tokens(session, decoder.prompts) == decoder.base
+    assert tokens(session, decoder.prompts, adapter="one") == decoder.adapted
+    add_adapter_stacks(decoder.file, tmp_path / "rows.onnx", {"one": decoder.adapter})
+    session = AdapterSession(tmp_path / "rows.onnx", provider="cpu")
     assert tokens(session, decoder.prompts) == decoder.base
     assert tokens(session, decoder.prompts, adapter="one") == decoder.adapted
 
