@@ -29,7 +29,50 @@ def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, .
     workload = workloads.bert() if quick else workloads.minilm()
     with tempfile.TemporaryDirectory() as temporary:
         made = _Made(workload, Path(temporary))
-        return _making(made, rounds or (1 if quick else 3)), _running(made, rounds or (15 if quick else 60))
+        tables = _making(made, rounds or (1 if quick else 3)), _running(made, rounds or (15 if quick else 60))
+    with tempfile.TemporaryDirectory() as temporary:
+        return (*tables, _generating(Path(temporary), rounds or (2 if quick else 5), (2, 64) if quick else (4, 256)))
+
+
+def _generating(directory: Path, rounds: int, size: tuple[int, int]) -> Table:
+    """Tokens per second of a decoder with a cache, in each form."""
+    import transformers
+
+    layers, width = size
+    config = transformers.LlamaConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=2 * width, vocab_size=1009, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    flat = exporters.flat_cache_model(transformers.LlamaForCausalLM(config).eval())
+    inputs, shapes = exporters.decoder_example(flat)
+    gm = lora_fx.trace(flat, (), inputs, dynamic_shapes=shapes)
+    injected = lora_fx.inject(gm, lora_fx.LoraConfig(r=8, target_modules="all-linear"))
+    for parameter in lora_fx.lora_parameters(injected):
+        parameter.data.normal_(std=0.05)
+    lora_fx.save_adapter(injected, directory / "adapter")
+    base, adapter = directory / "base.onnx", directory / "adapter"
+    exporters.export_onnx(gm, base, check=False)
+    exporters.fold_into_onnx(base, adapter, directory / "folded.onnx")
+    exporters.add_adapter_inputs(base, directory / "switchable.onnx", adapter)
+    exporters.add_adapter_stacks(base, directory / "rows.onnx", {"one": adapter})
+    sessions: dict[str, Any] = {name: exporters.make_session(directory / f"{name}.onnx") for name in (BASE, FOLDED)}
+    sessions |= {name: exporters.AdapterSession(directory / f"{name}.onnx") for name in ("switchable", "rows")}
+    sessions["switchable"].load("one", adapter)
+    prompts, new = np.arange(3, 3 + 4 * 8).reshape(4, 8), 64
+    adapters = {BASE: None, FOLDED: None, "switchable": "one", "rows": "one"}
+    run = lambda name: exporters.greedy(sessions[name], prompts, new, adapter=adapters[name])
+    told = {name: run(name).tolist() for name in sessions}
+    require(told[FOLDED] == told["switchable"] == told["rows"], "the forms generate different tokens")
+    require(told[FOLDED] != told[BASE], "the adapter changes no token")
+    times = interleave({name: Variant(lambda _, name=name: run(name)) for name in sessions}, rounds, warmup=1)
+    rows = [(name, 4 * new / times.median(name), times.ratio(name, BASE)) for name in sessions]
+    return Table(
+        f"greedy generation with a cache: Llama-style, {layers} layers × {width}, 4 rows, {new} new tokens "
+        f"({rounds} rounds)",
+        ("form", "tokens / s", "time / base"),
+        tuple(rows),
+        ("checked first: folded, switchable and rows generate the same tokens, and others than the base",),
+    )
 
 
 class _Made:
