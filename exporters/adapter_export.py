@@ -25,7 +25,7 @@ from lora_fx import AdapterArrays, ExportError
 
 from .eval_mode import evaluating
 from .example_inputs import Example, make_example, second_example, without_ones
-from .lora_insertion import adapter_arrays
+from .lora_places import adapter_arrays
 from .lora_slots import Slots
 from .named_weights import OnnxWeights
 from .onnx_adapters import insert_inputs, save_arrays

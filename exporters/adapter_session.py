@@ -23,7 +23,7 @@ import onnxruntime as ort
 from lora_fx import AdapterArrays, AdapterError, ExportError, read_adapter
 from lora_fx.errors import closest
 
-from .lora_insertion import adapter_arrays
+from .lora_places import adapter_arrays
 from .lora_slots import Slots, read_slots
 from .named_weights import OnnxWeights
 from .onnx_adapters import Adapter, check_arrays, read_onnx_adapter
@@ -81,12 +81,13 @@ class AdapterSession:
         """Names of the adapters that may be chosen."""
         return self.slots.adapters if self.slots.ids is not None else tuple(self._loaded)
 
-    def load(self, name: str, adapter: Adapter, *, adapter_name: str = "default") -> None:
+    def load(self, name: str, adapter: Adapter, *, adapter_name: str = "default", partial: bool = False) -> None:
         """Make an adapter known under a name; one that has the name already is replaced.
 
         Args:
             adapter: an .onnx_adapter file made for this model, or a directory that PEFT or `save_adapter` wrote.
             adapter_name: the sub-directory to take of a PEFT directory of several adapters.
+            partial: of a directory, leave out what the file has no input for: it is one part of the model.
 
         Raises:
             AdapterError: if it does not fit this file, or was made for other base weights.
@@ -97,7 +98,7 @@ class AdapterSession:
             )
         if not isinstance(name, str) or not name:
             raise AdapterError(f"an adapter's name is {name!r}; it must be a string that is not empty")
-        loaded = self._from_file(adapter) if _is_file(adapter) else self._from_directory(adapter, adapter_name)
+        loaded = self._from_file(adapter) if _is_file(adapter) else self._from_directory(adapter, adapter_name, partial)
         with self._lock:
             self._loaded = {**self._loaded, name: loaded}
 
@@ -244,9 +245,9 @@ class AdapterSession:
         check_arrays(described, version, self.slots, repr(str(adapter)))
         return self._placed(arrays)
 
-    def _from_directory(self, adapter: Any, adapter_name: str) -> _Loaded:
+    def _from_directory(self, adapter: Any, adapter_name: str, partial: bool) -> _Loaded:
         arrays = adapter if isinstance(adapter, AdapterArrays) else read_adapter(adapter, adapter_name=adapter_name)
-        found = adapter_arrays(OnnxWeights(open_model(self._file), arrays), self.slots)
+        found = adapter_arrays(OnnxWeights(open_model(self._file), arrays, partial=partial), self.slots)
         if any(array.dtype.name == "bfloat16" for array in found.values()):
             raise AdapterError(
                 "ONNX Runtime's Python interface feeds no bfloat16; export the model in float16 or float32"

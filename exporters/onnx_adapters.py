@@ -24,7 +24,8 @@ import onnxruntime as ort
 
 from lora_fx import AdapterArrays, AdapterError, read_adapter
 
-from .lora_insertion import Inputs, adapter_arrays, insert_slots, plan_slots
+from .lora_insertion import Inputs, insert_slots
+from .lora_places import adapter_arrays, plan_slots
 from .lora_slots import Slots, read_slots
 from .named_weights import OnnxWeights
 from .onnx_files import check_derived, checked_target, has_external_data, open_model, written
@@ -73,6 +74,7 @@ def add_adapter_inputs(
     *,
     rank: int | None = None,
     mapping: Mapped | None = None,
+    partial: bool = False,
 ) -> SlotsReport:
     """Give an existing ONNX file an input for A and B of each module that the adapters have.
 
@@ -86,7 +88,7 @@ def add_adapter_inputs(
             than these can be used with it, too.
         rank: None lets every adapter bring its own rank. A number fixes it, and lower ranks are filled up with zeros:
             for providers that take no empty tensors (DirectML), or no free dimensions (CUDA graphs, TensorRT).
-        mapping: as for `fold_into_onnx`.
+        mapping, partial: as for `fold_into_onnx`.
 
     Raises:
         AdapterError: if an adapter has something for which there is no place.
@@ -96,7 +98,7 @@ def add_adapter_inputs(
     file, target = checked_file(base), checked_target(out)
     model = open_model(file)
     before = len(list(model.graph.all_nodes()))
-    slots = insert_inputs(model, _arrays(adapters), rank=rank, mapping=mapping)
+    slots = insert_inputs(model, _arrays(adapters), rank=rank, mapping=mapping, partial=partial)
     with written(model, target, external=has_external_data(model)) as files:
         check_derived(files.model, file)
     ranks = {slot.path: (slot.in_features, slot.stop - slot.start, slot.r or "free") for slot in slots.slots}
@@ -110,10 +112,15 @@ def _arrays(adapters: Sequence[Adapter] | Adapter) -> list[AdapterArrays]:
 
 
 def insert_inputs(
-    model: ir.Model, adapters: Sequence[AdapterArrays], *, rank: int | None = None, mapping: Mapped | None = None
+    model: ir.Model,
+    adapters: Sequence[AdapterArrays],
+    *,
+    rank: int | None = None,
+    mapping: Mapped | None = None,
+    partial: bool = False,
 ) -> Slots:
     """`add_adapter_inputs` on a model in memory."""
-    planned = plan_slots(model, adapters, mapping, rank)
+    planned = plan_slots(model, adapters, mapping, rank, partial=partial)
     insert_slots(model, planned, Inputs(model, planned.slots))
     return planned.slots
 
@@ -125,6 +132,7 @@ def write_onnx_adapter(
     *,
     adapter_name: str = "default",
     mapping: Mapped | None = None,
+    partial: bool = False,
 ) -> Path:
     """Write an adapter as the .onnx_adapter file that ONNX Runtime's `LoraAdapter` loads.
 
@@ -133,6 +141,7 @@ def write_onnx_adapter(
     Args:
         model: a file that `export_onnx_adapters` or `add_adapter_inputs` wrote.
         adapter: a directory that PEFT or `lora_fx.save_adapter` wrote.
+        partial: leave out what the file has no input for: it is one part of the model.
 
     Raises:
         AdapterError: if the adapter has something for which the file has no input, or does not fit it.
@@ -142,7 +151,7 @@ def write_onnx_adapter(
     arrays = adapter if isinstance(adapter, AdapterArrays) else read_adapter(adapter, adapter_name=adapter_name)
     opened = open_model(file)
     slots = read_slots(opened.metadata_props, file.name)
-    save_arrays(adapter_arrays(OnnxWeights(opened, arrays, mapping), slots), slots, target)
+    save_arrays(adapter_arrays(OnnxWeights(opened, arrays, mapping, partial=partial), slots), slots, target)
     return target
 
 

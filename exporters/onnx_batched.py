@@ -19,16 +19,8 @@ import onnx_ir as ir
 
 from lora_fx import AdapterArrays, AdapterError, ExportError, read_adapter
 
-from .lora_insertion import (
-    PlannedSlots,
-    Writer,
-    adapter_arrays,
-    input_of,
-    insert_slots,
-    moves_of,
-    plan_slots,
-    without_bias,
-)
+from .lora_insertion import Writer, input_of, insert_slots, moves_of, without_bias
+from .lora_places import PlannedSlots, adapter_arrays, plan_slots
 from .lora_slots import Slot, Slots, read_slots
 from .named_weights import OnnxWeights
 from .onnx_adapters import Adapter, SlotsReport

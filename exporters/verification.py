@@ -281,7 +281,7 @@ def _places_of(session: ort.InferenceSession) -> Slots | None:
 
 def _arrays_of(file: Path, gm: fx.GraphModule, slots: Slots, name: str) -> dict[str, Any]:
     """An adapter of the graph as the file takes it."""
-    from .lora_insertion import adapter_arrays
+    from .lora_places import adapter_arrays
     from .named_weights import OnnxWeights
     from .onnx_files import open_model
 
