@@ -52,6 +52,8 @@ def greedy(
             f"attention_mask {list(mask.shape)} must have the shape {list(ids.shape)} of input_ids and end in 1 in "
             'each row: pad on the left, tokenizer(..., padding_side="left")'
         )
+    if not mask.all() and "attention_mask" not in decoder.inputs:
+        raise ExportError("the file takes no attention_mask, so padding would count; give prompts of one length")
     return _follow(decoder, ids, max_new_tokens, eos_token_id, mask, {})
 
 
@@ -113,6 +115,7 @@ class _Decoder:
             name for name in ("logits", *(_present(each) for each in past)) if name not in outputs
         ]
         strange = [name for name in ports if name not in {"input_ids", "adapter_ids", *optional, *past}]
+        strange += [name for name, port in past.items() if port.type not in _DTYPES or len(port.shape) != 4]
         if lacks or strange or not past:
             why = f"it lacks {some(lacks)}" if lacks else f"it takes {some(strange)}" if strange else "it has no cache"
             raise ExportError(
