@@ -111,9 +111,8 @@ class _Decoder:
         ports = {port.name: port for port in own.get_inputs()}
         outputs = {port.name for port in own.get_outputs()}
         past = {name: port for name, port in ports.items() if name.startswith(_PAST)}
-        lacks = [name for name in ("input_ids",) if name not in ports] + [
-            name for name in ("logits", *(_present(each) for each in past)) if name not in outputs
-        ]
+        lacks = [name for name in ("logits", *map(_present, past)) if name not in outputs]
+        lacks += ["input_ids"] if "input_ids" not in ports else []
         strange = [name for name in ports if name not in {"input_ids", "adapter_ids", *optional, *past}]
         strange += [name for name, port in past.items() if port.type not in _DTYPES or len(port.shape) != 4]
         if lacks or strange or not past:
@@ -123,9 +122,8 @@ class _Decoder:
                 "export_onnx(lora_fx.trace(flat_cache_model(model), (), inputs, dynamic_shapes=shapes), path)"
             )
         sizes = {name: tuple(n if isinstance(n, int) else 0 for n in port.shape) for name, port in past.items()}
-        return cls(
-            session, adapter, {name: (sizes[name], _DTYPES[port.type]) for name, port in past.items()}, frozenset(ports)
-        )
+        cache = {name: (sizes[name], _DTYPES[port.type]) for name, port in past.items()}
+        return cls(session, adapter, cache, frozenset(ports))
 
     def empty(self, batch: int) -> dict[str, Array]:
         """The cache of no token."""
