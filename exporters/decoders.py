@@ -138,7 +138,8 @@ class _FlatDecoder(nn.Module):
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
             shapes["position_ids"] = _TOKENS
         past = _past_of(self(**{name: value[:, :_PAST] for name, value in inputs.items()}))
-        now = {name: value if name == "attention_mask" else value[:, _PAST:] for name, value in inputs.items()}
+        # Copies, since torch.export also guards the tensor that a view is of.
+        now = {name: value if name == "attention_mask" else value[:, _PAST:].clone() for name, value in inputs.items()}
         return now | {PAST: past}, shapes | {PAST: _past_shapes(past)}
 
 
@@ -206,7 +207,7 @@ class _CrossDecoder(nn.Module):
             source["encoder_attention_mask"] = _mask(states[..., 0]).flip(1)
         past = _past_of(self(ids[:, :_PAST], **source))
         shapes = {"input_ids": _TOKENS, **dict.fromkeys(source, _SOURCE_TOKENS), PAST: _past_shapes(past)}
-        return {"input_ids": ids[:, _PAST:], **source, PAST: past}, shapes
+        return {"input_ids": ids[:, _PAST:].clone(), **source, PAST: past}, shapes
 
 
 def _checked(model: Any, *needed: str) -> Any:

@@ -52,6 +52,8 @@ def greedy(
             f"attention_mask {list(mask.shape)} must have the shape {list(ids.shape)} of input_ids and end in 1 in "
             'each row: pad on the left, tokenizer(..., padding_side="left")'
         )
+    if not mask.all() and "attention_mask" not in decoder.inputs:
+        raise ExportError("the file takes no attention_mask, so padding would count; give prompts of one length")
     return _follow(decoder, ids, max_new_tokens, eos_token_id, mask, {})
 
 
@@ -109,10 +111,10 @@ class _Decoder:
         ports = {port.name: port for port in own.get_inputs()}
         outputs = {port.name for port in own.get_outputs()}
         past = {name: port for name, port in ports.items() if name.startswith(_PAST)}
-        lacks = [name for name in ("input_ids",) if name not in ports] + [
-            name for name in ("logits", *(_present(each) for each in past)) if name not in outputs
-        ]
+        lacks = [name for name in ("logits", *map(_present, past)) if name not in outputs]
+        lacks += ["input_ids"] if "input_ids" not in ports else []
         strange = [name for name in ports if name not in {"input_ids", "adapter_ids", *optional, *past}]
+        strange += [name for name, port in past.items() if port.type not in _DTYPES or len(port.shape) != 4]
         if lacks or strange or not past:
             why = f"it lacks {some(lacks)}" if lacks else f"it takes {some(strange)}" if strange else "it has no cache"
             raise ExportError(
@@ -120,9 +122,8 @@ class _Decoder:
                 "export_onnx(lora_fx.trace(flat_cache_model(model), (), inputs, dynamic_shapes=shapes), path)"
             )
         sizes = {name: tuple(n if isinstance(n, int) else 0 for n in port.shape) for name, port in past.items()}
-        return cls(
-            session, adapter, {name: (sizes[name], _DTYPES[port.type]) for name, port in past.items()}, frozenset(ports)
-        )
+        cache = {name: (sizes[name], _DTYPES[port.type]) for name, port in past.items()}
+        return cls(session, adapter, cache, frozenset(ports))
 
     def empty(self, batch: int) -> dict[str, Array]:
         """The cache of no token."""
