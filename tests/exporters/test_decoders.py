@@ -336,3 +336,12 @@ def test_encoder_and_decoder_generate_what_torch_generates(name: str, tmp_path: 
     folded = [tmp_path / f"folded_{file.name}" for file in (encoder, decoder)]
     assert follow(folded) == tuned
     assert follow([encoder, folded[1]]) != tuned, "the encoder's part of the adapter does nothing"
+
+    sessions = []
+    for file in (encoder, decoder):
+        switch = file.with_name(f"switch_{file.name}")
+        add_adapter_inputs(file, switch, tmp_path / "adapter", partial=True)
+        sessions.append(AdapterSession(switch, provider="cpu"))
+        sessions[-1].load("one", tmp_path / "adapter", partial=True)
+    assert greedy_seq2seq(*sessions, inputs, start, 24).tolist() == base
+    assert greedy_seq2seq(*sessions, inputs, start, 24, adapter="one").tolist() == tuned
