@@ -158,6 +158,7 @@ def _in_float16(proto: onnx.ModelProto, ports: list[str], kept: list[str]) -> on
             from onnxruntime.transformers.float16 import convert_float_to_float16
 
             converted: onnx.ModelProto = convert_float_to_float16(proto, keep_io_types=ports, node_block_list=kept)
+            _drop_repeated(converted.graph)
             return converted
     except Exception as error:
         raise ExportError(
@@ -166,6 +167,17 @@ def _in_float16(proto: onnx.ModelProto, ports: list[str], kept: list[str]) -> on
         ) from error
     finally:
         sys.path[:] = path  # to which that import adds its own directory
+
+
+def _drop_repeated(graph: onnx.GraphProto) -> None:
+    """Two nodes that stay in float32 and take one value get the same cast twice."""
+    nodes = {node.output[0] or node.name: node for node in graph.node}
+    values = {value.name: value for value in graph.value_info}
+    if len(nodes) < len(graph.node):
+        kept, types = list(nodes.values()), list(values.values())
+        del graph.node[:], graph.value_info[:]
+        graph.node.extend(kept)
+        graph.value_info.extend(types)
 
 
 def _float_tensors(graph: onnx.GraphProto) -> dict[tuple[str, str], onnx.TensorProto]:
