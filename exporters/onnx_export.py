@@ -71,7 +71,8 @@ def export_onnx(
         check: run ONNX Runtime (CPU) and torch on the example inputs, and on a second shape if
             dimensions are free, compare the weights, and refuse a file that disagrees.
         dtype: "float16" or "bfloat16": what the inside of a float32 graph computes in, and its weights are stored
-            as; inputs and outputs stay float32. ONNX Runtime's CPU cannot run bfloat16: of such a file only weights are checked.
+            as; inputs and outputs stay float32. ONNX Runtime's CPU cannot run bfloat16: of such a file only the
+            weights are checked.
         keep_fp32: types of ops, and names of modules, that go on in float32; for dtype.
         quantize: "int4", "int8" or a `Quantization`: weights that the graph multiplies with are quantized, after the
             float file was checked; the report tells how far the outputs move at the example inputs.
