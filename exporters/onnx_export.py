@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .onnx_files import Written, check_file, checked_target, is_external, save_f
 from .onnx_names import copy_module_paths, input_names, name_dimensions, name_ports, output_names, strip_metadata
 from .onnx_report import Dims, OnnxReport
 from .onnx_weights import StoredWeight, hide_weights, read_manifest, restore_weights, write_manifest
+from .precision import as_data_type, convert_precision
 from .quantization import Metric, Quantization, QuantizationReport, as_quantization, compare_outputs, quantize_weights
 from .quiet import quiet
 from .text import reason, some
@@ -39,6 +40,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     *,
     dtype: Any = None,
+    keep_fp32: Sequence[str] = (),
     quantize: str | Quantization | None = None,
     metric: Metric | None = None,
     opset: int | None = None,
@@ -68,7 +70,10 @@ def export_onnx(
             free, or torch.export's form, in which a string names a free dimension.
         check: run ONNX Runtime (CPU) and torch on the example inputs, and on a second shape if
             dimensions are free, compare the weights, and refuse a file that disagrees.
-        dtype: not available yet; refused if not None.
+        dtype: "float16" or "bfloat16": what the inside of a float32 graph computes in, and its weights are stored
+            as; inputs and outputs stay float32. ONNX Runtime's CPU cannot run bfloat16: of such a file only the
+            weights are checked.
+        keep_fp32: types of ops, and names of modules, that go on in float32; for dtype.
         quantize: "int4", "int8" or a `Quantization`: weights that the graph multiplies with are quantized, after the
             float file was checked; the report tells how far the outputs move at the example inputs.
         metric: measures the float file and the quantized one, such as lambda session: accuracy(session); for the
@@ -79,8 +84,16 @@ def export_onnx(
             are not finite, or the file does not agree with torch; nothing is written then.
     """
     started = time.perf_counter()
-    _check_options(dtype, opset, external_data)
-    options = as_quantization(quantize)
+    _check_options(opset, external_data)
+    data_type, options = as_data_type(dtype), as_quantization(quantize)
+    if keep_fp32 and data_type is None:
+        raise ExportError('keep_fp32= says what dtype= leaves in float32; pass dtype="float16", say, as well')
+    if isinstance(keep_fp32, str):
+        raise ExportError(f"keep_fp32={keep_fp32!r} must be a list of op types and module names: [{keep_fp32!r}]")
+    if options is not None and data_type == ir.DataType.BFLOAT16:
+        raise ExportError(
+            'a bfloat16 file does not run on the CPU to measure what quantizing costs; pass dtype="float16"'
+        )
     if metric is not None and options is None:
         raise ExportError("metric= compares a quantized file with the float one; pass quantize= as well")
     _check_graph(gm)
@@ -91,10 +104,12 @@ def export_onnx(
     with evaluating(gm):
         model, weights, found = _convert(gm, without_ones(example), opset)
         notes += found
+        if data_type is not None:
+            model, weights = convert_precision(model, weights, data_type, keep_fp32)
         external = is_external(model, external_data)
         with written(model, target, external=external) as files:
             check_file(files.model)
-            checks, lines = _check_against_torch(gm, files.model, example) if check else ((), [])
+            checks, lines = _check_against_torch(gm, files.model, example, data_type) if check else ((), [])
             notes += lines
             quantized = None
             if options is not None:
@@ -124,12 +139,7 @@ def export_onnx(
     )
 
 
-def _check_options(dtype: Any, opset: Any, external_data: Any) -> None:
-    if dtype is not None:
-        raise ExportError(
-            f"dtype={dtype!r} is not available yet; convert the model before tracing it: "
-            "gm = lora_fx.trace(model.half(), args)"
-        )
+def _check_options(opset: Any, external_data: Any) -> None:
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int) or not 1 <= opset <= newest):
         raise ExportError(f"opset={opset!r} is not an operator set that onnx {onnx.__version__} knows (1 to {newest})")
@@ -294,18 +304,29 @@ def _check_opset(model: ir.Model, opset: int | None) -> None:
         )
 
 
-def _check_against_torch(gm: fx.GraphModule, path: Path, example: Example) -> tuple[tuple[ShapeCheck, ...], list[str]]:
-    session = open_for_check(path)
+def _check_against_torch(
+    gm: fx.GraphModule, path: Path, example: Example, dtype: ir.DataType | None
+) -> tuple[tuple[ShapeCheck, ...], list[str]]:
+    try:
+        session = open_for_check(path)
+    except ExportError as error:
+        if dtype != ir.DataType.BFLOAT16:
+            raise
+        _check_stored(path, gm)
+        return (), [
+            f"not run: ONNX Runtime's CPU has no bfloat16 kernels for it, so only weights were checked ({error})"
+        ]
     notes: list[str] = []
     examples = [example]
     if any(example.dimensions):
         second, line = second_example(gm, example)
         examples += [second] if second is not None else []
         notes += [line] if second is None else []
-    checks = tuple(check_shape(session, gm, each) for each in examples)
+    inside = getattr(torch, dtype.name.lower()) if dtype not in (None, ir.DataType.FLOAT) else None
+    checks = tuple(check_shape(session, gm, each, inside=inside) for each in examples)
     for each in checks:
         if not each.ok:
-            again = check_shape(session, gm, examples[checks.index(each)])
+            again = check_shape(session, gm, examples[checks.index(each)], inside=inside)
             why = "" if again == each else "; it differs on every run: the model draws random numbers"
             raise ExportError(
                 f"the exported file does not compute what torch computes, so nothing was written: {each}{why}. "
@@ -316,13 +337,17 @@ def _check_against_torch(gm: fx.GraphModule, path: Path, example: Example) -> tu
             f"the exported file was not checked, so nothing was written: {NOTHING_COMPARABLE}. "
             "export_onnx(..., check=False) writes it all the same"
         )
+    _check_stored(path, gm)
+    return checks, notes
+
+
+def _check_stored(path: Path, gm: fx.GraphModule) -> None:
     weights = check_weights(path, gm)
     if not weights.ok:
         raise ExportError(
             f"the exported file holds other weights than the graph, so nothing was written. {weights}. "
             "export_onnx(..., check=False) writes it all the same, to look into it"
         )
-    return checks, notes
 
 
 def _quantize(

@@ -19,7 +19,7 @@ from lora_fx import ExportError
 
 from .onnx_weights import MANIFEST_KEY, StoredWeight, read_manifest, read_shared_modules
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 # A name that an exporter made up says nothing.
 _MADE_UP = re.compile(r"^(val_|onnx::|node_|_?[0-9]+$|[A-Za-z]+_[0-9]+$)")
@@ -264,7 +264,7 @@ def _names(
 
 def _module_of(node: ir.Node) -> str | None:
     """The path of the module that a node belongs to, as torch's two exporters and the genai builder write it."""
-    noted = node.metadata_props.get(_SCOPES)
+    noted = node.metadata_props.get(SCOPES_KEY)
     if noted is not None:
         with contextlib.suppress(ValueError, SyntaxError):
             scopes = ast.literal_eval(noted)

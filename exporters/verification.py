@@ -352,12 +352,18 @@ def open_for_check(path: Path) -> ort.InferenceSession:
 
 
 def check_shape(
-    session: ort.InferenceSession, gm: fx.GraphModule, example: Example, extra: Mapping[str, Any] | None = None
+    session: ort.InferenceSession,
+    gm: fx.GraphModule,
+    example: Example,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    inside: torch.dtype | None = None,
 ) -> ShapeCheck:
     """Compare at one set of inputs; `gm` must be in evaluation mode.
 
     Args:
         extra: arrays for inputs that the graph has not: those of adapters.
+        inside: what the file computes in, if it is coarser than the graph's dtype.
 
     Raises:
         ExportError: if torch or ONNX Runtime cannot run with these inputs.
@@ -386,7 +392,7 @@ def check_shape(
             f"torch returns {len(wanted)} tensors, the file {len(got)} ({', '.join(names)}): "
             "the file is not this graph's; export the graph again"
         )
-    dtype = _dtype_of(gm)
+    dtype = inside or _dtype_of(gm)
     return ShapeCheck(shapes, tuple(compare_output(*each, dtype) for each in zip(names, wanted, got, strict=True)))
 
 

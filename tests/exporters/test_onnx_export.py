@@ -427,7 +427,6 @@ def test_unfolded_adapters_are_refused_with_the_call_that_works(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": torch.float16}, "dtype=torch.float16 is not available yet; convert the model before tracing"),
         ({"opset": 5}, "asked for opset 5, but torch"),
         ({"opset": 99}, "opset=99 is not an operator set that onnx"),
         ({"opset": "20"}, "opset='20' is not an operator set"),

@@ -178,6 +178,27 @@ def test_switchable_adapters_are_never_quantized(injected: fx.GraphModule, tmp_p
     assert len(make_session(tmp_path / "int4.onnx", provider="cpu").run(None, {"x": X.numpy()})) == 2
 
 
+def test_adapters_in_a_file_of_another_tool_are_not_quantized_either() -> None:
+    shapes = {
+        "up.base_layer.weight": (37, 23),
+        "up.lora_A.default.weight": (37, 3),
+        "up.lora_B.default.weight": (3, 23),
+    }
+    weights = [onnx.numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in shapes.items()]
+    node, ports = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    base, a, b = shapes
+    nodes = [
+        node("MatMul", ["x", base], ["plain"]),
+        node("MatMul", ["x", a], ["down"]),
+        node("MatMul", ["down", b], ["up"]),
+        node("Add", ["plain", "up"], ["y"]),
+    ]
+    x, y = (ports(name, onnx.TensorProto.FLOAT, ["rows", size]) for name, size in (("x", 37), ("y", 23)))
+    model = ir.from_proto(onnx.helper.make_model(onnx.helper.make_graph(nodes, "peft", [x], [y], weights)))
+    assert quantize_weights(model, Quantization()) == 1
+    assert set(model.graph.initializers) == {f"{base}_Q4", f"{base}_scales", a, b}
+
+
 def test_low_quality_is_a_warning() -> None:
     x = np.array([3.0, 4.0, np.inf])
     (same,) = compare_outputs(["y"], [x], [x])
