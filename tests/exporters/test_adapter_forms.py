@@ -110,6 +110,19 @@ def test_a_graph_with_adapters_becomes_a_file_that_holds_them(bert: Deployed, tm
         assert distance([y[row] for y in got], [y[row] for y in bert.wanted[who][0]]) < BOUND
 
 
+@pytest.mark.parametrize("options", [{"quantize": "int8"}, {"dtype": "float16"}], ids=str)
+def test_adapters_beside_weights_of_another_type(bert: Deployed, tmp_path: Path, options: dict[str, str]) -> None:
+    report = export_onnx_adapters(bert.injected, tmp_path / "model.onnx", **options)
+    batched = export_onnx_batched(bert.injected, tmp_path / "rows.onnx", **options)
+    moved = distance(bert.wanted[ONE][0], bert.wanted[BASE][0])
+    for errors in (report.max_errors, batched.max_errors):
+        assert 1e-5 < max(errors.values()) < 0.1 * moved
+    types = {t.data_type for t in onnx.load(tmp_path / "model.onnx").graph.initializer if "lora" in t.name}
+    assert types == {onnx.TensorProto.FLOAT16 if "dtype" in options else onnx.TensorProto.FLOAT}
+    with pytest.raises(ExportError, match="feeds no bfloat16"):
+        export_onnx_adapters(bert.injected, tmp_path / "no.onnx", dtype="bfloat16")
+
+
 def test_a_graph_without_adapters_is_told_what_to_do(tmp_path: Path) -> None:
     gm = lora_fx.trace(torch.nn.Linear(7, 5), (torch.randn(2, 7),))
     for export in (export_onnx_adapters, export_onnx_batched):
