@@ -87,9 +87,9 @@ def export_onnx_adapters(
     """Write the base as an ONNX file whose LoRA weights may be left out, and an .onnx_adapter file for each adapter.
 
     Without an adapter the file computes the base, bit for bit (in float16, within its rounding). `AdapterSession` runs
-    it; so does onnxruntime's own
-    `RunOptions.add_active_adapter`, within its limits. The adapter files, `<adapter>.onnx_adapter`, lie beside `path`;
-    `write_onnx_adapter` makes more of them, of directories that PEFT wrote, too.
+    it; so does onnxruntime's own `RunOptions.add_active_adapter`, within its limits. The adapter files,
+    `<adapter>.onnx_adapter`, lie beside `path`; `write_onnx_adapter` makes more of them, of directories that PEFT
+    wrote, too.
 
     Args:
         gm: an injected graph, with one adapter or several; it is as before afterwards.
@@ -313,7 +313,7 @@ def _check_batched(
             errors[name] = max(error, errors.get(name, 0.0))
             alone.append(session.run(None, feed | ids))
         mixed = np.arange(count, dtype=np.int64) % len(alone)
-        _check_rows(alone, session.run(None, feed | {IDS: mixed}), mixed)
+        _check_rows(alone, session.run(None, feed | {IDS: mixed}), mixed, bound)
     return errors
 
 
@@ -327,7 +327,7 @@ def _rows(feed: Mapping[str, Array]) -> int:
     return sizes.pop()
 
 
-def _check_rows(alone: Sequence[Sequence[Array]], mixed: Sequence[Array], ids: Array) -> None:
+def _check_rows(alone: Sequence[Sequence[Array]], mixed: Sequence[Array], ids: Array, bound: _Bound) -> None:
     for i, output in enumerate(mixed):
         if output.ndim == 0 or len(output) != len(ids):
             raise ExportError(
@@ -336,8 +336,9 @@ def _check_rows(alone: Sequence[Sequence[Array]], mixed: Sequence[Array], ids: A
             )
         for row, number in enumerate(ids):
             wanted, got = alone[int(number)][i][row], output[row]
-            bound = 64 * np.finfo(got.dtype).eps * np.abs(wanted).max(initial=0) if got.dtype.kind == "f" else 0
-            if np.abs(wanted.astype(np.float64) - got).max(initial=0) > bound:
+            eps = torch.finfo(bound.inside or torch.float32).eps if got.dtype.kind == "f" else 0.0
+            allowed = (64 if bound.inside is None else 8) * eps * np.abs(wanted).max(initial=0)
+            if np.abs(wanted.astype(np.float64) - got).max(initial=0) > allowed:
                 raise ExportError(
                     f"row {row}, which chose adapter {number}, has another result in a batch with others than alone: "
                     "the model mixes rows; use export_onnx_adapters, or fold"
