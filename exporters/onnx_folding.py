@@ -8,6 +8,7 @@ make_session(base, adapter=adapter)     at load, with nothing written (see sessi
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ import onnx_ir as ir
 
 from lora_fx import AdapterArrays, AdapterError, ExportError, read_adapter
 
+from .lora_slots import SLOTS_KEY, read_slots
 from .named_weights import OnnxWeights
 from .onnx_files import check_derived, checked_target, has_external_data, open_model, written
 from .onnx_fold_plan import WeightChange, other_readers, plan_changes
@@ -318,6 +320,10 @@ def _recorded(model: ir.Model) -> list[dict[str, object]]:
 def _record(model: ir.Model, adapter: AdapterArrays, strength: float) -> None:
     entries = [*_recorded(model), {"adapter": adapter.sha256, "strength": strength}]
     model.metadata_props[FOLDED_KEY] = json.dumps(entries)
+    if SLOTS_KEY in model.metadata_props:  # adapters that were made for the base as it was are not for this one
+        slots = read_slots(model.metadata_props, "the file")
+        made_of = f"{slots.fingerprint} {adapter.sha256} {strength!r}"
+        dataclasses.replace(slots, fingerprint=hashlib.sha256(made_of.encode()).hexdigest()).write_to(model)
 
 
 def session_values(

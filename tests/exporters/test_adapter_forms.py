@@ -258,6 +258,14 @@ def test_an_adapter_of_other_weights_is_refused(
         session.load("foreign", tmp_path / "foreign.onnx_adapter")
 
 
+def test_a_switchable_file_that_is_folded_has_other_base_weights(bert: Deployed, switch: Path, tmp_path: Path) -> None:
+    fold_into_onnx(switch, bert.adapter(TWO), tmp_path / "folded.onnx")
+    session = AdapterSession(tmp_path / "folded.onnx", provider="cpu")
+    assert distance(session.run(bert.feeds[0]), bert.wanted[TWO][0]) < BOUND
+    with pytest.raises(AdapterError, match="made for other base weights"):
+        session.load(ONE, switch.with_name("one.onnx_adapter"))
+
+
 def test_a_higher_rank_than_the_file_has_is_refused(bert: Deployed, tmp_path: Path) -> None:
     add_adapter_inputs(bert.base, tmp_path / "m.onnx", bert.adapter(ONE), rank=4)
     with pytest.raises(AdapterError, match="higher rank"):
