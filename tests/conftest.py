@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +21,25 @@ settings.register_profile("lora_fx", deadline=None, derandomize=True)
 settings.load_profile("lora_fx")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: the tests of a model of the zoo run in one process, which traces it once."""
-    models = getattr(sys.modules.get("zoo"), "BY_NAME", ())
-    for item in items:
-        values = map(str, item.callspec.params.values()) if hasattr(item, "callspec") else ()
-        model = next((value for value in values if value in models), None)
-        item.add_marker(pytest.mark.xdist_group(model or item.path.stem))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With -n, the tests of a model of the zoo run in one process, which traces it once; others by file.
+
+    (xdist's own groups, `--dist loadgroup`, do nothing under pytest 9.2, which computes the names they are written to.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModel(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, rest = nodeid.partition("::")
+            parameters = re.search(r"\[(.*)\]$", rest)
+            words = parameters[1].split("-") if parameters else ()
+            return next((word for word in words if word in _MODELS), file)
+
+    return ByModel(config, log)
+
+
+# Those of zoo.py that take time to trace.
+_MODELS = ("bert", "gpt2", "llama", "qwen3", "mixtral", "vit", "minilm", "whisper")
 
 
 def pytest_collection_finish() -> None:
