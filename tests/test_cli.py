@@ -232,8 +232,8 @@ def test_export_and_verify(directories, exported, monkeypatch, capsys) -> None:
     assert run(monkeypatch, "verify", folded, model, adapter, "--report", page) == 0
     assert page.read_text().startswith("<!doctype html>")
     capsys.readouterr()
-    # An ONNX file may be replaced.
-    assert run(monkeypatch, "export", model, adapter, folded, "--quantize", "int8", "--json") == 0
+    small = page.with_name("small.onnx")
+    assert run(monkeypatch, "export", model, adapter, small, "--quantize", "int8", "--json") == 0
     assert json.loads(capsys.readouterr().out)["quantization"]["bits"] == 8
 
 
