@@ -187,9 +187,14 @@ def moves_of(node: ir.Node) -> list[ir.Attr]:
 def without_bias(slot: Slot, node: ir.Node, writer: Writer) -> ir.Value:
     """What the op gives, without the bias that is in the same op."""
     y = node.outputs[0]
-    bias = node.inputs[2] if node.op_type in ("Gemm", "Conv", "ConvTranspose") and len(node.inputs) > 2 else None
+    position = {"Gemm": 2, "Conv": 2, "ConvTranspose": 2, "MatMulNBits": 5}.get(node.op_type)
+    bias = node.inputs[position] if position is not None and len(node.inputs) > position else None
     if bias is None:
         return y
+    beta = node.attributes["beta"].as_float() if node.op_type == "Gemm" and "beta" in node.attributes else 1.0
+    if beta != 1.0:
+        factor = writer.constant(np.array(beta, ir.DataType[slot.dtype].numpy()), f"{slot.path}.lora_beta")
+        bias = writer.op("Mul", bias, factor, name=f"{slot.path}.lora_beta_bias")
     if slot.form.kind == "kernel":
         sizes = writer.constant(np.array(slot.shape_of("bias", 1), np.int64), f"{slot.path}.lora_bias_shape")
         bias = writer.op("Reshape", bias, sizes, name=f"{slot.path}.lora_bias")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx_ir as ir
 
 from lora_fx import AdapterArrays, AdapterError, ExportError, LowRankArrays
@@ -221,10 +222,20 @@ def adapter_arrays(weights: OnnxWeights, slots: Slots) -> dict[str, Array]:
         weight = weights.model.graph.initializers[slot.weight]
         base = read_weight(weight) if low.magnitude is not None else None
         arrays = slot.arrays(low, weights.scaling_at_slot(low), base)
-        dtype = ir.DataType[slot.dtype].numpy()
-        found |= {slot.parts[part]: array.astype(dtype) for part, array in arrays.items()}
+        found |= {slot.parts[part]: _in_type(array, slot, part) for part, array in arrays.items()}
     found |= _whole_arrays(weights, slots)
     return found
+
+
+def _in_type(array: Array, slot: Slot, part: str) -> Array:
+    with np.errstate(over="ignore"):
+        stored = array.astype(ir.DataType[slot.dtype].numpy())
+    if not np.isfinite(stored.astype(np.float64)).all():
+        raise AdapterError(
+            f"{slot.parts[part]!r}, with its scaling, has values that {slot.dtype} cannot hold; export the model in "
+            "float32"
+        )
+    return stored
 
 
 def _whole_arrays(weights: OnnxWeights, slots: Slots) -> dict[str, Array]:

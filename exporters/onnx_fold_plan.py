@@ -13,8 +13,8 @@ from lora_fx.errors import closest
 
 from .named_weights import Held, OnnxWeights, joined
 from .onnx_deltas import experts_delta, gain, low_rank_delta
-from .onnx_sites import Form, OnnxSite
-from .onnx_weights import Array
+from .onnx_sites import Form, OnnxSite, module_of
+from .onnx_weights import Array, read_shared_modules
 from .text import some
 
 # The new value of a weight, float32 and in the initializer's shape, from its old one.
@@ -91,8 +91,10 @@ def plan_changes(weights: OnnxWeights, strength: float = 1.0) -> list[WeightChan
         rows = None if each.piece is None else piece_of(each, matched)
         changes.at_sites(each, _edit(each, rows, strength))
         if each.low.bias is not None:
-            bias = each.low.bias * (each.scaling * strength)
-            changes.of_all(WeightChange(bias_of(each.site), (each.low.path,), (_added(bias, rows),)))
+            bias = each.low.bias * (each.scaling * strength / beta_of(each.site.node))
+            held = bias_of(each.site)
+            check_one_reader(weights, held, weights.rename(each.low.path), f"the lora_bias of {each.low.path!r}")
+            changes.of_all(WeightChange(held, (each.low.path,), (_added(bias, rows),)))
     for low in adapter.low_rank:
         parameter = weights.parameter_of(low)
         for change in () if parameter is None else _parameter_changes(weights, low, parameter, strength):
@@ -262,8 +264,46 @@ def bias_of(site: OnnxSite) -> ir.Value:
                 return value
     raise ExportError(
         f"the adapter has a lora_bias for {site.name!r}, and the file has no bias there to fold it into; train without "
-        "lora_bias, or give the base module a bias before it is exported"
+        "lora_bias, or give the base module a bias before it is exported (torch's exporters drop one that is all zeros)"
     )
+
+
+def beta_of(node: ir.Node) -> float:
+    """What a Gemm multiplies its bias with.
+
+    Raises:
+        ExportError: if that is 0, so that the bias does nothing.
+    """
+    beta = node.attributes["beta"].as_float() if node.op_type == "Gemm" and "beta" in node.attributes else 1.0
+    if beta == 0.0:
+        raise ExportError(f"the Gemm {node.name!r} multiplies its bias with 0, so nothing can be folded into it")
+    return beta
+
+
+def check_one_reader(weights: OnnxWeights, value: ir.Value, module: str, what: str) -> None:
+    """Whether an initializer is one module's alone, so that a new value of it reaches nobody else.
+
+    Tied weights are several modules' by the file's record; in a foreign file, an initializer with several readers may
+    be tied, or it may be several that happened to be equal, which torch's exporters merge (zero biases, unit norms).
+
+    Raises:
+        ExportError: if it is not, or nobody can tell.
+    """
+    recorded = weights.recorded.get(str(value.name))
+    if recorded is not None:
+        shared = read_shared_modules(weights.model.metadata_props)
+        own = {recorded.fqn, *recorded.aliases}
+        others = {shared.get(name.rpartition(".")[0], name.rpartition(".")[0]) for name in own}
+        others -= {shared.get(module, module)}
+    else:
+        readers = [module_of(node) for node, _ in value.uses()]
+        others = {reader for reader in readers if reader is not None} - {module}
+        others |= {"an op of no name"} if None in readers and len(readers) > 1 else set()
+    if others:
+        raise ExportError(
+            f"the adapter has {what}, and {value.name!r} in the file is also read by {some(sorted(others))}: tied, or "
+            "equal and merged by the exporter. Fold in the graph (lora_fx.load_adapter, lora_fx.fold), and export that"
+        )
 
 
 def _parameter_changes(weights: OnnxWeights, low: LowRankArrays, name: str, strength: float) -> Iterator[WeightChange]:
@@ -313,6 +353,7 @@ def _row_changes(weights: OnnxWeights, path: str, values: Array, strength: float
             raise AdapterError(
                 f"rows up to {max(rows)}, {values.shape[1]} wide, do not fit {path!r}, which is {vocabulary} × {width}"
             )
+        check_one_reader(weights, held.value, weights.rename(path), f"rows of {path!r}")
         yield WeightChange(held.value, (path,), (_with_rows(held, rows, values, strength),))
 
 
@@ -337,6 +378,7 @@ def _full_changes(weights: OnnxWeights, name: str, full: Array, strength: float)
                 f"the adapter's {name!r} has the shape {list(full.shape)}, and the file's {list(held.own_shape)}; is "
                 "this adapter of this model?"
             )
+        check_one_reader(weights, held.value, weights.rename(name).rpartition(".")[0], f"all of {name!r}")
         yield WeightChange(held.value, (name,), (_towards(held.lying(full), strength),))
 
 

@@ -246,10 +246,12 @@ def _names(
         return (), (), tuple((name,) for name in mapped)
     parameters = parameter_names(value, recorded)
     modules = dict.fromkeys(module_of_weight(parameter) for parameter in parameters)
-    by_node = _module_of(node)
+    by_node = module_of(node)
     if by_node is not None:
-        # A tied weight goes by several names; the op's own says which of them is meant here.
-        modules = dict.fromkeys([by_node]) if not modules or by_node in modules else modules
+        # A tied weight goes by several names, of which a foreign file has one; the op's own says which module it is
+        # that applies it here. A module that holds the weight's own is no other name for it.
+        is_other = recorded is None and not any(f"{name}.".startswith(f"{by_node}.") or not by_node for name in modules)
+        modules = dict.fromkeys([by_node]) if not modules or by_node in modules or is_other else modules
     own = [*modules, *(shared[name] for name in modules if name in shared)]
     names = tuple(dict.fromkeys(other for name in own for other in _other_spellings(name)))
     last = next(iter(modules), "").rpartition(".")[2]
@@ -262,7 +264,7 @@ def _names(
     return names, tuple(parameters), ()
 
 
-def _module_of(node: ir.Node) -> str | None:
+def module_of(node: ir.Node) -> str | None:
     """The path of the module that a node belongs to, as torch's two exporters and the genai builder write it."""
     noted = node.metadata_props.get(SCOPES_KEY)
     if noted is not None:
