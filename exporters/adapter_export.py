@@ -36,7 +36,8 @@ from .onnx_files import check_file, checked_target, has_external_data, open_mode
 from .onnx_report import OnnxReport
 from .onnx_weights import Array
 from .precision import as_data_type
-from .text import some, table
+from .slots_check import check_base, check_rows, rows_of
+from .text import table
 from .verification import ShapeCheck, check_shape, feed_of, open_for_check
 
 
@@ -114,7 +115,7 @@ def export_onnx_adapters(
             temporary = {name: files.model.with_name(file.name) for name, file in files_of.items()}
             for name, file in temporary.items():
                 save_arrays(arrays[name], slots, file)
-            errors = _check_switchable(gm, files.model, base, arrays, inputs, bound) if check else {}
+            errors = _check_switchable(gm, files.model, base, slots, arrays, inputs, bound) if check else {}
             for name, file in temporary.items():
                 os.replace(file, files_of[name])
     return AdaptersReport(
@@ -207,6 +208,7 @@ def _check_switchable(
     gm: fx.GraphModule,
     file: Path,
     base: OnnxReport,
+    slots: Slots,
     arrays: Mapping[str, Mapping[str, Array]],
     inputs: Mapping[str, Any],
     bound: _Bound,
@@ -217,7 +219,7 @@ def _check_switchable(
         examples = _examples(gm, inputs)
     for example in examples:
         feed = feed_of(plain, example)
-        _check_base(plain.run(None, feed), session.run(None, feed), "without an adapter", bound)
+        check_base(plain.run(None, feed), session.run(None, feed), "without an adapter", slots)
     return {name: _against_torch(gm, session, name, given, examples, bound) for name, given in arrays.items()}
 
 
@@ -268,19 +270,6 @@ def _raise_if_wrong(name: str, checks: Sequence[ShapeCheck]) -> None:
             )
 
 
-def _check_base(wanted: Sequence[Array], got: Sequence[Array], when: str, bound: _Bound) -> None:
-    """The base's bits; within its rounding in float16, in which the CPU's kernels round where the graph has room to."""
-    for a, b in zip(wanted, got, strict=True):
-        if np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
-            continue
-        error = np.abs(a.astype(np.float64) - b).max(initial=0)
-        if bound.inside is None or error > 8 * torch.finfo(bound.inside).eps * np.abs(a).max(initial=0):
-            raise ExportError(
-                f"{when} the file does not compute the base's bits, so nothing was written; check=False writes it all "
-                "the same, to look into it"
-            )
-
-
 @contextlib.contextmanager
 def only_adapter(gm: fx.GraphModule, name: str) -> Iterator[None]:
     """Let one adapter count, as long as the block lasts."""
@@ -302,44 +291,9 @@ def _check_batched(
     errors: dict[str, float] = {}
     for example in examples:
         feed = feed_of(plain, example)
-        count = _rows(feed)
-        alone = [plain.run(None, feed)]
-        _check_base(
-            alone[0], session.run(None, feed | {IDS: np.zeros(count, np.int64)}), "with adapter_ids of 0", bound
-        )
+        check_rows(session, plain.run(None, feed), feed, slots)
         for number, name in enumerate(slots.adapters, 1):
-            ids = {IDS: np.full(count, number, np.int64)}
+            ids = {IDS: np.full(rows_of(feed), number, np.int64)}
             error = _against_torch(gm, session, name, ids, [example], bound)
             errors[name] = max(error, errors.get(name, 0.0))
-            alone.append(session.run(None, feed | ids))
-        mixed = np.arange(count, dtype=np.int64) % len(alone)
-        _check_rows(alone, session.run(None, feed | {IDS: mixed}), mixed, bound)
     return errors
-
-
-def _rows(feed: Mapping[str, Array]) -> int:
-    sizes = {len(array) for array in feed.values() if array.ndim}
-    if len(sizes) != 1:
-        raise ExportError(
-            f"the inputs begin with {some(map(str, sorted(sizes)))} rows; for adapter_ids all of them have the batch "
-            "in front"
-        )
-    return sizes.pop()
-
-
-def _check_rows(alone: Sequence[Sequence[Array]], mixed: Sequence[Array], ids: Array, bound: _Bound) -> None:
-    for i, output in enumerate(mixed):
-        if output.ndim == 0 or len(output) != len(ids):
-            raise ExportError(
-                f"output {i} has the shape {list(output.shape)} for {len(ids)} rows: it mixes rows, which adapters of "
-                "their own would be mixed in, too; use export_onnx_adapters, or fold"
-            )
-        for row, number in enumerate(ids):
-            wanted, got = alone[int(number)][i][row], output[row]
-            eps = torch.finfo(bound.inside or torch.float32).eps if got.dtype.kind == "f" else 0.0
-            allowed = (64 if bound.inside is None else 8) * eps * np.abs(wanted).max(initial=0)
-            if np.abs(wanted.astype(np.float64) - got).max(initial=0) > allowed:
-                raise ExportError(
-                    f"row {row}, which chose adapter {number}, has another result in a batch with others than alone: "
-                    "the model mixes rows; use export_onnx_adapters, or fold"
-                )

@@ -30,7 +30,7 @@ from .onnx_adapters import Adapter, check_arrays, read_onnx_adapter
 from .onnx_files import open_model
 from .onnx_weights import Array
 from .paths import path_of
-from .sessions import checked_file, make_session
+from .sessions import checked_file, make_session, silent_run
 from .text import reason, some
 
 Adapters = str | Sequence[str] | None
@@ -127,7 +127,7 @@ class AdapterSession:
         """
         arrays, _ = self._feed(feed, adapter)
         try:
-            return list(self.session.run(None if outputs is None else list(outputs), arrays, _silent()))
+            return list(self.session.run(None if outputs is None else list(outputs), arrays, silent_run()))
         except Exception as error:
             raise ExportError(f"{self._file.name} cannot run with these inputs: {reason(error)}") from error
 
@@ -144,7 +144,7 @@ class AdapterSession:
                 future.set_result(list(results))
 
         try:
-            self.session.run_async(None, arrays, done, (arrays, kept), _silent())
+            self.session.run_async(None, arrays, done, (arrays, kept), silent_run())
         except Exception as error:
             raise ExportError(f"{self._file.name} cannot run with these inputs: {reason(error)}") from error
         return future
@@ -169,7 +169,9 @@ class AdapterSession:
 
     def _feed(self, feed: Mapping[str, Array], adapter: Adapters) -> tuple[dict[str, Array], tuple[_Loaded, ...]]:
         """All inputs as arrays, and what keeps them alive."""
-        arrays = {name: np.asarray(array) for name, array in feed.items()}
+        arrays = _as_arrays(feed)
+        if not (adapter is None or isinstance(adapter, str)) and not _are_names(adapter):
+            raise AdapterError(f"adapter={adapter!r} must be an adapter's name, several names, or None for the base")
         if self.slots.ids is not None:
             arrays = self._with_ids(arrays, adapter)
         self._check_names(arrays)
@@ -191,23 +193,36 @@ class AdapterSession:
         if self.slots.ids not in arrays:
             if adapter is not None and not isinstance(adapter, str):
                 raise AdapterError(f"rows choose adapters here: pass {self.slots.ids!r}, or one adapter for all rows")
-            count = max((len(array) for array in arrays.values() if array.ndim), default=1)
             number = 0 if adapter is None else self._number(adapter)
-            return arrays | {self.slots.ids: np.full(count, number, np.int64)}
+            return arrays | {self.slots.ids: np.full(self._rows(arrays), number, np.int64)}
         if adapter is not None:
             raise AdapterError(f"both adapter={adapter!r} and {self.slots.ids!r} were given; pass one of them")
-        ids = arrays[self.slots.ids]
+        return arrays | {self.slots.ids: self.checked_ids(arrays[self.slots.ids], self._rows(arrays))}
+
+    def checked_ids(self, ids: Array, count: int) -> Array:
+        """`adapter_ids` as the file takes them. A negative number would count from the end.
+
+        Raises:
+            AdapterError: unless they are one number of an adapter, or 0, for each of `count` rows.
+        """
         if ids.dtype.kind not in "iu" or ids.ndim != 1:
             raise AdapterError(
                 f"{self.slots.ids!r} must be one integer for each row, not {ids.dtype} {list(ids.shape)}"
             )
+        if len(ids) != count:
+            raise AdapterError(f"{self.slots.ids!r} has {len(ids)} numbers for {count} rows; give one for each")
         wrong = [int(number) for number in ids if not 0 <= number <= len(self.slots.adapters)]
         if wrong:
             raise AdapterError(
                 f"{self.slots.ids!r} holds {wrong[0]}; there are 0 for the base and 1 to {len(self.slots.adapters)} "
                 f"for {some(self.slots.adapters)}"
             )
-        return arrays | {self.slots.ids: ids.astype(np.int64)}
+        return ids.astype(np.int64)
+
+    def _rows(self, arrays: Mapping[str, Array]) -> int:
+        """How many rows the batch has: it is in front of the first input, as `adapter_ids` was declared."""
+        others = (arrays[name] for name in self.inputs if name in arrays and name != self.slots.ids)
+        return next((len(array) for array in others if array.ndim), 1)
 
     def _check_names(self, arrays: Mapping[str, Array]) -> None:
         missing = [name for name in self.inputs if name not in arrays]
@@ -294,19 +309,26 @@ class BoundRun:
             self._binding.bind_ortvalue_output(name, value)
 
     def _value(self, array: Array) -> ort.OrtValue:
-        return ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+        try:
+            return ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+        except Exception as error:
+            raise ExportError(f"an array of {array.dtype} cannot be bound: {reason(error)}") from error
 
     def update(self, feed: Mapping[str, Array]) -> None:
         """Other values for inputs, of the same shapes: they are copied to where the old ones lie.
 
         Raises:
             ExportError: if there is no such input, or it has another shape or type.
+            AdapterError: if it is `adapter_ids`, and there is no such adapter.
         """
-        for name, array in feed.items():
+        arrays = _as_arrays(feed)
+        for name, array in arrays.items():
             old = self._arrays.get(name)
             if old is None or old.shape != array.shape or old.dtype != array.dtype:
                 raise ExportError(f"{name!r} is not bound with shape {list(array.shape)} and {array.dtype}; bind anew")
-        for name, array in feed.items():
+            if name == self._owner.slots.ids:
+                self._owner.checked_ids(array, len(old))
+        for name, array in arrays.items():
             self._arrays[name][...] = array
             if self._device != "cpu":
                 self._inputs[name].update_inplace(self._arrays[name])
@@ -326,7 +348,7 @@ class BoundRun:
 
     def _run(self, graph: str) -> None:
         """One run; `graph` numbers the CUDA graph that is recorded, or replayed, and -1 is a run without."""
-        options = _silent()
+        options = silent_run()
         if self._device != "cpu":
             options.add_run_config_entry("gpu_graph_id", graph)
         try:
@@ -335,16 +357,22 @@ class BoundRun:
             raise ExportError(f"the session cannot run with what is bound: {reason(error)}") from error
 
 
+def _as_arrays(feed: Mapping[str, Any]) -> dict[str, Array]:
+    if not isinstance(feed, Mapping):
+        raise ExportError(f"inputs are given as {{name: array}}, and not as {type(feed).__name__}")
+    try:
+        return {name: np.asarray(array) for name, array in feed.items()}
+    except Exception as error:  # ragged lists, tensors on a GPU, ...
+        raise ExportError(f"an input cannot be read as an array: {reason(error)}") from error
+
+
+def _are_names(adapters: Any) -> bool:
+    return isinstance(adapters, list | tuple) and all(isinstance(name, str) for name in adapters)
+
+
 def _is_file(adapter: Adapter) -> bool:
     return isinstance(adapter, str | os.PathLike) and not Path(adapter).is_dir()
 
 
 def _type_of(array: Array) -> str:
     return ir.DataType.from_numpy(array.dtype).name
-
-
-def _silent() -> ort.RunOptions:
-    """ONNX Runtime writes an error to the terminal before it raises it."""
-    options = ort.RunOptions()
-    options.log_severity_level = 4
-    return options

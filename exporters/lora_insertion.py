@@ -80,10 +80,14 @@ class Writer:
         ]
         return self.op("Concat", *parts, name=name, dtype=ir.DataType.INT64, attributes=[ir.AttrInt64("axis", 0)])
 
-    def shape_of(self, value: ir.Value, name: str, start: int = 0) -> ir.Value:
-        """The sizes of a value's axes from `start` on."""
-        attributes = [ir.AttrInt64("start", start)] if start else []
-        return self.op("Shape", value, name=name, dtype=ir.DataType.INT64, attributes=attributes)
+    def shape_of(self, value: ir.Value, name: str) -> ir.Value:
+        """The sizes of a value's axes."""
+        return self.op("Shape", value, name=name, dtype=ir.DataType.INT64)
+
+    def size_of(self, value: ir.Value, axis: int, name: str) -> ir.Value:
+        """The size of one axis, one-dimensional."""
+        position = self.constant(np.array([axis], np.int64), f"{name}.axis")
+        return self.op("Gather", self.shape_of(value, f"{name}.shape"), position, name=name, dtype=ir.DataType.INT64)
 
     def free(self, wanted: str) -> str:
         """A name that nothing in the graph has."""

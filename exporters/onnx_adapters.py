@@ -28,7 +28,7 @@ from .lora_insertion import Inputs, insert_slots
 from .lora_places import adapter_arrays, plan_slots
 from .lora_slots import Slots, read_slots
 from .named_weights import OnnxWeights
-from .onnx_files import check_derived, checked_target, has_external_data, open_model, written
+from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, written
 from .onnx_sites import Mapped
 from .onnx_weights import Array
 from .sessions import checked_file
@@ -97,6 +97,7 @@ def add_adapter_inputs(
     started = time.perf_counter()
     file, target = checked_file(base), checked_target(out)
     model = open_model(file)
+    check_apart(file, model, target)
     before = len(list(model.graph.all_nodes()))
     slots = insert_inputs(model, _arrays(adapters), rank=rank, mapping=mapping, partial=partial)
     with written(model, target, external=has_external_data(model)) as files:

@@ -24,10 +24,11 @@ from .lora_places import PlannedSlots, adapter_arrays, plan_slots
 from .lora_slots import Slot, Slots, read_slots
 from .named_weights import OnnxWeights
 from .onnx_adapters import Adapter, SlotsReport
-from .onnx_files import check_derived, checked_target, has_external_data, open_model, written
+from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, written
 from .onnx_sites import Mapped
 from .onnx_weights import Array
 from .sessions import checked_file
+from .slots_check import Feed, check_rows_of_file
 from .text import some
 
 IDS = "adapter_ids"
@@ -40,29 +41,38 @@ def add_adapter_stacks(
     adapters: Mapping[str, Adapter],
     *,
     mapping: Mapped | None = None,
+    inputs: Sequence[Feed] | None = None,
+    check: bool = True,
 ) -> SlotsReport:
     """Give an existing ONNX file all of these adapters, and an input `adapter_ids`, int64 (batch,).
 
-    Rows of the batch whose number is 0 have the base's result, bit for bit.
+    Rows of the batch whose number is 0 have the base's result, bit for bit. That, and that every row has the adapter
+    which it chose, is found out by running the file: a model may lay its batch elsewhere than in front.
 
     Args:
         base: the base model's file, whose inputs have the batch in front, as for `fold_into_onnx`.
         out: the file to write; not `base` itself.
         adapters: {name: directory, or what `read_adapter` read}; the first has the number 1.
         mapping: as for `fold_into_onnx`.
+        inputs: a list of {input: array} to check with; None makes some up.
+        check: False writes the file unchecked.
 
     Raises:
         AdapterError: if an adapter has something for which there is no place.
-        ExportError: if a file cannot be read or written, or an adapter cannot be chosen by rows: experts, parameters,
-            convolutions with groups, and what is trained in full.
+        ExportError: if a file cannot be read or written, an adapter cannot be chosen by rows (experts, parameters,
+            convolutions with groups, and what is trained in full), or rows would get others' adapters; nothing is
+            written then.
     """
     started = time.perf_counter()
     file, target = checked_file(base), checked_target(out)
     model = open_model(file)
+    check_apart(file, model, target)
     before = len(list(model.graph.all_nodes()))
     slots = insert_stacks(model, {name: _read(each) for name, each in adapters.items()}, mapping)
     with written(model, target, external=has_external_data(model)) as files:
         check_derived(files.model, file)
+        if check:
+            check_rows_of_file(files.model, slots, file, inputs)
     places = {slot.path: (slot.in_features, slot.stop - slot.start, slot.r or "free") for slot in slots.slots}
     nodes = (before, len(list(model.graph.all_nodes())))
     return SlotsReport(os.fspath(out), places, nodes, slots.fingerprint, time.perf_counter() - started)
@@ -94,11 +104,14 @@ def append_adapter(
     out: str | os.PathLike[str] | None = None,
     *,
     mapping: Mapped | None = None,
+    inputs: Sequence[Feed] | None = None,
+    check: bool = True,
 ) -> int:
     """Add one more adapter to a file that `add_adapter_stacks` or `export_onnx_batched` wrote.
 
     Args:
         out: the file to write; None replaces `path`.
+        mapping, inputs, check: as for `add_adapter_stacks`.
 
     Returns:
         The adapter's number.
@@ -109,6 +122,7 @@ def append_adapter(
     """
     file, target = checked_file(path), checked_target(path if out is None else out)
     model = open_model(file)
+    check_apart(file, model, target, may_replace=True)
     slots = read_slots(model.metadata_props, file.name)
     if slots.ids is None:
         raise ExportError(f"{file} holds no stacks of adapters; write_onnx_adapter makes a file that goes with it")
@@ -131,6 +145,8 @@ def append_adapter(
     new.write_to(model)
     with written(model, target, external=has_external_data(model)) as files:
         check_derived(files.model, file)
+        if check:
+            check_rows_of_file(files.model, new, file, inputs)
     return len(new.adapters)
 
 
@@ -237,8 +253,9 @@ class Stacks:
     def _looked_up(self, slot: Slot, x: ir.Value, writer: Writer) -> ir.Value:
         """A's rows for each row's adapter: all As are one table, and an adapter's begins at its number times in."""
         name = slot.path
-        table_shape = writer.constant(np.array([-1, slot.r], np.int64), f"{name}.lora_table_shape")
-        table = writer.op("Reshape", self._stacks[slot.parts["a"]], table_shape, name=f"{name}.lora_table")
+        stack = self._stacks[slot.parts["a"]]  # whose rank grows with what `append_adapter` adds
+        table_shape = writer.shape(-1, writer.size_of(stack, 2, f"{name}.lora_rank"), name=f"{name}.lora_table_shape")
+        table = writer.op("Reshape", stack, table_shape, name=f"{name}.lora_table")
         size = writer.constant(np.array(slot.in_features, np.int64), f"{name}.lora_vocabulary")
         column = writer.constant(np.array([-1, 1], np.int64), f"{name}.lora_column")
         starts = writer.op("Mul", self._ids, size, name=f"{name}.lora_starts", dtype=_INT)
@@ -285,8 +302,9 @@ class Stacks:
         chosen = writer.op("OneHot", self._ids, number, values, name=f"{name}.lora_chosen")
         column = writer.constant(np.array([0, -1, 1], np.int64), f"{name}.lora_mask_column")
         chosen = writer.op("Reshape", chosen, column, name=f"{name}.lora_chosen_column")
-        ones = writer.constant(np.ones((1, 1, slot.r or 1), dtype), f"{name}.lora_ones")
-        spread = writer.op("Mul", chosen, ones, name=f"{name}.lora_spread")
+        rank = writer.size_of(self._stacks[slot.parts["a"]], 1, f"{name}.lora_rank")
+        wide = writer.shape(1, 1, rank, name=f"{name}.lora_wide")
+        spread = writer.op("Expand", chosen, wide, name=f"{name}.lora_spread")
         shape = writer.shape(
             writer.shape_of(self._ids, "lora_rows"), -1, *(1 for _ in slot.shape[2:]), name=f"{name}.lora_mask_shape"
         )

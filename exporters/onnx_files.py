@@ -98,10 +98,8 @@ def written(model: ir.Model, target: Path, *, external: bool) -> Iterator[Writte
     """
     with _temporary_directory(target) as directory:
         files = Written(directory / target.name, directory / f"{target.name}.data" if external else None)
-        if files.data is not None and os.path.isdir(taken := target.with_name(files.data.name)):
-            raise ExportError(
-                f"cannot write the weights to {taken}: it is a directory; move it, or choose another name"
-            )
+        if files.data is not None:
+            _check_data_place(target)
         try:
             save_files(model, files)
         except OSError as error:
@@ -114,6 +112,29 @@ def written(model: ir.Model, target: Path, *, external: bool) -> Iterator[Writte
             raise ExportError(f"cannot replace {target} ({error.strerror}); the old file is as it was") from error
         if stale is not None:
             stale.unlink(missing_ok=True)
+
+
+def _check_data_place(target: Path) -> None:
+    """Whether the weights' file is this model's to write: it may be that of an .onnx which was renamed."""
+    data = _data_of(target)
+    if os.path.isdir(data):
+        raise ExportError(f"cannot write the weights to {data}: it is a directory; move it, or choose another name")
+    if os.path.isfile(data) and data.name not in _named_by(target):
+        raise ExportError(
+            f"{data} exists, and is not named by {target.name}: it may be the weights of an .onnx file that was "
+            "renamed. Remove it if it is not, or choose another name"
+        )
+
+
+def _data_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.data")
+
+
+def _named_by(target: Path) -> list[str]:
+    """The files of weights that the graph at `target` names, if there is one."""
+    with contextlib.suppress(Exception):
+        return data_locations(onnx.load(target, load_external_data=False))
+    return []
 
 
 def save_files(model: ir.Model, files: Written) -> None:
@@ -147,7 +168,7 @@ def _commit(files: Written, target: Path) -> None:
 
 def _own_data_of(target: Path) -> Path | None:
     """The data file of the file that is about to be replaced, if we wrote it: nothing will name it any more."""
-    data = target.with_name(f"{target.name}.data")
+    data = _data_of(target)
     if not (os.path.isfile(target) and os.path.isfile(data)):
         return None
     with contextlib.suppress(Exception):
@@ -190,11 +211,39 @@ def save_graph(model: ir.Model, target: Path) -> None:
     """Replace the graph's file alone, in one step; weights beside it stay where they are."""
     with _temporary_directory(target) as directory:
         new = directory / target.name
-        new.write_bytes(ir.to_proto(model).SerializeToString())
+        new.write_bytes(graph_bytes(model))
         shutil.copymode(target, new)
         with open(new, "rb") as file:
             os.fsync(file.fileno())
         os.replace(new, target)
+
+
+def graph_bytes(model: ir.Model) -> bytes:
+    """What `save_graph` writes."""
+    return bytes(ir.to_proto(model).SerializeToString())
+
+
+def check_apart(base: Path, model: ir.Model, target: Path, *, may_replace: bool = False) -> None:
+    """Whether writing `target` leaves the base as it is: its graph, and the file that its weights are in.
+
+    Args:
+        may_replace: the target may be the base itself.
+
+    Raises:
+        ExportError: if not. An .onnx file may be renamed, its weights' file may not, since the graph names it.
+    """
+    if target.exists() and target.samefile(base):
+        if may_replace:
+            return
+        raise ExportError(f"{target.name} would replace the base, which is needed still; name another file to write")
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    used = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    for written_file in (target, _data_of(target)):
+        if written_file.exists() and any(written_file.samefile(path) for path in used):
+            raise ExportError(
+                f"{written_file.name} holds the weights of {base.name}, and writing {target.name} would replace them; "
+                "name another file to write"
+            )
 
 
 def check_derived(path: Path, base: Path, *, full: bool = True) -> None:

@@ -24,7 +24,7 @@ from lora_fx import AdapterArrays, AdapterError, ExportError, read_adapter
 
 from .lora_slots import SLOTS_KEY, read_slots
 from .named_weights import OnnxWeights
-from .onnx_files import check_derived, checked_target, has_external_data, open_model, written
+from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, written
 from .onnx_fold_plan import WeightChange, other_readers, plan_changes
 from .onnx_in_place import unfold_in_place, write_in_place
 from .onnx_sites import Mapped
@@ -149,6 +149,7 @@ def fold_into_onnx(
     _refuse_twice(model, arrays, file)
     target = checked_target(out)
     in_place = target.exists() and target.samefile(file)
+    check_apart(file, model, target, may_replace=True)
     weights = OnnxWeights(model, arrays, mapping, partial=partial)
     new = list(new_weights(weights, strength))
     names = list(model.graph.initializers)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,11 +20,11 @@ from safetensors.numpy import load_file, save_file
 from lora_fx import ExportError
 
 from .external_data import DATA_HASH_KEY, sha256
-from .onnx_files import has_external_data, save_graph, written
+from .onnx_files import graph_bytes, has_external_data, save_graph, written
 from .onnx_weights import Array
 from .text import reason
 
-_MODEL, _WEIGHTS = "model.onnx", "weights.safetensors"
+_MODEL, _WEIGHTS, _RECORD = "model.onnx", "weights.safetensors", "folded.json"
 
 
 def undo_of(file: Path) -> Path:
@@ -45,7 +47,7 @@ def write_in_place(model: ir.Model, file: Path, new: Mapping[ir.Value, ir.Tensor
     places = {value: value.const_value for value in new if isinstance(value.const_value, ir.ExternalTensor)}
     external = has_external_data(model)
     try:
-        _keep(file, undo, {_place(tensor): _bytes_at(tensor) for tensor in places.values()})
+        _keep(file, undo, {_place(tensor): np.frombuffer(_read(tensor), np.uint8) for tensor in places.values()})
         try:
             for value, place in places.items():
                 _write_at(place, np.frombuffer(new[value].tobytes(), np.uint8))
@@ -53,9 +55,11 @@ def write_in_place(model: ir.Model, file: Path, new: Mapping[ir.Value, ir.Tensor
                 if value not in places:
                     value.const_value = tensor
             if not external:
-                with written(model, file, external=False):
-                    return
+                with written(model, file, external=False) as files:
+                    _record(undo, files.model.read_bytes(), [])
+                return
             _rehash(model, file)
+            _record(undo, graph_bytes(model), list(places.values()))
             save_graph(model, file)
         except BaseException:
             _restore(file, undo)
@@ -68,7 +72,8 @@ def unfold_in_place(file: Path) -> None:
     """Put back what `write_in_place` kept.
 
     Raises:
-        ExportError: if nothing was kept, or it cannot be read or written.
+        ExportError: if nothing was kept, the files are no longer those that it wrote, or something cannot be read or
+            written.
     """
     undo = undo_of(file)
     if not undo.is_dir():
@@ -77,9 +82,40 @@ def unfold_in_place(file: Path) -> None:
             "base as it was; take that"
         )
     try:
+        _check_still_folded(file, undo)
         _restore(file, undo)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise ExportError(f"cannot take back the fold of {file}: {reason(error)}") from error
+
+
+def _record(undo: Path, graph: bytes, places: Sequence[ir.ExternalTensor]) -> None:
+    """Note what the files hold once they are folded. Without it, the fold was interrupted while it wrote weights."""
+    hashes = {_place(tensor): [tensor.nbytes, _hash(_read(tensor))] for tensor in places}
+    with open(undo / _RECORD, "w", encoding="utf-8") as record:
+        json.dump({"graph": _hash(graph), "places": hashes}, record)
+        record.flush()
+        os.fsync(record.fileno())
+
+
+def _check_still_folded(file: Path, undo: Path) -> None:
+    """Whether the files are still those that were folded: what was kept is not for a model that was written later."""
+    graph, record = file.read_bytes(), undo / _RECORD
+    is_known = graph == (undo / _MODEL).read_bytes()
+    if record.is_file():
+        noted = json.loads(record.read_text(encoding="utf-8"))
+        is_known = is_known or _hash(graph) == noted["graph"]
+        for place, (size, wanted) in noted["places"].items():
+            name, offset = _parts(place)
+            is_known = is_known and _hash(_read_at(file.parent / name, offset, size)) == wanted
+    if not is_known:
+        raise ExportError(
+            f"{file} was written anew since it was folded in place, and {undo.name} belongs to the file that it was; "
+            "remove that directory"
+        )
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _keep(file: Path, undo: Path, data: Mapping[str, Array]) -> None:
@@ -97,9 +133,9 @@ def _keep(file: Path, undo: Path, data: Mapping[str, Array]) -> None:
 
 def _restore(file: Path, undo: Path) -> None:
     for place, data in load_file(undo / _WEIGHTS).items():
-        name, _, offset = place.rpartition(":")
+        name, offset = _parts(place)
         with _patching(file.parent / name) as target:
-            target.seek(int(offset))
+            target.seek(offset)
             target.write(data.tobytes())
     model = undo / _MODEL
     if model.read_bytes() != file.read_bytes():
@@ -111,10 +147,19 @@ def _place(tensor: ir.ExternalTensor) -> str:
     return f"{tensor.location}:{tensor.offset or 0}"
 
 
-def _bytes_at(tensor: ir.ExternalTensor) -> Array:
-    with open(tensor.path, "rb") as data:
-        data.seek(tensor.offset or 0)
-        return np.frombuffer(data.read(tensor.nbytes), np.uint8)
+def _parts(place: str) -> tuple[str, int]:
+    name, _, offset = place.rpartition(":")
+    return name, int(offset)
+
+
+def _read(tensor: ir.ExternalTensor) -> bytes:
+    return _read_at(Path(tensor.path), tensor.offset or 0, tensor.nbytes)
+
+
+def _read_at(path: Path, offset: int, size: int) -> bytes:
+    with open(path, "rb") as data:
+        data.seek(offset)
+        return data.read(size)
 
 
 def _write_at(tensor: ir.ExternalTensor, new: Array) -> None:

@@ -24,7 +24,8 @@ import onnxruntime as ort
 
 from lora_fx import ExportError
 
-from .onnx_files import check_derived, checked_target, has_external_data, open_model, written
+from .made_up_inputs import made_up
+from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, written
 from .onnx_weights import MANIFEST_KEY, Array, read_manifest, read_shared_modules, write_manifest
 from .quiet import quiet, stderr_caught
 from .sessions import check_provider, checked_file, open_session
@@ -202,7 +203,7 @@ def _probe(
 ) -> tuple[Path, list[Candidate]]:
     """The best file, and all candidates; the first is the file itself."""
     plain = open_session(file, provider)
-    feeds = list(inputs) if inputs is not None else [_made_up(plain, 2, 6), _made_up(plain, 3, 9)]
+    feeds = list(inputs) if inputs is not None else [made_up(plain, 2, 6), made_up(plain, 3, 9)]
     try:
         wanted = [plain.run(None, dict(feed)) for feed in feeds]
     except Exception as error:
@@ -271,47 +272,10 @@ def _distance(a: Array, b: Array) -> _Distance:
     return _Distance(relative, ok=relative <= _TOLERANCE[a.dtype.name] * float(np.finfo(a.dtype).eps))
 
 
-def _made_up(session: ort.InferenceSession, batch: int, length: int) -> dict[str, Array]:
-    """Inputs of a file's own types: small numbers, a mask, no past; a free dimension in front is the batch."""
-    random = np.random.default_rng(batch)
-    sizes: dict[str, int] = {}
-    feed: dict[str, Array] = {}
-    for port in session.get_inputs():
-        for axis, size in enumerate(port.shape):
-            if isinstance(size, str):
-                sizes.setdefault(size, batch if axis == 0 else 0 if "past" in size and "+" not in size else length)
-    for port in session.get_inputs():
-        shape = [sizes[size] if isinstance(size, str) else size for size in port.shape]
-        dtype = ort_types().get(port.type)
-        if dtype is None:
-            raise ExportError(
-                f"no input can be made up for {port.name!r}, of {port.type}; pass inputs=[{{name: array}}]"
-            )
-        if np.dtype(dtype).kind == "f":
-            feed[port.name] = random.standard_normal(shape).astype(dtype)
-        elif "mask" in port.name or dtype is np.bool_:
-            feed[port.name] = np.ones(shape, dtype)
-            feed[port.name][-1:, -2:] = 0  # one row ends in padding: whoever drops the mask is found out
-        else:
-            feed[port.name] = random.integers(0, 2 if "type" in port.name else 7, shape).astype(dtype)
-    return feed
-
-
-def ort_types() -> dict[str, Any]:
-    """{ONNX Runtime's name of a type: numpy's}, of those that Python can feed."""
-    return {
-        "tensor(float)": np.float32,
-        "tensor(float16)": np.float16,
-        "tensor(double)": np.float64,
-        "tensor(int64)": np.int64,
-        "tensor(int32)": np.int32,
-        "tensor(bool)": np.bool_,
-    }
-
-
 def _write(best: Path, file: Path, target: Path) -> None:
     """The best result with the weights' names that are still true, and weights beside it if the file's are."""
     original, model = open_model(file), ir.load(best)
+    check_apart(file, original, target, may_replace=True)
     if MANIFEST_KEY in original.metadata_props:
         recorded = read_manifest(original.metadata_props)
         kept = [weight for name, weight in recorded.items() if name in model.graph.initializers]

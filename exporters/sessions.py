@@ -271,3 +271,10 @@ def _fix(log: Sequence[str], provider: str) -> str:
     cuda = "the CUDA libraries (pip install onnxruntime-gpu[cuda,cudnn])"
     libraries = f"{cuda} and TensorRT 10" if "Tensorrt" in provider else cuda
     return f'{needs}Install a driver and {libraries} and look at nvidia-smi, or pass provider="cpu" or "auto"'
+
+
+def silent_run() -> ort.RunOptions:
+    """For a run whose error is raised: ONNX Runtime writes it to the terminal, too."""
+    options = ort.RunOptions()
+    options.log_severity_level = 4
+    return options

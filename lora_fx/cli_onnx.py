@@ -106,7 +106,12 @@ def adapter_file(
 
 @app.command("rows")
 def rows(
-    base: OnnxFile, out: OutFile, adapters: AdapterDirs, overwrite: Overwrite = False, as_json: Json = False
+    base: OnnxFile,
+    out: OutFile,
+    adapters: AdapterDirs,
+    check: Annotated[bool, typer.Option(help="Run the file with made-up inputs, to see that rows stay apart.")] = True,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Put several adapters into one ONNX file, which takes adapter_ids: one for each row of the batch, 0 for none.
 
@@ -121,7 +126,7 @@ def rows(
     from exporters import add_adapter_stacks
 
     with progress("inserting"):
-        report = add_adapter_stacks(base, out, named)
+        report = add_adapter_stacks(base, out, named, check=check)
     _show(report, as_json=as_json)
 
 

@@ -77,7 +77,7 @@ def test_folding_and_switching(name: str, tmp_path: Path) -> None:
     assert same_bits(session.run(feed)[:1], first_output(base, model))
     assert distance(session.run(feed, "x")[:1], [wanted["adapted"]]) < BOUND
 
-    add_adapter_stacks(base, tmp_path / "rows.onnx", {"x": adapter})
+    add_adapter_stacks(base, tmp_path / "rows.onnx", {"x": adapter}, inputs=[feed])
     session = AdapterSession(tmp_path / "rows.onnx", provider="cpu")
     mixed = session.run(feed | {"adapter_ids": np.array([0, 1])})[0]
     assert same_bits([mixed[0]], [first_output(base, model)[0][0]])
