@@ -13,7 +13,15 @@ from lora_fx.errors import closest
 
 from .lora_slots import Slot, Slots, fingerprint_of
 from .named_weights import OnnxWeights
-from .onnx_fold_plan import WeightChange, is_in_out, match_adapter, other_readers, piece_of, plan_changes
+from .onnx_fold_plan import (
+    WeightChange,
+    check_one_reader,
+    is_in_out,
+    match_adapter,
+    other_readers,
+    piece_of,
+    plan_changes,
+)
 from .onnx_sites import Form, Mapped, OnnxSite
 from .onnx_weights import Array
 from .stored_weights import nbits_of, read_weight, rounded, shape_of, stored_bytes
@@ -115,6 +123,7 @@ def _parameter_places(weights: OnnxWeights) -> Iterator[_Place]:
         if len(held) != 1 or (held[0].perm is not None and sorted(held[0].perm[-2:]) == list(held[0].perm[-2:])):
             raise ExportError(f"{name!r} lies in the file several times, or turned; fold this adapter: fold_into_onnx")
         value, turned = held[0].value, held[0].perm is not None
+        check_one_reader(weights, value, weights.rename(name).rpartition(".")[0], f"A and B of {name!r}")
         form = Form("matrix", stored_in_out=turned)
         if len(shape_of(value)) == 3:
             form = Form("matrix", stored_in_out=is_in_out(weights, held[0], low) != turned)

@@ -209,13 +209,19 @@ def no_place(weights: OnnxWeights, path: str, low: LowRankArrays | None = None) 
         )
     names = weights.module_names if low is not None else weights.parameter_names
     why = "" if names else " The file's weights have lost their names;"
-    if low is None and names and not weights.recorded:
-        why = (
-            " (torch's exporters write equal weights, such as zero biases and unit norms, once and under one name; "
-            "export_onnx keeps them apart.)"
-        )
+    why += lost_names(weights) if low is None and names else ""
     return (
         f"the file has no weight for the adapter's {path!r}.{closest(weights.rename(path), names)}{why} "
         "mapping={initializer: module} tells what is what, and partial=True takes a file that is one part of the model "
         "(an encoder, say). Is this adapter of this model?"
+    )
+
+
+def lost_names(weights: OnnxWeights) -> str:
+    """Why a foreign file may not have a weight's name."""
+    if weights.recorded:
+        return ""
+    return (
+        " (torch's exporters write equal and tied weights, zero biases and unit norms among them, once and under one "
+        "name; export_onnx keeps them apart.)"
     )

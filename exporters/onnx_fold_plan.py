@@ -11,7 +11,7 @@ import onnx_ir as ir
 from lora_fx import AdapterError, ExportError, LowRankArrays
 from lora_fx.errors import closest
 
-from .named_weights import Held, OnnxWeights, joined
+from .named_weights import Held, OnnxWeights, joined, lost_names
 from .onnx_deltas import experts_delta, gain, low_rank_delta
 from .onnx_sites import Form, OnnxSite, module_of
 from .onnx_weights import Array, read_shared_modules
@@ -313,6 +313,7 @@ def _parameter_changes(weights: OnnxWeights, low: LowRankArrays, name: str, stre
     if low.magnitude is not None or low.bias is not None:
         raise AdapterError(f"{name!r} is a parameter of its own, for which use_dora and lora_bias are not defined")
     for held in weights.held(name):
+        check_one_reader(weights, held.value, weights.rename(name).rpartition(".")[0], f"A and B of {name!r}")
         shape = held.own_shape
         if len(shape) == 3:
             delta = experts_delta(low, r, shape, stored_in_out=is_in_out(weights, held, low))
@@ -345,7 +346,8 @@ def _row_changes(weights: OnnxWeights, path: str, values: Array, strength: float
     if rows is None or not found or len(rows) != len(values):
         raise AdapterError(
             f"the file has no embedding {path!r} for {len(values)} trained rows (trainable_token_indices)."
-            f"{closest(joined(path, 'weight'), weights.parameter_names)} Is this adapter of this model?"
+            f"{closest(joined(path, 'weight'), weights.parameter_names)}{lost_names(weights)} Is this adapter of this "
+            "model?"
         )
     for held in found:
         vocabulary, width = held.own_shape

@@ -20,6 +20,7 @@ from exporters import (
     add_adapter_inputs,
     add_adapter_stacks,
     append_adapter,
+    export_onnx,
     export_onnx_adapters,
     export_onnx_batched,
     fold_into_onnx,
@@ -149,6 +150,140 @@ def test_rows_that_mix_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="mixes rows"):
         export_onnx_batched(gm, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+class SequenceFirst(torch.nn.Module):
+    """A linear that sees (sequence, batch)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(7, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x.transpose(0, 1)).transpose(0, 1)
+
+
+class Attends(torch.nn.Module):
+    """Attention, which lays the batch second inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def with_adapter(
+    module: torch.nn.Module, x: torch.Tensor, target: str, directory: Path, **options: object
+) -> torch.fx.GraphModule:
+    """base.onnx and adapter/ of it; returns the graph with the adapter."""
+    torch.manual_seed(2)
+    gm = lora_fx.trace(module.eval(), (x,))
+    export_onnx(gm, directory / "base.onnx")
+    return saved(lora_fx.inject(gm, {"r": 2, "target_modules": [target], **options}), directory / "adapter")
+
+
+def saved(gm: torch.fx.GraphModule, directory: Path) -> torch.fx.GraphModule:
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(gm):
+            parameter.add_(torch.randn_like(parameter) / 2)
+    lora_fx.save_adapter(gm.eval(), directory)
+    return gm
+
+
+@pytest.mark.parametrize(("module", "size", "target"), [(SequenceFirst, 7, "up"), (Attends, 8, "attention.out_proj")])
+def test_rows_are_not_taken_for_what_is_not_in_front(
+    module: type[torch.nn.Module], size: int, target: str, tmp_path: Path
+) -> None:
+    with_adapter(module(), torch.randn(2, 6, size), target, tmp_path)
+    with pytest.raises(ExportError, match="something else than the batch in front"):
+        add_adapter_stacks(tmp_path / "base.onnx", tmp_path / "rows.onnx", {"x": tmp_path / "adapter"})
+    assert not (tmp_path / "rows.onnx").exists()
+    add_adapter_stacks(tmp_path / "base.onnx", tmp_path / "rows.onnx", {"x": tmp_path / "adapter"}, check=False)
+    with pytest.raises(ExportError, match="something else than the batch in front"):
+        append_adapter(tmp_path / "rows.onnx", "y", tmp_path / "adapter")
+
+
+def test_inputs_that_cannot_be_made_up_are_asked_for(bert: Deployed, tmp_path: Path) -> None:
+    wrong = [{name: array[:, :0] for name, array in bert.feeds[0].items()} | {"input_ids": np.full((2, 5), 10**6)}]
+    with pytest.raises(ExportError, match=r"does not run with inputs that were given.*check=False"):
+        add_adapter_stacks(bert.base, tmp_path / "rows.onnx", {ONE: bert.adapter(ONE)}, inputs=wrong)
+    add_adapter_stacks(bert.base, tmp_path / "rows.onnx", {ONE: bert.adapter(ONE)}, inputs=bert.feeds)
+
+
+class LookedUpAndConvolved(torch.nn.Module):
+    """An embedding and a convolution, whose stacks are laid otherwise than a linear's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.conv = torch.nn.Embedding(13, 6), torch.nn.Conv1d(6, 4, 3, padding=1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.words(ids).transpose(1, 2))
+
+
+def test_an_appended_adapter_may_have_a_higher_rank(tmp_path: Path) -> None:
+    ids = torch.arange(14).reshape(2, 7) % 13
+    gm = lora_fx.trace(LookedUpAndConvolved().eval(), (ids,))
+    export_onnx(gm, tmp_path / "base.onnx")
+    graphs = {}
+    for rank in (2, 5):
+        config = {"r": rank, "target_modules": ["words", "conv"]}
+        graphs[f"r{rank}"] = saved(lora_fx.inject(gm, config), tmp_path / f"r{rank}")
+    add_adapter_stacks(tmp_path / "base.onnx", tmp_path / "rows.onnx", {"r2": tmp_path / "r2"})
+    assert append_adapter(tmp_path / "rows.onnx", "r5", tmp_path / "r5") == 2
+    session = AdapterSession(tmp_path / "rows.onnx", provider="cpu")
+    feed = {session.inputs[0]: ids.numpy()}
+    assert same_bits(session.run(feed), make_session(tmp_path / "base.onnx", provider="cpu").run(None, feed))
+    for name, graph in graphs.items():
+        with torch.no_grad():
+            assert distance(session.run(feed, name), [graph(ids).numpy()]) < BOUND
+
+
+def test_a_graph_is_made_beside_its_base_and_not_of_itself(bert: Deployed, tmp_path: Path) -> None:
+    base = tmp_path / "model.onnx"
+    base.write_bytes(bert.base.read_bytes())
+    for add, adapters in ((add_adapter_inputs, bert.adapter(ONE)), (add_adapter_stacks, {ONE: bert.adapter(ONE)})):
+        with pytest.raises(ExportError, match="would replace the base"):
+            add(base, base, adapters)
+    assert base.read_bytes() == bert.base.read_bytes()
+
+
+@pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
+def test_a_bias_that_the_op_multiplies_is_left_alone(option: str, tmp_path: Path) -> None:
+    """Gemm's beta: 2 times half the bias is the same model."""
+    x = torch.randn(3, 7)
+    gm = with_adapter(torch.nn.Sequential(torch.nn.Linear(7, 5)), x, "0", tmp_path, **{option: True})
+    model = onnx.load(tmp_path / "base.onnx")
+    (gemm,) = model.graph.node
+    assert gemm.op_type == "Gemm"
+    next(each for each in gemm.attribute if each.name == "beta").f = 2.0
+    bias = next(t for t in model.graph.initializer if t.name == gemm.input[2])
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) / 2, bias.name))
+    onnx.save(model, tmp_path / "base.onnx")
+    add_adapter_inputs(tmp_path / "base.onnx", tmp_path / "switch.onnx", tmp_path / "adapter")
+    add_adapter_stacks(tmp_path / "base.onnx", tmp_path / "rows.onnx", {"x": tmp_path / "adapter"})
+    fold_into_onnx(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "out.onnx")
+    switch, rows = (AdapterSession(tmp_path / f"{name}.onnx", provider="cpu") for name in ("switch", "rows"))
+    switch.load("x", tmp_path / "adapter")
+    feed = {switch.inputs[0]: x.numpy()}
+    with torch.no_grad():
+        wanted = [gm(x).numpy()]
+    assert distance(make_session(tmp_path / "base.onnx", provider="cpu").run(None, feed), wanted) > 100 * BOUND
+    for got in (switch.run(feed, "x"), rows.run(feed, "x"), make_session(tmp_path / "out.onnx").run(None, feed)):
+        assert distance(got, wanted) < BOUND
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    gm = lora_fx.trace(torch.nn.Sequential(torch.nn.Linear(7, 5)).half().eval(), (torch.randn(2, 7).half(),))
+    export_onnx(gm, tmp_path / "base.onnx")
+    saved(lora_fx.inject(gm, {"r": 2, "lora_alpha": 10**6, "target_modules": ["0"]}), tmp_path / "adapter")
+    add_adapter_inputs(tmp_path / "base.onnx", tmp_path / "switch.onnx", tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="FLOAT16 cannot hold"):
+        write_onnx_adapter(tmp_path / "switch.onnx", tmp_path / "adapter", tmp_path / "x.onnx_adapter")
+    with pytest.raises(AdapterError, match="FLOAT16 cannot hold"):
+        AdapterSession(tmp_path / "switch.onnx", provider="cpu").load("x", tmp_path / "adapter")
 
 
 # The session: every trap of onnxruntime's own way -----------------------------------------------
@@ -342,6 +477,20 @@ def test_inputs_are_checked_by_name(bert: Deployed, session: AdapterSession) -> 
         session.run(feed, "tow")
 
 
+def test_what_is_no_input_is_refused(bert: Deployed, session: AdapterSession) -> None:
+    feed = bert.feeds[0]
+    for run, what in (
+        (lambda: session.run(None), "not as NoneType"),  # type: ignore[arg-type]
+        (lambda: session.run(feed, 5), "adapter=5 must be"),  # type: ignore[arg-type]
+        (lambda: session.run(feed, [ONE, 5]), "must be"),  # type: ignore[list-item]
+        (lambda: session.run({name: [[1], [1, 2]] for name in feed}), "cannot be read as an array"),  # type: ignore[misc]
+        (lambda: session.bind({name: np.array([None]) for name in feed}), "object cannot be bound"),
+        (lambda: session.bind(feed).update({"input_ids": [1]}), "is not bound with shape"),  # type: ignore[dict-item]
+    ):
+        with pytest.raises((ExportError, AdapterError), match=what):
+            run()
+
+
 def test_files_without_places_are_refused(bert: Deployed, switch: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"no places for adapters.*add_adapter_inputs"):
         AdapterSession(bert.base, provider="cpu")
@@ -360,6 +509,12 @@ def test_numbers_of_adapters_are_checked(bert: Deployed, tmp_path: Path) -> None
     for wrong in ([-1, 0], [0, 2]):
         with pytest.raises(AdapterError, match="0 for the base and 1 to 1"):
             session.run(bert.feeds[0] | {"adapter_ids": np.array(wrong)})
+    for count in (1, 3, 10):  # the numbers of tokens, which 10 is, could be divided so as well
+        with pytest.raises(AdapterError, match=f"has {count} numbers for 2 rows"):
+            session.run(bert.feeds[0] | {"adapter_ids": np.zeros(count, np.int64)})
+    bound = session.bind(bert.feeds[0] | {"adapter_ids": np.array([0, 1])})
+    with pytest.raises(AdapterError, match="0 for the base and 1 to 1"):
+        bound.update({"adapter_ids": np.array([-1, 0])})
     with pytest.raises(AdapterError, match="pass one of them"):
         session.run(bert.feeds[0] | {"adapter_ids": np.array([0, 1])}, ONE)
     with pytest.raises(AdapterError, match="holds its adapters itself"):

@@ -107,6 +107,57 @@ def test_in_place_and_back_leaves_every_byte(bert: Deployed, tmp_path: Path, ext
         unfold_onnx(file)
 
 
+def test_what_was_kept_is_not_for_a_model_that_was_written_later(bert: Deployed, tmp_path: Path) -> None:
+    """By us or by another tool; in one file, or with weights beside it and the very same graph."""
+    with lora_fx.disable_adapters(bert.injected):
+        export_onnx(bert.injected, tmp_path / "base.onnx", external_data=False, check=False)
+    model = onnx.load(tmp_path / "base.onnx")
+    for name, external in (("one", False), ("two", True)):
+        directory, file = tmp_path / name, tmp_path / name / "model.onnx"
+        directory.mkdir()
+        onnx.save(model, file, save_as_external_data=external, location="model.onnx.data", size_threshold=0)
+        fold_into_onnx(file, bert.adapter(ONE), file)
+        later = onnx.load(tmp_path / "base.onnx")
+        for tensor in later.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.FLOAT:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) / 2, tensor.name))
+        (directory / "model.onnx.data").unlink(missing_ok=True)
+        onnx.save(later, file, save_as_external_data=external, location="model.onnx.data", size_threshold=0)
+        before = files_in(directory)
+        with pytest.raises(ExportError, match=r"written anew since it was folded in place.*remove that directory"):
+            unfold_onnx(file)
+        assert files_in(directory) == before
+
+
+def test_a_fold_that_was_interrupted_is_taken_back(
+    bert: Deployed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lora_fx.disable_adapters(bert.injected):
+        export_onnx(bert.injected, tmp_path / "model.onnx", external_data=True, check=False)
+    before, file = files_in(tmp_path), tmp_path / "model.onnx"
+    with monkeypatch.context() as patched:
+        patched.setattr("exporters.onnx_in_place.save_graph", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        patched.setattr("exporters.onnx_in_place._restore", lambda *_: None)  # killed: nobody put anything back
+        with pytest.raises(ExportError):
+            fold_into_onnx(file, bert.adapter(ONE), file)
+    assert files_in(tmp_path) != before
+    unfold_onnx(file)
+    assert files_in(tmp_path) == before
+
+
+def test_weights_that_another_graph_names_are_not_replaced(bert: Deployed, tmp_path: Path) -> None:
+    with lora_fx.disable_adapters(bert.injected):
+        export_onnx(bert.injected, tmp_path / "model.onnx", external_data=True, check=False)
+    (tmp_path / "model.onnx").rename(tmp_path / "renamed.onnx")
+    before = files_in(tmp_path)
+    with pytest.raises(ExportError, match=r"model.onnx.data holds the weights of renamed.onnx"):
+        fold_into_onnx(tmp_path / "renamed.onnx", bert.adapter(ONE), tmp_path / "model.onnx")
+    with lora_fx.disable_adapters(bert.injected), pytest.raises(ExportError, match="may be the weights of an .onnx"):
+        export_onnx(bert.injected, tmp_path / "model.onnx", external_data=True, check=False)
+    assert files_in(tmp_path) == before
+    fold_into_onnx(tmp_path / "renamed.onnx", bert.adapter(ONE), tmp_path / "other.onnx")
+
+
 def test_a_write_that_fails_half_way_leaves_every_byte(
     bert: Deployed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -251,3 +251,26 @@ def test_an_order_of_inputs_is_refused(two: Path, tmp_path: Path) -> None:
     ir.save(model, tmp_path / "ordered.onnx")
     with pytest.raises(ExportError, match=r"'up.weight_Q4' .* orders its inputs by g_idx; fold into the file before"):
         fold_into_onnx(tmp_path / "ordered.onnx", two / "adapter", tmp_path / "out.onnx")
+
+
+def test_dora_beside_a_quantized_weight_leaves_its_bias_alone(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    linear = nn.Sequential(nn.Linear(64, 7))
+    gm = lora_fx.trace(linear.eval(), (torch.randn(3, 64),))
+    randomised = lora_fx.inject(gm, LoraConfig(r=2, target_modules=["0"], use_dora=True)).eval()
+    randomise(randomised)
+    lora_fx.save_adapter(randomised, tmp_path / "adapter")
+    model = nbits_file(linear[0].weight.detach().numpy(), 8, 32, False)
+    (node,) = model.graph.node
+    node.input.extend([""] * (5 - len(node.input)) + ["0.bias"])
+    node.name = "/0/MatMul"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(linear[0].bias.detach().numpy(), "0.bias"))
+    onnx.save(model, tmp_path / "base.onnx")
+    add_adapter_inputs(tmp_path / "base.onnx", tmp_path / "switch.onnx", tmp_path / "adapter")
+    session = AdapterSession(tmp_path / "switch.onnx", provider="cpu")
+    session.load("x", tmp_path / "adapter")
+    x = random(3, 64)
+    with torch.no_grad():
+        wanted, plain = randomised(torch.from_numpy(x)).numpy(), linear(torch.from_numpy(x)).numpy()
+    assert distance(session.run({"x": x}), [plain]) < 0.02
+    assert distance(session.run({"x": x}, "x"), [wanted]) < 0.02  # what 8 bits leave; the bias scaled makes 0.06
