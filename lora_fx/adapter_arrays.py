@@ -7,7 +7,6 @@ What they mean for a weight is for whoever has the weight to say.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -26,12 +25,12 @@ from .adapter_files import (
     KEY_OF_ROWS,
     KEYS,
     KEYS_OF_LOOKUPS,
-    find_adapter_directory,
+    WEIGHTS_FILE,
     is_left_behind,
+    open_adapter,
     parse_key,
-    read_config,
-    weights_path,
 )
+from .adapter_integrity import Integrity
 from .config import LoraConfig, scaling_of
 from .errors import AdapterError, ConfigError
 from .init_options import init_of
@@ -106,32 +105,31 @@ class AdapterArrays:
         return scaling_of(alpha, self.rank_at(*names), use_rslora=self.config.use_rslora)
 
 
-def read_adapter(directory: str | os.PathLike[str], *, adapter_name: str = "default") -> AdapterArrays:
+def read_adapter(
+    directory: str | os.PathLike[str], *, adapter_name: str = "default", integrity: Integrity = "checked"
+) -> AdapterArrays:
     """An adapter directory that PEFT or `save_adapter` wrote, as numpy arrays; torch is not needed.
 
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors.
         adapter_name: a PEFT directory of several adapters is searched for the sub-directory of that name.
+        integrity: as for `load_adapter`; of the base, nothing is known here.
 
     Raises:
-        AdapterError: if files are missing or broken, a tensor is not finite, or one of A and B is missing.
+        AdapterError: if files are missing, broken, or not those that were saved together, a tensor is not finite, or
+            one of A and B is missing.
         ConfigError: if the configuration cannot be followed, or the adapter took something out of the base.
     """
-    folder = find_adapter_directory(directory, adapter_name)
-    config = read_config(folder)
-    _check_start(config, folder)
-    path = weights_path(folder)
-    try:
-        data = path.read_bytes()
-        entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
-        metadata = _metadata(data)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{str(path)!r} is no readable safetensors file: {error}") from error
+    files = open_adapter(directory, adapter_name, integrity)
+    _check_start(files.config, files.folder)
+    path = files.folder / WEIGHTS_FILE
+    entries = safetensors.deserialize(files.weights)  # type: ignore[no-untyped-call]
     tensors = {key: _array(key, entry, path) for key, entry in entries if not is_left_behind(key)}
     if not tensors:
         raise AdapterError(f"{str(path)!r} holds no tensor")
     low_rank, full, rows = _sorted_out(tensors, path)
-    return AdapterArrays(folder, config, low_rank, full, rows, metadata, hashlib.sha256(data).hexdigest())
+    sha256 = hashlib.sha256(files.weights).hexdigest()
+    return AdapterArrays(files.folder, files.config, low_rank, full, rows, files.metadata, sha256)
 
 
 def _check_start(config: LoraConfig, folder: Path) -> None:
@@ -143,12 +141,6 @@ def _check_start(config: LoraConfig, folder: Path) -> None:
             "which is undone only with the model at hand; save the adapter as plain LoRA first: lora_fx.save_adapter "
             "always does, PEFT with path_initial_model_for_weight_conversion="
         )
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    size = int.from_bytes(data[:8], "little")
-    found = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-    return {str(key): str(value) for key, value in found.items()}
 
 
 def _array(key: str, entry: Mapping[str, Any], path: Path) -> Array:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+
+from .adapter_integrity import Integrity, check_seal, metadata_of
 from .config import LoraConfig
 from .errors import AdapterError, ConfigError
 
@@ -82,6 +85,55 @@ def checked_path(directory: object) -> Path:
     return Path(directory)
 
 
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The two files of an adapter, read once, and found to belong together.
+
+    Attributes:
+        folder: where they lie.
+        config: what adapter_config.json says.
+        weights: adapter_model.safetensors, as it is.
+        metadata: of its header.
+    """
+
+    folder: Path
+    config: LoraConfig
+    weights: bytes
+    metadata: dict[str, str]
+
+    @property
+    def where(self) -> str:
+        """The weights' file, for messages."""
+        return repr(str(self.folder / WEIGHTS_FILE))
+
+
+def open_adapter(directory: str | os.PathLike[str], adapter_name: str, integrity: Integrity) -> AdapterFiles:
+    """Read an adapter directory, or its sub-directory `adapter_name`.
+
+    Args:
+        integrity: see `check_seal`.
+
+    Raises:
+        AdapterError: if files are missing, broken, or not those that were saved together.
+        ConfigError: if the configuration is none, or not supported.
+    """
+    folder = find_adapter_directory(directory, adapter_name)
+    try:
+        text = (folder / CONFIG_FILE).read_bytes()
+    except OSError as error:
+        raise AdapterError(f"{str(folder / CONFIG_FILE)!r} cannot be read: {error.strerror}") from error
+    config = _config_of(text, folder / CONFIG_FILE)
+    path = weights_path(folder)
+    try:
+        weights = path.read_bytes()
+        safetensors.deserialize(weights)  # type: ignore[no-untyped-call]
+        metadata = metadata_of(weights)
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{str(path)!r} is no readable safetensors file: {error}") from error
+    check_seal(weights, text, repr(str(folder)), integrity)
+    return AdapterFiles(folder, config, weights, metadata)
+
+
 def weights_path(directory: Path) -> Path:
     """The safetensors file of an adapter directory.
 
@@ -108,7 +160,14 @@ def read_config(directory: Path) -> LoraConfig:
     """
     path = directory / CONFIG_FILE
     try:
-        fields = json.loads(path.read_text("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse)
+        return _config_of(path.read_bytes(), path)
+    except OSError as error:
+        raise AdapterError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+
+
+def _config_of(text: bytes, path: Path) -> LoraConfig:
+    try:
+        fields = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{str(path)!r} is not a JSON configuration: {error}") from error
     if not isinstance(fields, dict):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import fx
 
 from .adapter_files import (
@@ -15,6 +14,7 @@ from .adapter_files import (
     KEY_OF_MAGNITUDE,
     KEYS,
     KEYS_OF_LOOKUPS,
+    AdapterFiles,
     TensorKey,
     is_left_behind,
     parse_key,
@@ -160,23 +160,18 @@ def _dense_kernels(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tens
     }
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """({key in one spelling: tensor}, metadata) of a file.
+def read_tensors(files: AdapterFiles) -> dict[str, torch.Tensor]:
+    """{key in one spelling: tensor} of a file.
 
     Raises:
-        AdapterError: if it is broken, or a tensor is not finite, of a type that no adapter has, or there twice.
+        AdapterError: if a tensor is not finite, of a type that no adapter has, or there twice.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            tensors: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{str(path)!r} is no readable safetensors file: {error}") from error
+    tensors = load(files.weights)
     if not tensors:
-        raise AdapterError(f"{str(path)!r} holds no tensor")
-    found = in_one_spelling(tensors, repr(str(path)))
-    check_finite(found, repr(str(path)))
-    return found, metadata
+        raise AdapterError(f"{files.where} holds no tensor")
+    found = in_one_spelling(tensors, files.where)
+    check_finite(found, files.where)
+    return found
 
 
 def in_one_spelling(tensors: Mapping[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 from collections.abc import Collection
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +22,9 @@ from .adapter_files import (
     WEIGHTS_FILE,
     checked_path,
     config_text,
-    find_adapter_directory,
-    read_config,
-    weights_path,
+    open_adapter,
 )
+from .adapter_integrity import BLANK_SEAL, OURS, WRITER, Integrity, sealed
 from .adapter_tensors import (
     doubled_keys,
     is_base_tensor,
@@ -38,7 +35,9 @@ from .adapter_tensors import (
     stacked_tensors,
     targets_of,
 )
+from .atomic import replace_in_directory
 from .attributes import get_attribute
+from .base_fingerprint import KEY, check_base, note_of_base
 from .config import LoraConfig
 from .errors import AdapterError, ConfigError, closest, warn
 from .full_training import module_paths
@@ -63,7 +62,8 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
 
     Args:
         gm: an injected graph.
-        directory: made if it is not there; both files are replaced, each in one step.
+        directory: made if it is not there. Both files are replaced in one step, and sealed: hashes of them, and a note
+            on the base's weights, stand in the metadata, and are verified when they are read.
 
     Raises:
         AdapterError: if there is no such adapter, a value is NaN or Inf, or the directory cannot be written.
@@ -84,11 +84,12 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
     changes = (
         _exact_targets(gm, adapter) | _exact_modules(gm, adapter) | _as_plain(adapter) | _patterns(adapter, stacked)
     )
-    config = config_text(adapter.config, **changes)
+    config = config_text(adapter.config, **changes).encode("utf-8")
+    base = note_of_base(gm, adapter.plan)
+    metadata = {"format": "pt", WRITER: OURS} | stacked.metadata | BLANK_SEAL | ({} if base is None else {KEY: base})
+    weights = sealed(save(tensors, metadata=metadata), config)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        weights = save(tensors, metadata={"format": "pt", "writer": "lora_fx"} | stacked.metadata)
-        _replace_all({path / WEIGHTS_FILE: weights, path / CONFIG_FILE: config.encode("utf-8")})
+        replace_in_directory(path, {WEIGHTS_FILE: weights, CONFIG_FILE: config})
     except OSError as error:
         raise AdapterError(f"the adapter cannot be written to {str(path)!r}: {error}") from error
 
@@ -100,6 +101,7 @@ def load_adapter(
     adapter_name: str = "default",
     adapter_dtype: torch.dtype | None = None,
     mha_out_proj: Literal["twice", "once"] = "twice",
+    integrity: Integrity = "checked",
 ) -> LoraGraphModule:
     """A new graph module with the adapter of `directory` injected; `gm` is untouched.
 
@@ -112,29 +114,33 @@ def load_adapter(
             twice (peft#3774), and so did the training of what it saved: "twice" computes what PEFT computes, and warns;
             "once" takes the file at its word.
         adapter_dtype: of A and B; None keeps the file's on a 16-bit base and takes at least the base's else.
+        integrity: "checked" verifies what the file notes of its bytes, its configuration and its base, if it does;
+            "required" refuses files without such notes, as PEFT's are; "ignored" does not look.
 
     Raises:
-        AdapterError: if files are missing or broken, or any tensor is missing, unexpected, of another
-            shape, or not finite.
+        AdapterError: if files are missing or broken, not those that were saved together, of another base model, or
+            any tensor is missing, unexpected, of another shape, or not finite.
         ConfigError, TargetError: if the configuration cannot be followed in this graph.
     """
     gm = checked_graph_module(gm)
     check_adapter_name(adapter_name)
-    folder = find_adapter_directory(directory, adapter_name)
-    config = read_config(folder)
+    files = open_adapter(directory, adapter_name, integrity)
+    folder, config, metadata = files.folder, files.config, files.metadata
     _check_start(config, folder)
     if mha_out_proj not in ("twice", "once"):
         raise AdapterError(f"mha_out_proj={mha_out_proj!r} must be 'twice' or 'once'")
-    tensors, metadata = read_tensors(weights_path(folder))
+    tensors = read_tensors(files)
     described = metadata.get(METADATA)
     own = {key: tensors.pop(key) for key in part_keys(described) if key in tensors}
     plan, tensors = _in_groups(gm, _plan_for(gm, config, tensors, part_wholes(described)), tensors)
     plan, tensors = unstack(plan, tensors, described, own)
+    if KEY in metadata and integrity != "ignored":
+        check_base(gm, plan, metadata[KEY], repr(str(folder)))
     dtype = adapter_dtype or _dtype_for(plan, tensors)
     result = inject_new(gm, NewAdapter(adapter_name, plan, dtype, draws=False))
     adapter = record_of(result).adapters[adapter_name]
     doubled = doubled_keys(plan) if mha_out_proj == "twice" else set()
-    if doubled and metadata.get("writer") != "lora_fx":
+    if doubled and metadata.get(WRITER) != OURS:
         warn(
             f"PEFT applies {min(doubled)!r} twice (peft#3774), so its adapter is read doubled, which computes what "
             "PEFT computes; load_adapter(..., mha_out_proj='once') takes the file at its word"
@@ -235,48 +241,6 @@ def _exact_modules(gm: fx.GraphModule, adapter: Adapter) -> dict[str, object]:
             f"{clashes[0]!r} in the file too, and refuse it; lora_fx.load_adapter reads it. Rename one of the modules"
         )
     return {"modules_to_save": saved or None}
-
-
-def _replace_all(files: dict[Path, bytes]) -> None:
-    """Write files that belong together: all are replaced, or all stay what they were."""
-    with ExitStack() as cleanup:
-        written: list[tuple[Path, Path]] = []
-        for path, data in files.items():
-            temporary = _write_beside(path, data)
-            cleanup.callback(temporary.unlink, missing_ok=True)
-            written.append((temporary, path))
-        kept: list[tuple[Path, Path | None]] = []
-        try:
-            for temporary, path in written:
-                backup = _write_beside(path, path.read_bytes()) if path.exists() else None
-                if backup is not None:
-                    cleanup.callback(backup.unlink, missing_ok=True)
-                os.replace(temporary, path)
-                kept.append((path, backup))
-        except BaseException:
-            for path, backup in kept:
-                if backup is None:
-                    path.unlink()
-                else:
-                    backup.rename(path)
-            raise
-
-
-def _write_beside(path: Path, data: bytes) -> Path:
-    """A temporary file in the same directory, with the permissions that any new file gets."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return Path(temporary)
 
 
 def _plan_for(

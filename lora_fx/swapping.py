@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
-from .adapter_files import KEY_OF_BIAS, KEYS, KEYS_OF_LOOKUPS, find_adapter_directory, read_config, weights_path
+from .adapter_files import KEY_OF_BIAS, KEYS, KEYS_OF_LOOKUPS, open_adapter
+from .adapter_integrity import Integrity
 from .adapter_tensors import (
     check_finite,
     doubled_keys,
@@ -22,6 +23,7 @@ from .adapter_tensors import (
     targets_of,
 )
 from .attributes import get_attribute, get_parameter
+from .base_fingerprint import KEY, check_base
 from .config import LoraConfig
 from .errors import AdapterError, closest
 from .graph_module import LoraGraphModule, check_editable, checked_graph_module
@@ -42,6 +44,7 @@ def swap_adapter(
     *,
     mha_out_proj: Literal["twice", "once"] = "twice",
     finite: bool = False,
+    integrity: Integrity = "checked",
 ) -> LoraGraphModule:
     """Give an injected adapter the values of another one of the same shape; `gm` itself is changed and given back.
 
@@ -56,6 +59,7 @@ def swap_adapter(
         mha_out_proj: see `load_adapter`.
         finite: the caller knows that a mapping holds no NaN and no Inf, so that they are not looked for; that is a
             third of the time. A directory is always looked through.
+        integrity: of a directory, see `load_adapter`.
 
     Raises:
         AdapterError: if there is no such adapter, or any tensor is missing, unexpected, of another shape, or not
@@ -81,10 +85,12 @@ def swap_adapter(
         if not finite:
             check_finite(tensors, where)
     else:
-        folder = find_adapter_directory(source, adapter_name)
-        where, config = repr(str(folder)), read_config(folder)
+        files = open_adapter(source, adapter_name, integrity)
+        where, config = repr(str(files.folder)), files.config
         _check_config(adapter, config, where)
-        tensors, _ = read_tensors(weights_path(folder))
+        if KEY in files.metadata and integrity != "ignored":
+            check_base(gm, adapter.plan, files.metadata[KEY], where)
+        tensors = read_tensors(files)
     _bring_into_form(gm, adapter, tensors, config, where)
     targets = targets_of(gm, adapter)
     starts = _starts(gm, adapter, tensors, config)

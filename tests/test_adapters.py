@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import fx, nn
-from zoo import BY_NAME, STACK, assert_same_bits, fingerprint, injected, lora_tensors, randomise, run, traced
+from zoo import BY_NAME, STACK, assert_same_bits, fingerprint, injected, lora_tensors, randomise, reseal, run, traced
 
 import lora_fx
 from lora_fx import AdapterError, ConfigError, LoraConfig, LoraFxError, LoraFxWarning
@@ -37,6 +37,7 @@ def saved(tmp_path: Path) -> Path:
 def edit_config(directory: Path, **changes: Any) -> None:
     fields = json.loads((directory / CONFIG).read_text())
     (directory / CONFIG).write_text(json.dumps(fields | changes))
+    reseal(directory)
 
 
 def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -327,7 +328,8 @@ def test_saving_a_broken_adapter_leaves_the_good_files(saved: Path) -> None:
 
 @pytest.mark.parametrize("failing", [CONFIG, WEIGHTS])
 def test_a_write_that_fails_half_way_leaves_the_old_files(failing: str, saved: Path, monkeypatch) -> None:
-    """The disk is full when the second file is put in place: the pair must stay a pair."""
+    """The disk is full when one of the files is put in place: the pair must stay a pair."""
+    (saved / "directory").mkdir()  # so that the whole cannot be exchanged
     before = {name: (saved / name).read_bytes() for name in (CONFIG, WEIGHTS)}
     replace = os.replace
 
@@ -341,7 +343,8 @@ def test_a_write_that_fails_half_way_leaves_the_old_files(failing: str, saved: P
         lora_fx.save_adapter(randomise(injected(MLP, traced(MLP), r=2)), saved)
     monkeypatch.undo()
     assert {name: (saved / name).read_bytes() for name in (CONFIG, WEIGHTS)} == before
-    assert sorted(os.listdir(saved)) == sorted(before)
+    assert sorted(os.listdir(saved)) == sorted([*before, "directory"])
+    assert not list(saved.parent.glob(".*"))
 
 
 def test_save_refuses_what_has_no_adapter(tmp_path: Path) -> None:

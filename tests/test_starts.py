@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import BY_NAME, assert_same_bits, codes, distance, fingerprint, frozen, lora_tensors, loss_of, run, traced
+from zoo import (
+    BY_NAME,
+    assert_same_bits,
+    codes,
+    distance,
+    fingerprint,
+    frozen,
+    lora_tensors,
+    loss_of,
+    reseal,
+    run,
+    traced,
+)
 
 import lora_fx
 from lora_fx import ConfigError, FoldError, LoraConfig, TargetError
@@ -142,6 +154,7 @@ def test_a_file_whose_start_came_from_data_is_refused(tmp_path: Path) -> None:
     lora_fx.save_adapter(adapted_by(True, gm), tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "lora_ga"}))
+    reseal(tmp_path)
     with pytest.raises(ConfigError, match=r"lora_ga.*path_initial_model_for_weight_conversion"):
         lora_fx.load_adapter(gm, tmp_path)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from zoo import BY_NAME, STACK, assert_same_bits, bits, distance, fingerprint, frozen, run, traced
+from zoo import BY_NAME, STACK, assert_same_bits, bits, distance, fingerprint, frozen, reseal, run, traced
 
 import lora_fx
 from lora_fx import AdapterError, GraphError, LoraConfig
@@ -219,6 +219,7 @@ def test_what_a_directory_says_beside_its_tensors(tmp_path: Path) -> None:
         ({"use_dora": 3}, "use_dora"),
     ):
         path.write_text(json.dumps(config | change))
+        reseal(tmp_path)
         with pytest.raises(lora_fx.LoraFxError, match=message):
             lora_fx.swap_adapter(ours, "default", tmp_path)
         assert fingerprint(ours) == before

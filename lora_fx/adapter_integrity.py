@@ -1,0 +1,94 @@
+"""The seal of an adapter's two files: hashes in safetensors' metadata, which PEFT leaves alone, and which we verify.
+
+safetensors looks at neither values nor checksums: 99 % of the bits of a file may flip and it still loads, as another
+function. So `save_adapter` writes sha256 of the tensors' bytes, of the header, and of adapter_config.json into the
+header. A file that has the seal is verified whenever it is read; one that PEFT wrote has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Literal
+
+from .errors import AdapterError
+
+Integrity = Literal["checked", "required", "ignored"]
+
+_DATA, _CONFIG, _HEADER = (f"lora_fx.sha256.{part}" for part in ("data", "config", "header"))
+_BLANK = "0" * 64
+# What goes into the metadata before the file is laid out; `sealed` fills it in. A header cannot hold its own hash, so
+# it is hashed with that one blank.
+BLANK_SEAL = {_DATA: _BLANK, _CONFIG: _BLANK, _HEADER: _BLANK}
+# Who wrote a file: ours without a seal has lost it.
+WRITER, OURS = "writer", "lora_fx"
+
+
+def sealed(weights: bytes, config: bytes) -> bytes:
+    """A safetensors file, whose metadata has `BLANK_SEAL`, with the hashes filled in."""
+    header, data = split(weights)
+    header = _filled(header, _HEADER, _BLANK)
+    header = _filled(header, _DATA, _sha256(data))
+    header = _filled(header, _CONFIG, _sha256(config))
+    header = _filled(header, _HEADER, _sha256(header))
+    return weights[:8] + header + data
+
+
+def check_seal(weights: bytes, config: bytes, where: str, integrity: Integrity) -> None:
+    """Whether the two files are those that were written together.
+
+    Args:
+        weights: adapter_model.safetensors, which is known to be one.
+        where: the directory, for messages.
+        integrity: "checked" verifies a seal that is there, "required" wants one, "ignored" looks for none.
+
+    Raises:
+        AdapterError: if not.
+    """
+    if integrity not in ("checked", "required", "ignored"):
+        raise AdapterError(f"integrity={integrity!r} must be 'checked', 'required' or 'ignored'")
+    if integrity == "ignored":
+        return
+    header, data = split(weights)
+    noted = metadata_of(weights)
+    if not any(key in noted for key in BLANK_SEAL):
+        if integrity == "required":
+            raise AdapterError(
+                f"{where} has no seal (sha256 in its metadata), and integrity='required' asks for one; "
+                "lora_fx.save_adapter writes it"
+            )
+        if OURS not in noted.values():
+            return
+    found = {_DATA: _sha256(data), _CONFIG: _sha256(config), _HEADER: _sha256(_filled(header, _HEADER, _BLANK))}
+    for key, what in ((_HEADER, "the header"), (_DATA, "the tensors"), (_CONFIG, "adapter_config.json")):
+        if noted.get(key) != found[key]:
+            raise AdapterError(
+                f"{where}: {what} is not what was saved (sha256 differs): a file was damaged, changed or replaced "
+                "since. Take both files from where they were saved; if the change is meant, integrity='ignored' reads "
+                "them, and save_adapter seals them anew"
+            )
+
+
+def split(weights: bytes) -> tuple[bytes, bytes]:
+    """(header, data) of a safetensors file: 8 bytes say how long the header is."""
+    size = int.from_bytes(weights[:8], "little")
+    return weights[8 : 8 + size], weights[8 + size :]
+
+
+def metadata_of(weights: bytes) -> dict[str, str]:
+    """The metadata in the header of a safetensors file, which is known to be one."""
+    found = json.loads(split(weights)[0]).get("__metadata__") or {}
+    return {str(key): str(value) for key, value in found.items()}
+
+
+def _filled(header: bytes, key: str, value: str) -> bytes:
+    """The header with another value of the same length for a key of the seal."""
+    start = header.find(f'"{key}":"'.encode())
+    if start < 0:
+        return header
+    start += len(key) + 4
+    return header[:start] + value.encode() + header[start + len(value) :]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,155 @@
+"""Files and directories that change in one step, and stay changed: a kill at any moment leaves the old, or the new."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+_EXCHANGE, _AT_FDCWD = 2, -100
+
+
+def replace_in_directory(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write files that belong together into a directory, which is made if it is not there: all of them, or none.
+
+    A new directory is renamed to its name when it is whole. An existing one is exchanged for another that has the new
+    files, and links to all others. Where that cannot be (it holds directories, is where somebody stands, or a mount,
+    or the file system has no such call) its files are replaced one by one, and put back if one of them cannot be.
+
+    Raises:
+        OSError: if the file system refuses; the directory is then as it was.
+    """
+    target = Path(os.path.realpath(directory))
+    with _beside(target) as new:
+        for name, data in files.items():
+            write_durably(new / name, data)
+        if not target.exists():
+            _rename_to(new, target)
+        elif not _exchanged(new, target):
+            _replace_one_by_one(new, target, list(files))
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step; False if this system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES):
+        return False
+    raise OSError(number, os.strerror(number), os.fspath(a))
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """A new file with the permissions that any new file gets, on the disk when this returns."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """Names that were changed in a directory are on the disk when this returns."""
+    with contextlib.suppress(OSError):  # some file systems know no such thing
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A directory on the target's file system; gone afterwards, as are those that killed processes left there."""
+    place = next(parent for parent in target.parents if parent.exists())
+    prefix = f".{target.name}.lora_fx-"
+    for old in place.glob(f"{prefix}*"):
+        if not _is_alive(old.name.removeprefix(prefix).partition("-")[0]):
+            shutil.rmtree(old, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=place))
+    umask = os.umask(0)
+    os.umask(umask)
+    try:
+        os.chmod(new, 0o777 & ~umask)
+        yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):
+        pass
+    return True
+
+
+def _rename_to(new: Path, target: Path) -> None:
+    missing = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sync_directory(new)
+        os.rename(new, target)
+    except BaseException:
+        for parent in missing:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+    sync_directory(target.parent)
+
+
+def _exchanged(new: Path, target: Path) -> bool:
+    """Let the new directory, with links to what else the old one has, take its place; False if that cannot be."""
+    if os.path.samefile(target, os.getcwd()) or any(entry.is_dir() for entry in target.iterdir()):
+        return False
+    fresh = set(os.listdir(new))
+    try:
+        for name in set(os.listdir(target)) - fresh:
+            os.link(target / name, new / name, follow_symlinks=False)
+        status = target.stat()
+        os.chmod(new, status.st_mode & 0o7777)
+        if (status.st_uid, status.st_gid) != (os.getuid(), os.getgid()):
+            os.chown(new, status.st_uid, status.st_gid)
+        sync_directory(new)
+        if not exchange(new, target):
+            raise OSError(errno.ENOSYS, "no exchange")
+    except OSError:
+        for name in set(os.listdir(new)) - fresh:
+            os.unlink(new / name)
+        return False
+    sync_directory(target.parent)
+    for name in os.listdir(new):  # what came in meanwhile; `new` is the old directory now
+        if not os.path.lexists(target / name):
+            os.rename(new / name, target / name)
+    return True
+
+
+def _replace_one_by_one(new: Path, target: Path, names: list[str]) -> None:
+    done: list[str] = []
+    (new / "old").mkdir()
+    try:
+        for name in names:
+            if os.path.lexists(target / name):
+                os.link(target / name, new / "old" / name, follow_symlinks=False)
+            os.replace(new / name, target / name)
+            done.append(name)
+    except BaseException:
+        for name in done:
+            if os.path.lexists(new / "old" / name):
+                os.replace(new / "old" / name, target / name)
+            else:
+                os.unlink(target / name)
+        raise
+    sync_directory(target)
