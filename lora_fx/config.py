@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import regex
+
 from .errors import ConfigError, closest, warn
 from .init_options import INITS, CordaConfig, EvaConfig, InitOptions, LoftQConfig, LoraGAConfig, init_of
 
@@ -295,10 +297,12 @@ def _names(name: str, value: Any) -> tuple[str, ...] | str | None:
 
 def _check_expression(name: str, expression: str, used: str | None = None) -> None:
     """`used` is the whole expression that this one becomes part of (see matching.py)."""
+    whole = expression if used is None else used
     try:
-        re.compile(expression)
-        re.compile(expression if used is None else used)
-    except re.error as error:
+        for module in (re, regex):  # what PEFT takes, and what it is matched with here
+            module.compile(expression)
+            module.compile(whole)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
         raise ConfigError(
             f"{name}={expression!r} is not a regular expression: {error}. Give a list of names if these are plain names"
         ) from error

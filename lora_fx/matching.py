@@ -2,12 +2,23 @@
 
 The rules are those of `check_target_module_exists` and `get_pattern_key` in PEFT's
 `tuners/tuners_utils.py` and `utils/other.py` (0.21); nothing here knows a graph or torch.
+
+Expressions may come from a file that somebody else wrote, and Python's own `re` can be kept busy for years by one of
+ten characters. The package `regex`, which takes the same expressions, stops when it is told to.
 """
 
 from __future__ import annotations
 
-import re
+import functools
+import time
 from collections.abc import Iterable, Mapping, Sequence
+
+import regex
+
+from .errors import ConfigError
+
+# Seconds of work that one expression gets, for all names; a match of less than the second number costs nothing.
+BUDGET, _FREE = 0.1, 0.001
 
 
 def matches_suffix(name: str, entry: str) -> bool:
@@ -18,7 +29,7 @@ def matches_suffix(name: str, entry: str) -> bool:
 def matches_names(name: str, patterns: str | Iterable[str]) -> bool:
     """A string is a regular expression that must match in full; a list holds exact or dotted-suffix names."""
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        return _expression(patterns).match(name, whole=True) is not None
     return any(matches_suffix(name, entry) for entry in patterns)
 
 
@@ -35,7 +46,7 @@ def layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | 
     else:
         expressions = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
     for expression in expressions:
-        if match := re.match(expression, name):
+        if match := _expression(expression).match(name):
             # A pattern such as "h|m" may match without the number; PEFT stops there, too.
             return None if match["index"] is None else int(match["index"])
     return None
@@ -69,7 +80,8 @@ def matching_key(names: Iterable[str], patterns: Mapping[str, object]) -> str | 
     packed projection may be named as it stands, brackets and all.
     """
     for key in patterns:
-        if any(re.match(rf"(.*\.)?({key})$", n) or ("[" in key and matches_suffix(n, key)) for n in names):
+        expression = _expression(rf"(.*\.)?({key})$")
+        if any(expression.match(n) or ("[" in key and matches_suffix(n, key)) for n in names):
             return key
     return None
 
@@ -82,3 +94,35 @@ def shortest_suffix(name: str, others: Iterable[str]) -> str:
         if not any(matches_suffix(other, suffix) for other in others):
             return suffix
     return name
+
+
+class _Expression:
+    """A regular expression with a budget."""
+
+    def __init__(self, text: str) -> None:
+        self._compiled = regex.compile(text)
+        self._spent = 0.0
+
+    def match(self, name: str, *, whole: bool = False) -> regex.Match[str] | None:
+        """The match at the beginning of `name`, or of all of it.
+
+        Raises:
+            ConfigError: if the budget is used up.
+        """
+        started, found = time.thread_time(), None
+        try:
+            found = (self._compiled.fullmatch if whole else self._compiled.match)(name, timeout=BUDGET)
+        except TimeoutError:
+            self._spent = 2 * BUDGET
+        took = time.thread_time() - started
+        self._spent += took if took > _FREE else 0.0
+        if self._spent > BUDGET:
+            self._spent = 0.0
+            raise ConfigError(
+                f"the expression {self._compiled.pattern!r} takes more than {1000 * BUDGET:.0f} ms to be matched with "
+                f"names such as {name!r}; write it without repetitions inside repetitions, or give a list of names"
+            )
+        return found
+
+
+_expression = functools.lru_cache(maxsize=1 << 12)(_Expression)

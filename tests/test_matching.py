@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import string
+import time
 import warnings
 
 import peft
@@ -16,7 +18,8 @@ from peft.utils.other import get_pattern_key
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.matching import layer_index, matches_target, matching_key, shortest_suffix
+from lora_fx import ConfigError
+from lora_fx.matching import layer_index, matches_names, matches_target, matching_key, shortest_suffix
 
 # (target_modules, layers_to_transform, layers_pattern, names that are meant, names that are not).
 TARGETS = [
@@ -252,3 +255,24 @@ def test_list_entries_are_never_expressions(words: list[str]) -> None:
         assert matches_target(f"x.{word}", words)
     assume(all("zz" not in word for word in words))
     assert not matches_target("zz", words)
+
+
+@pytest.mark.parametrize("expression", ["(a|aa)+$x", r"((a+)+b?)+$y", "(?:a?){40}a{40}$z"])
+def test_an_expression_has_a_budget(expression: str) -> None:
+    """However it is used, and by however many names."""
+    names = ["a" * 41] * 50
+    started = time.process_time()
+    for use in (
+        lambda: [matches_names(name, expression) for name in names],
+        lambda: matching_key(names, {expression: 1}),
+        lambda: [layer_index(f"{name}.3.x", expression) for name in names],
+    ):
+        with contextlib.suppress(ConfigError):
+            use()
+    assert time.process_time() - started < 3 * 0.3
+
+
+def test_the_budget_is_per_expression_and_said() -> None:
+    with pytest.raises(ConfigError, match=r"takes more than 100 ms.*without repetitions inside"):
+        matches_names("a" * 60, "(a|aa)+$x")
+    assert matches_names("a" * 60, "(a|aa)+")
