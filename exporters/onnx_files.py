@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from lora_fx import ExportError
+from lora_fx.atomic import sync_directory, write_through
 
 from .external_data import DATA_HASH_KEY, check_external_data, data_locations, sha256
 from .paths import path_of
@@ -155,15 +157,43 @@ def save_files(model: ir.Model, files: Written) -> None:
     for path in (files.model, files.data):
         if path is not None and path.exists():
             os.chmod(path, 0o666 & ~umask)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            write_through(path)
 
 
 def _commit(files: Written, target: Path) -> None:
-    """Data first: a kill in between leaves an old graph whose hash its new data does not have."""
-    if files.data is not None and files.data.exists():
-        os.replace(files.data, target.with_name(files.data.name))
+    """Put both files in place so that a kill at any moment leaves a graph with its own weights, the old or the new.
+
+    The name of the weights' file stands in the graph, and two files cannot be replaced at once. So the new weights
+    come in under a name of their own, with a graph that names that one, and are given the right name afterwards.
+    """
+    if files.data is None or not files.data.exists():
+        os.replace(files.model, target)
+        sync_directory(target.parent)
+        return
+    data, passing = _data_of(target), target.with_name(f".{target.name}.data-{os.getpid()}")
+    left = [path for path in target.parent.glob(f".{glob.escape(target.name)}.data-*") if path != passing]
+    meanwhile = files.model.with_name("meanwhile.onnx")
+    meanwhile.write_bytes(_with_data_at(files.model, passing.name))
+    shutil.copymode(files.model, meanwhile)
+    write_through(meanwhile)
+    os.replace(files.data, passing)
+    os.replace(meanwhile, target)
+    sync_directory(target.parent)
+    os.link(passing, files.data)
+    os.replace(files.data, data)
     os.replace(files.model, target)
+    sync_directory(target.parent)
+    for path in (passing, *left):
+        path.unlink(missing_ok=True)
+
+
+def _with_data_at(file: Path, name: str) -> bytes:
+    proto = onnx.load(file, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    return bytes(proto.SerializeToString())
 
 
 def _own_data_of(target: Path) -> Path | None:
@@ -207,15 +237,19 @@ def has_external_data(model: ir.Model) -> bool:
     return any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values())
 
 
-def save_graph(model: ir.Model, target: Path) -> None:
-    """Replace the graph's file alone, in one step; weights beside it stay where they are."""
+def save_graph(graph: bytes, target: Path, like: Path) -> None:
+    """Replace the graph's file alone, in one step; weights beside it stay where they are.
+
+    Args:
+        like: the file whose permissions it gets.
+    """
     with _temporary_directory(target) as directory:
         new = directory / target.name
-        new.write_bytes(graph_bytes(model))
-        shutil.copymode(target, new)
-        with open(new, "rb") as file:
-            os.fsync(file.fileno())
+        new.write_bytes(graph)
+        shutil.copymode(like, new)
+        write_through(new)
         os.replace(new, target)
+    sync_directory(target.parent)
 
 
 def graph_bytes(model: ir.Model) -> bytes:

@@ -26,9 +26,10 @@ from .lora_slots import SLOTS_KEY, read_slots
 from .named_weights import OnnxWeights
 from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, written
 from .onnx_fold_plan import WeightChange, other_readers, plan_changes
-from .onnx_in_place import unfold_in_place, write_in_place
+from .onnx_in_place import undo_of, unfold_in_place, write_in_place
 from .onnx_sites import Mapped
 from .onnx_weights import MANIFEST_KEY, Array, read_manifest, write_manifest
+from .paths import path_of
 from .sessions import checked_file
 from .stored_weights import Rounded, read_weight, rounded
 from .text import some, table
@@ -176,7 +177,8 @@ def unfold_onnx(path: str | os.PathLike[str]) -> None:
     Raises:
         ExportError: if there is nothing to take back; the base file of a fold into another file is that still.
     """
-    unfold_in_place(checked_file(path))
+    file = path_of(path)
+    unfold_in_place(file if undo_of(file).is_dir() else checked_file(path))
 
 
 def new_weights(weights: OnnxWeights, strength: float = 1.0) -> Iterator[NewWeight]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -18,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lora_fx import ExportError
+from lora_fx.atomic import sync_directory, write_durably, write_through
 
 from .external_data import DATA_HASH_KEY, sha256
 from .onnx_files import graph_bytes, has_external_data, save_graph, written
-from .onnx_weights import Array
 from .text import reason
 
 _MODEL, _WEIGHTS, _RECORD = "model.onnx", "weights.safetensors", "folded.json"
@@ -35,6 +33,9 @@ def undo_of(file: Path) -> Path:
 def write_in_place(model: ir.Model, file: Path, new: Mapping[ir.Value, ir.TensorProtocol]) -> None:
     """Write new values where the old ones lie, after keeping those.
 
+    While weights beside the graph are half old and half new, there is no graph: whoever kills this leaves nothing that
+    could be loaded, and `unfold_in_place` puts all back.
+
     Raises:
         ExportError: if there is something to undo already, or the file system refuses; all is then as it was.
     """
@@ -47,10 +48,8 @@ def write_in_place(model: ir.Model, file: Path, new: Mapping[ir.Value, ir.Tensor
     places = {value: value.const_value for value in new if isinstance(value.const_value, ir.ExternalTensor)}
     external = has_external_data(model)
     try:
-        _keep(file, undo, {_place(tensor): np.frombuffer(_read(tensor), np.uint8) for tensor in places.values()})
+        _keep(file, undo, list(places.values()))
         try:
-            for value, place in places.items():
-                _write_at(place, np.frombuffer(new[value].tobytes(), np.uint8))
             for value, tensor in new.items():
                 if value not in places:
                     value.const_value = tensor
@@ -58,9 +57,12 @@ def write_in_place(model: ir.Model, file: Path, new: Mapping[ir.Value, ir.Tensor
                 with written(model, file, external=False) as files:
                     _record(undo, files.model.read_bytes(), [])
                 return
+            file.unlink()
+            for value, place in places.items():
+                _write_at(Path(place.path), place.offset or 0, new[value].tobytes())
             _rehash(model, file)
             _record(undo, graph_bytes(model), list(places.values()))
-            save_graph(model, file)
+            save_graph(graph_bytes(model), file, undo / _MODEL)
         except BaseException:
             _restore(file, undo)
             raise
@@ -82,74 +84,87 @@ def unfold_in_place(file: Path) -> None:
             "base as it was; take that"
         )
     try:
-        _check_still_folded(file, undo)
+        if not _is_known(file, undo):
+            raise ExportError(
+                f"{file} was written anew since it was folded in place, and {undo.name} belongs to the file that it "
+                "was; remove that directory"
+            )
         _restore(file, undo)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise ExportError(f"cannot take back the fold of {file}: {reason(error)}") from error
 
 
-def _record(undo: Path, graph: bytes, places: Sequence[ir.ExternalTensor]) -> None:
-    """Note what the files hold once they are folded. Without it, the fold was interrupted while it wrote weights."""
-    hashes = {_place(tensor): [tensor.nbytes, _hash(_read(tensor))] for tensor in places}
-    with open(undo / _RECORD, "w", encoding="utf-8") as record:
-        json.dump({"graph": _hash(graph), "places": hashes}, record)
-        record.flush()
-        os.fsync(record.fileno())
-
-
-def _check_still_folded(file: Path, undo: Path) -> None:
-    """Whether the files are still those that were folded: what was kept is not for a model that was written later."""
+def _is_known(file: Path, undo: Path) -> bool:
+    """Whether the files are those that were folded, or were before: what was kept is for no model of a later day."""
+    if not file.exists():
+        return True  # interrupted while weights were written
     graph, record = file.read_bytes(), undo / _RECORD
-    is_known = graph == (undo / _MODEL).read_bytes()
-    if record.is_file():
-        noted = json.loads(record.read_text(encoding="utf-8"))
-        is_known = is_known or _hash(graph) == noted["graph"]
-        for place, (size, wanted) in noted["places"].items():
-            name, offset = _parts(place)
-            is_known = is_known and _hash(_read_at(file.parent / name, offset, size)) == wanted
-    if not is_known:
-        raise ExportError(
-            f"{file} was written anew since it was folded in place, and {undo.name} belongs to the file that it was; "
-            "remove that directory"
-        )
+    if graph == (undo / _MODEL).read_bytes():
+        return all(_read_at(path, offset, len(old)) == old for path, offset, old in _kept(file, undo))
+    if not record.is_file():
+        return False
+    noted = json.loads(record.read_text(encoding="utf-8"))
+    return bool(_hash(graph) == noted["graph"]) and all(
+        _hash(_read_at(path, offset, len(old))) == noted["places"][f"{path.relative_to(file.parent)}:{offset}"]
+        for path, offset, old in _kept(file, undo)
+    )
+
+
+def _record(undo: Path, graph: bytes, places: Sequence[ir.ExternalTensor]) -> None:
+    """Note what the files hold once they are folded."""
+    hashes = {_place(tensor): _hash(_read(tensor)) for tensor in places}
+    write_durably(undo / _RECORD, json.dumps({"graph": _hash(graph), "places": hashes}).encode())
 
 
 def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _keep(file: Path, undo: Path, data: Mapping[str, Array]) -> None:
+def _keep(file: Path, undo: Path, places: Sequence[ir.ExternalTensor]) -> None:
     directory = Path(tempfile.mkdtemp(prefix=".lora_fx.", suffix=".tmp", dir=file.parent))
     try:
-        shutil.copyfile(file, directory / _MODEL)
-        save_file(dict(data), directory / _WEIGHTS)
+        shutil.copy(file, directory / _MODEL)
+        save_file({_place(each): np.frombuffer(_read(each), np.uint8) for each in places}, directory / _WEIGHTS)
         for name in (_MODEL, _WEIGHTS):
-            with open(directory / name, "rb") as kept:
-                os.fsync(kept.fileno())
+            write_through(directory / name)
         os.replace(directory, undo)
+        sync_directory(file.parent)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _restore(file: Path, undo: Path) -> None:
+def _kept(file: Path, undo: Path) -> list[tuple[Path, int, bytes]]:
+    """(file, offset, bytes) of the weights that were kept; the names are those of a record that lies on the disk."""
+    found = []
     for place, data in load_file(undo / _WEIGHTS).items():
-        name, offset = _parts(place)
-        with _patching(file.parent / name) as target:
-            target.seek(offset)
-            target.write(data.tobytes())
-    model = undo / _MODEL
-    if model.read_bytes() != file.read_bytes():
-        os.replace(model, file)
-    shutil.rmtree(undo)
+        name, _, offset = place.rpartition(":")
+        path = file.parent / name
+        if not path.resolve().is_relative_to(file.parent.resolve()):
+            raise ExportError(f"{undo} names a place outside of {file.parent}; it was not written by lora_fx")
+        found.append((path, int(offset), data.tobytes()))
+    return found
+
+
+def _restore(file: Path, undo: Path) -> None:
+    graph = (undo / _MODEL).read_bytes()
+    weights = _kept(file, undo)
+    if weights:
+        file.unlink(missing_ok=True)
+    for path, offset, data in weights:
+        _write_at(path, offset, data)
+    if not file.exists() or file.read_bytes() != graph:
+        back = undo / "back.onnx"  # another name and no copy: the disk may be full
+        back.unlink(missing_ok=True)
+        os.link(undo / _MODEL, back)
+        os.replace(back, file)
+        sync_directory(file.parent)
+    gone = Path(tempfile.mkdtemp(prefix=".lora_fx.", suffix=".tmp", dir=file.parent))
+    os.replace(undo, gone)  # in one step, so that there is never half of it
+    shutil.rmtree(gone)
 
 
 def _place(tensor: ir.ExternalTensor) -> str:
     return f"{tensor.location}:{tensor.offset or 0}"
-
-
-def _parts(place: str) -> tuple[str, int]:
-    name, _, offset = place.rpartition(":")
-    return name, int(offset)
 
 
 def _read(tensor: ir.ExternalTensor) -> bytes:
@@ -162,18 +177,12 @@ def _read_at(path: Path, offset: int, size: int) -> bytes:
         return data.read(size)
 
 
-def _write_at(tensor: ir.ExternalTensor, new: Array) -> None:
-    with _patching(Path(tensor.path)) as data:
-        data.seek(tensor.offset or 0)
-        data.write(new.tobytes())
-
-
-@contextlib.contextmanager
-def _patching(path: Path) -> Iterator[BinaryIO]:
-    with open(path, "r+b") as data:
-        yield data
-        data.flush()
-        os.fsync(data.fileno())
+def _write_at(path: Path, offset: int, data: bytes) -> None:
+    with open(path, "r+b") as target:
+        target.seek(offset)
+        target.write(data)
+        target.flush()
+        os.fsync(target.fileno())
 
 
 def _rehash(model: ir.Model, file: Path) -> None:

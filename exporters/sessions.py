@@ -135,6 +135,11 @@ def checked_file(path: str | os.PathLike[str]) -> Path:
     """`path` as a Path. Raises ExportError if there is no file."""
     file = path_of(path)
     if not os.path.isfile(file):  # not Path.is_file, which raises for a name that is too long
+        if os.path.isdir(f"{file}.undo"):
+            raise ExportError(
+                f"the ONNX file {file} is away, since a fold in place was interrupted; unfold_onnx({str(file)!r}) puts "
+                "everything back as it was"
+            )
         what = "is a directory" if os.path.isdir(file) else "does not exist"
         raise ExportError(f"the ONNX file {file} {what}; export_onnx(gm, {str(file)!r}) writes one")
     return file

@@ -58,6 +58,12 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def write_through(path: Path) -> None:
+    """What was written to a file is on the disk when this returns."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_directory(directory: Path) -> None:
     """Names that were changed in a directory are on the disk when this returns."""
     with contextlib.suppress(OSError):  # some file systems know no such thing
