@@ -23,6 +23,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from lora_fx import AdapterArrays, AdapterError, read_adapter
+from lora_fx.atomic import sync_directory, temporary_beside, write_through
 
 from .lora_insertion import Inputs, insert_slots
 from .lora_places import adapter_arrays, plan_slots
@@ -168,18 +169,21 @@ def save_arrays(arrays: Mapping[str, Array], slots: Slots, target: Path) -> None
     form.set_adapter_version(1)
     form.set_model_version(slots.model_version)
     form.set_parameters(values)
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        form.export_adapter(os.fspath(temporary))
-        again = ort.AdapterFormat.read_adapter(os.fspath(temporary))
-        for name, value in again.get_parameters().items():
-            if (value.tensor_size_in_bytes(), _bytes_of(value)) != (kept[name].nbytes, kept[name].tobytes()):
-                raise AdapterError(f"onnxruntime {ort.__version__} wrote other values of {name!r} than it was given")
-        os.replace(temporary, target)
+        with temporary_beside(target) as directory:
+            temporary = directory / target.name
+            form.export_adapter(os.fspath(temporary))
+            again = ort.AdapterFormat.read_adapter(os.fspath(temporary))
+            for name, value in again.get_parameters().items():
+                if (value.tensor_size_in_bytes(), _bytes_of(value)) != (kept[name].nbytes, kept[name].tobytes()):
+                    raise AdapterError(
+                        f"onnxruntime {ort.__version__} wrote other values of {name!r} than it was given"
+                    )
+            write_through(temporary)
+            os.replace(temporary, target)
+            sync_directory(target.parent)
     except (OSError, RuntimeError) as error:
         raise AdapterError(f"cannot write {target}: {reason(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _bytes_of(value: ort.OrtValue) -> bytes:

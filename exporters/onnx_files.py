@@ -6,7 +6,6 @@ import contextlib
 import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from lora_fx import ExportError
-from lora_fx.atomic import sync_directory, write_through
+from lora_fx.atomic import exchange, sync_directory, temporary_beside, write_through
 
 from .external_data import DATA_HASH_KEY, check_external_data, data_locations, sha256
 from .paths import path_of
@@ -23,6 +22,7 @@ from .sessions import open_session
 from .text import reason
 
 AUTOMATIC_EXTERNAL_BYTES = 3 * 2**29  # 1.5 GiB
+_LARGE = 2**30  # 1 GiB
 PROTOBUF_BYTES = 2**31 - 2**26  # 2 GiB less room for the graph itself
 
 
@@ -63,17 +63,16 @@ def checked_target(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def _temporary_directory(target: Path) -> Iterator[Path]:
-    """A directory beside the target, on the same file system; gone afterwards whatever happens."""
-    try:
-        directory = Path(tempfile.mkdtemp(prefix=".lora_fx.", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise ExportError(
-            f"cannot write into {target.parent} ({error.strerror}); choose another directory or mend its permissions"
-        ) from error
-    try:
+    """`temporary_beside`, whose errors are ours."""
+    with contextlib.ExitStack() as stack:
+        try:
+            directory = stack.enter_context(temporary_beside(target))
+        except OSError as error:
+            raise ExportError(
+                f"cannot write into {target.parent} ({error.strerror}); choose another directory or mend its "
+                "permissions"
+            ) from error
         yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def is_external(model: ir.Model, wanted: bool | None) -> bool:
@@ -121,7 +120,7 @@ def _check_data_place(target: Path) -> None:
     data = _data_of(target)
     if os.path.isdir(data):
         raise ExportError(f"cannot write the weights to {data}: it is a directory; move it, or choose another name")
-    if os.path.isfile(data) and data.name not in _named_by(target):
+    if os.path.isfile(data) and data.name not in _named_by(target) and not _passings(target):
         raise ExportError(
             f"{data} exists, and is not named by {target.name}: it may be the weights of an .onnx file that was "
             "renamed. Remove it if it is not, or choose another name"
@@ -163,28 +162,76 @@ def save_files(model: ir.Model, files: Written) -> None:
 def _commit(files: Written, target: Path) -> None:
     """Put both files in place so that a kill at any moment leaves a graph with its own weights, the old or the new.
 
-    The name of the weights' file stands in the graph, and two files cannot be replaced at once. So the new weights
-    come in under a name of their own, with a graph that names that one, and are given the right name afterwards.
+    The name of the weights' file stands in the graph, and two files cannot be replaced at once. So where there is an
+    old graph of that name, the new weights come in under a name of their own, with a graph that names that one, and
+    get the right name afterwards.
     """
     if files.data is None or not files.data.exists():
         os.replace(files.model, target)
         sync_directory(target.parent)
         return
-    data, passing = _data_of(target), target.with_name(f".{target.name}.data-{os.getpid()}")
-    left = [path for path in target.parent.glob(f".{glob.escape(target.name)}.data-*") if path != passing]
-    meanwhile = files.model.with_name("meanwhile.onnx")
-    meanwhile.write_bytes(_with_data_at(files.model, passing.name))
-    shutil.copymode(files.model, meanwhile)
+    passing = _passing(target)
+    left = [path for path in _passings(target) if path != passing]
+    try:
+        if _data_of(target).name in _named_by(target):
+            _replace_both(files.model, files.data, target, passing)
+        else:
+            passing.touch()  # says whose the weights are, until there is a graph that does
+            os.replace(files.data, _data_of(target))
+            try:
+                os.replace(files.model, target)
+            except BaseException:
+                _data_of(target).unlink()
+                raise
+            sync_directory(target.parent)
+    finally:
+        for path in (passing, *left):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _replace_both(model: Path, weights: Path, target: Path, passing: Path) -> None:
+    data = _data_of(target)
+    meanwhile, old = model.with_name("meanwhile"), model.with_name("old.onnx")
+    meanwhile.write_bytes(_with_data_at(model, passing.name))
+    shutil.copymode(model, meanwhile)
     write_through(meanwhile)
-    os.replace(files.data, passing)
-    os.replace(meanwhile, target)
-    sync_directory(target.parent)
-    os.link(passing, files.data)
-    os.replace(files.data, data)
-    os.replace(files.model, target)
-    sync_directory(target.parent)
-    for path in (passing, *left):
-        path.unlink(missing_ok=True)
+    os.link(target, old)
+    is_exchanged = False
+    try:
+        os.replace(weights, passing)
+        os.replace(meanwhile, target)
+        sync_directory(target.parent)
+        _duplicate(passing, weights)
+        is_exchanged = exchange(weights, data)
+        if not is_exchanged:
+            os.replace(weights, data)
+        os.replace(model, target)
+        sync_directory(target.parent)
+    except BaseException:
+        if is_exchanged:
+            os.replace(weights, data)
+        os.replace(old, target)
+        raise
+
+
+def _duplicate(source: Path, target: Path) -> None:
+    """A copy; of what is large, a second name, with which onnx's own loader does not read it until one is gone."""
+    if source.stat().st_size > _LARGE:
+        os.link(source, target)
+    else:
+        shutil.copyfile(source, target)
+        shutil.copymode(source, target)
+        write_through(target)
+
+
+def _passing(target: Path) -> Path:
+    """The name that new weights have for a moment."""
+    return target.with_name(f".{target.name}.data-{os.getpid()}")
+
+
+def _passings(target: Path) -> list[Path]:
+    return list(target.parent.glob(f".{glob.escape(target.name)}.data-*"))
 
 
 def _with_data_at(file: Path, name: str) -> bytes:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lora_fx import ExportError
-from lora_fx.atomic import sync_directory, write_durably, write_through
+from lora_fx.atomic import sync_directory, temporary_beside, write_durably, write_through
 
 from .external_data import DATA_HASH_KEY, sha256
 from .onnx_files import graph_bytes, has_external_data, save_graph, written
@@ -121,16 +120,13 @@ def _hash(data: bytes) -> str:
 
 
 def _keep(file: Path, undo: Path, places: Sequence[ir.ExternalTensor]) -> None:
-    directory = Path(tempfile.mkdtemp(prefix=".lora_fx.", suffix=".tmp", dir=file.parent))
-    try:
+    with temporary_beside(undo) as directory:
         shutil.copy(file, directory / _MODEL)
         save_file({_place(each): np.frombuffer(_read(each), np.uint8) for each in places}, directory / _WEIGHTS)
         for name in (_MODEL, _WEIGHTS):
             write_through(directory / name)
         os.replace(directory, undo)
         sync_directory(file.parent)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _kept(file: Path, undo: Path) -> list[tuple[Path, int, bytes]]:
@@ -148,19 +144,30 @@ def _kept(file: Path, undo: Path) -> list[tuple[Path, int, bytes]]:
 def _restore(file: Path, undo: Path) -> None:
     graph = (undo / _MODEL).read_bytes()
     weights = _kept(file, undo)
-    if weights:
-        file.unlink(missing_ok=True)
-    for path, offset, data in weights:
-        _write_at(path, offset, data)
-    if not file.exists() or file.read_bytes() != graph:
-        back = undo / "back.onnx"  # another name and no copy: the disk may be full
-        back.unlink(missing_ok=True)
-        os.link(undo / _MODEL, back)
-        os.replace(back, file)
-        sync_directory(file.parent)
-    gone = Path(tempfile.mkdtemp(prefix=".lora_fx.", suffix=".tmp", dir=file.parent))
-    os.replace(undo, gone)  # in one step, so that there is never half of it
-    shutil.rmtree(gone)
+    with temporary_beside(undo) as temporary:
+        folded = temporary / "folded.onnx"
+        if file.exists():
+            os.link(file, folded)
+        os.link(undo / _MODEL, temporary / _MODEL)  # other names and no copies: the disk may be full
+        there = [(path, offset, _read_at(path, offset, len(data))) for path, offset, data in weights]
+        try:
+            if weights:
+                file.unlink(missing_ok=True)
+            for path, offset, data in weights:
+                _write_at(path, offset, data)
+            if not file.exists() or file.read_bytes() != graph:
+                os.replace(temporary / _MODEL, file)
+                sync_directory(file.parent)
+        except BaseException:
+            for path, offset, data in there:
+                _write_at(path, offset, data)
+            if folded.exists():
+                os.replace(folded, file)
+            raise
+        try:
+            os.replace(undo, temporary / "gone")  # in one step, so that there is never half of it
+        except OSError:
+            shutil.rmtree(undo)
 
 
 def _place(tensor: ir.ExternalTensor) -> str:

@@ -27,11 +27,16 @@ WRITER, OURS = "writer", "lora_fx"
 def sealed(weights: bytes, config: bytes) -> bytes:
     """A safetensors file, whose metadata has `BLANK_SEAL`, with the hashes filled in."""
     header, data = split(weights)
+    fields = json.loads(header)
+    # safetensors writes the metadata in another order every time, and the same adapter is to be the same file.
+    fields["__metadata__"] = dict(sorted((fields.get("__metadata__") or {}).items()))
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    header = text + b" " * (-len(text) % 8)
     header = _filled(header, _HEADER, _BLANK)
     header = _filled(header, _DATA, _sha256(data))
     header = _filled(header, _CONFIG, _sha256(config))
     header = _filled(header, _HEADER, _sha256(header))
-    return weights[:8] + header + data
+    return len(header).to_bytes(8, "little") + header + data
 
 
 def check_seal(weights: bytes, config: bytes, where: str, integrity: Integrity) -> None:

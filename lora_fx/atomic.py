@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import shutil
 import sys
@@ -26,13 +27,28 @@ def replace_in_directory(directory: Path, files: Mapping[str, bytes]) -> None:
         OSError: if the file system refuses; the directory is then as it was.
     """
     target = Path(os.path.realpath(directory))
-    with _beside(target) as new:
+    with temporary_beside(target) as new:
         for name, data in files.items():
             write_durably(new / name, data)
         if not target.exists():
             _rename_to(new, target)
         elif not _exchanged(new, target):
             _replace_one_by_one(new, target, list(files))
+
+
+def replace_directory(new: Path, target: Path) -> bool:
+    """Let a directory take the place and the permissions of another; False if that cannot be done in one step."""
+    if os.path.samefile(target, os.getcwd()):
+        return False
+    status = target.stat()
+    os.chmod(new, status.st_mode & 0o7777)
+    if (status.st_uid, status.st_gid) != (os.getuid(), os.getgid()):
+        os.chown(new, status.st_uid, status.st_gid)
+    sync_directory(new)
+    if not exchange(new, target):
+        return False
+    sync_directory(target.parent)
+    return True
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -75,17 +91,26 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A directory on the target's file system; gone afterwards, as are those that killed processes left there."""
+def temporary_beside(target: Path) -> Iterator[Path]:
+    """A new directory beside the target, so on its file system; gone afterwards, whatever happens.
+
+    So are those that killed processes left there for the same target. Where one may write into the target alone, a
+    directory, the new one lies in it.
+    """
     place = next(parent for parent in target.parents if parent.exists())
     prefix = f".{target.name}.lora_fx-"
-    for old in place.glob(f"{prefix}*"):
+    for old in place.glob(f"{glob.escape(prefix)}*"):
         if not _is_alive(old.name.removeprefix(prefix).partition("-")[0]):
             shutil.rmtree(old, ignore_errors=True)
-    new = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=place))
-    umask = os.umask(0)
-    os.umask(umask)
     try:
+        new = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=place))
+    except PermissionError:
+        if not target.is_dir():
+            raise
+        new = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=target))
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
         os.chmod(new, 0o777 & ~umask)
         yield new
     finally:
@@ -118,24 +143,18 @@ def _rename_to(new: Path, target: Path) -> None:
 
 def _exchanged(new: Path, target: Path) -> bool:
     """Let the new directory, with links to what else the old one has, take its place; False if that cannot be."""
-    if os.path.samefile(target, os.getcwd()) or any(entry.is_dir() for entry in target.iterdir()):
+    if any(entry.is_dir() for entry in target.iterdir()):
         return False
     fresh = set(os.listdir(new))
     try:
         for name in set(os.listdir(target)) - fresh:
             os.link(target / name, new / name, follow_symlinks=False)
-        status = target.stat()
-        os.chmod(new, status.st_mode & 0o7777)
-        if (status.st_uid, status.st_gid) != (os.getuid(), os.getgid()):
-            os.chown(new, status.st_uid, status.st_gid)
-        sync_directory(new)
-        if not exchange(new, target):
+        if not replace_directory(new, target):
             raise OSError(errno.ENOSYS, "no exchange")
     except OSError:
         for name in set(os.listdir(new)) - fresh:
             os.unlink(new / name)
         return False
-    sync_directory(target.parent)
     for name in os.listdir(new):  # what came in meanwhile; `new` is the old directory now
         if not os.path.lexists(target / name):
             os.rename(new / name, target / name)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .cli_paths import existing_part, resolved
+from .atomic import replace_directory, temporary_beside
+from .cli_paths import resolved
 from .errors import FoldError
 from .hf_folding import HfFold, output_error
 from .hf_models import HfModel, load_model
@@ -36,17 +36,17 @@ def save_folded(loaded: HfModel, outcome: HfFold, out: Path, *, dtype: str | Non
         OSError, SafetensorError: if it cannot be written. OUT is as it was then.
     """
     target = resolved(out)
-    with tempfile.TemporaryDirectory(dir=existing_part(target), prefix=".lora-fx.") as temporary:
-        folder = Path(temporary) / "model"
+    with temporary_beside(target) as temporary:
+        folder = temporary / "model"
         loaded.model.save_pretrained(folder)
         _write_config(loaded, outcome, folder, dtype)
         _copy_companions(loaded.directory, folder)
         if outcome.untied:
             _check_reloaded(loaded, outcome, folder)
-        if target.is_dir():
-            _exchange_entries(folder, target, Path(temporary))
-        else:
+        if not target.is_dir():
             _move(folder, target)
+        elif temporary.parent == target or not replace_directory(folder, target):
+            _exchange_entries(folder, target, temporary)
 
 
 def _write_config(loaded: HfModel, outcome: HfFold, folder: Path, dtype: str | None) -> None:
@@ -115,7 +115,7 @@ def _move(folder: Path, target: Path) -> None:
 
 
 def _exchange_entries(folder: Path, target: Path, temporary: Path) -> None:
-    """Replace what a directory holds. The directory itself stays: it may be a mount, or where the user stands."""
+    """Replace what a directory holds. The directory itself stays: it is a mount, or where the user stands."""
     old = temporary / "old"
     old.mkdir()
     moved: list[tuple[Path, Path]] = []

@@ -161,6 +161,7 @@ def test_a_fold_that_cannot_move_into_place_puts_the_old_directory_back(
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", broken)
+    monkeypatch.chdir(tmp_path / "out")  # so that the directory itself stays, and its entries are moved one by one
     assert run(monkeypatch, "fold", *directories, tmp_path / "out", "--overwrite") == 5
     assert "No space left" in capsys.readouterr().err
     assert files_of(tmp_path / "out") == {"mine.txt": b"old", "config.json": b"{}"}
