@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .adapters import load_adapter, save_adapter
     from .batching import batch_adapters, unbatch_adapters
     from .calibration import Calibration, calibrate
+    from .checks import check_effect, check_fold
     from .combination import combine_adapters
     from .config import LoraConfig
     from .equivalence import GraphDiff, assert_equivalent, compare_graphs
@@ -51,6 +52,7 @@ _HOMES = {
     "adapters": ("load_adapter", "save_adapter"),
     "batching": ("batch_adapters", "unbatch_adapters"),
     "calibration": ("Calibration", "calibrate"),
+    "checks": ("check_effect", "check_fold"),
     "combination": ("combine_adapters",),
     "config": ("LoraConfig",),
     "equivalence": ("GraphDiff", "assert_equivalent", "compare_graphs"),
@@ -107,6 +109,8 @@ __all__ = [
     "assert_equivalent",
     "batch_adapters",
     "calibrate",
+    "check_effect",
+    "check_fold",
     "combine_adapters",
     "compare_graphs",
     "delete_adapter",

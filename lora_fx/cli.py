@@ -279,7 +279,10 @@ def export(
     quantize: Annotated[
         Quantize | None, typer.Option(help="Quantize the weights, after the float file's check.")
     ] = None,
-    check: Annotated[bool, typer.Option(help="Run the file in ONNX Runtime, on the CPU, before it is kept.")] = True,
+    check: Annotated[
+        bool,
+        typer.Option(help="See that the adapter has an effect, and run the folded graph and the file, on the CPU."),
+    ] = True,
     with_cache: Annotated[
         bool, typer.Option("--with-cache", help="A decoder with past_key_values in and present out, to generate with.")
     ] = False,
@@ -300,7 +303,7 @@ def export(
         raise typer.BadParameter(f"{str(out)!r} is {what}, so OUT.onnx, the file to write, is missing")
     check_onnx_destination(out, [model, *paths[:-1]], overwrite=overwrite)
     _check_opset(opset)
-    gm = _folded(model, adapter, dtype, with_cache=with_cache)
+    gm = _folded(model, adapter, dtype, with_cache=with_cache, check=check)
     from exporters import export_onnx
 
     with progress("exporting and checking"):
@@ -434,7 +437,9 @@ def _traced(loaded: HfModel, *, with_cache: bool = False) -> LoraGraphModule:
         return lora_fx.trace(flat, (), inputs, dynamic_shapes=shapes)
 
 
-def _folded(model: Path, adapter: Path | None, dtype: Dtype | None, *, with_cache: bool = False) -> LoraGraphModule:
+def _folded(
+    model: Path, adapter: Path | None, dtype: Dtype | None, *, with_cache: bool = False, check: bool = False
+) -> LoraGraphModule:
     """The graph that an ONNX file is made of, or compared with."""
     import lora_fx
 
@@ -453,8 +458,11 @@ def _folded(model: Path, adapter: Path | None, dtype: Dtype | None, *, with_cach
     gm = _traced(loaded, with_cache=with_cache)
     if adapter is None:
         return gm
-    with progress("folding"):
-        return lora_fx.fold(lora_fx.load_adapter(gm, adapter))
+    with progress("folding and checking" if check else "folding"):
+        injected = lora_fx.load_adapter(gm, adapter)
+        if check:
+            lora_fx.check_effect(injected)
+        return lora_fx.fold(injected, check=check)
 
 
 __all__ = ["app", "main"]

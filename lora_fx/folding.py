@@ -15,6 +15,7 @@ from torch import fx, nn
 from .aliasing import storage_of
 from .applications import read_applications
 from .attributes import delete_attribute, get_attribute, get_parameter, set_attribute
+from .checks import check_fold
 from .errors import FoldError
 from .fold_results import FoldedSite, FoldReport, warn_of_losses
 from .fold_tasks import FoldTask, check_not_tied, fold_tasks, replace_weights
@@ -41,6 +42,7 @@ def fold(
     inplace: bool = False,
     reversible: bool = True,
     accumulate: torch.dtype = torch.float32,
+    check: object = False,
 ) -> LoraGraphModule:
     """Merge the adapters into the weights and take every LoRA node out of the graph.
 
@@ -58,6 +60,8 @@ def fold(
             memory but one temporary at most; that is what PEFT's merge does. All is checked before the first
             write, but an interrupt meanwhile leaves the model half merged.
         accumulate: torch.float32 or torch.float64; at least the weight's own dtype is used.
+        check: compare the folded graph with the adapted one before anything is written, on the inputs that `trace`
+            remembers (True), or on others; see `check_fold`. With inplace it takes the memory of the folded weights.
 
     Raises:
         AdapterError: if an adapter is not there.
@@ -76,8 +80,11 @@ def fold(
         _check_has_values(gm, tasks)
         if inplace:
             check_not_tied(gm, tasks)
+        checked = _fold_anew(gm, tasks, chosen, accumulate) if check is not False else None
+        if checked is not None:
+            check_fold(gm, checked[0], None if check is True else check)
         way = _fold_anew if not inplace else _fold_in_place if reversible else _fold_for_good
-        result, sites = way(gm, tasks, chosen, accumulate)
+        result, sites = checked if checked and not inplace else way(gm, tasks, chosen, accumulate)
         for name in [name for name in record_of(result).adapters if adapters is None]:
             forget_adapter(result, name)
     trained = tuple(dict.fromkeys(name for adapter in chosen for name in adapter.trained))

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from .checks import check_effect, fold_bound, output_error
 from .errors import FoldError
 from .fold_results import FoldReport
 from .folding import fold, fold_report
@@ -63,8 +63,10 @@ def fold_into(loaded: HfModel, injected: LoraGraphModule) -> HfFold:
     and its config says so: that is how transformers loads such a model.
 
     Raises:
+        TargetError: if the adapter has no effect.
         FoldError: if folding fails, or the model has no place for an untied weight.
     """
+    check_effect(injected)
     with torch.no_grad():
         expected = injected(**loaded.inputs)
         trained = _changed_in_full(injected)
@@ -75,37 +77,6 @@ def fold_into(loaded: HfModel, injected: LoraGraphModule) -> HfFold:
             _untie_all(loaded.model)
         error = output_error(expected, loaded.model(**loaded.inputs))
     return HfFold(fold_report(folded), trained, untied, expected, error, fold_bound(loaded.model))
-
-
-def output_error(expected: Any, actual: Any) -> float:
-    """The largest error of any output, relative to its largest value.
-
-    Returns:
-        Infinity if NaN, Inf or masked values (the dtype's largest) stand at other places; NaN if there is nothing
-        else to compare.
-    """
-    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=True)
-    errors = [_tensor_error(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point()]
-    return max((error for error in errors if not math.isnan(error)), default=math.nan)
-
-
-def fold_bound(model: nn.Module) -> float:
-    """What a right fold may differ by: rounding of each weight, carried through a deep model."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return (32 if dtype in (torch.float16, torch.bfloat16) else 1024) * torch.finfo(dtype).eps
-
-
-def _tensor_error(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    largest = torch.finfo(expected.dtype).max
-    usual = expected.abs() < largest  # NaN is below nothing
-    if not torch.equal(usual, actual.abs() < largest):
-        return math.inf
-    if not torch.equal(expected[~usual].nan_to_num(0.0), actual[~usual].nan_to_num(0.0)):
-        return math.inf
-    if not bool(usual.any()):
-        return math.nan
-    a, b = expected[usual].double(), actual[usual].double()
-    return float((a - b).abs().max()) / (float(a.abs().max()) or 1.0)
 
 
 def _changed_in_full(injected: LoraGraphModule) -> tuple[str, ...]:

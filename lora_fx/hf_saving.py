@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from .atomic import replace_directory, temporary_beside
+from .checks import output_error
 from .cli_paths import resolved
 from .errors import FoldError
-from .hf_folding import HfFold, output_error
+from .hf_folding import HfFold
 from .hf_models import HfModel, load_model
 
 # What goes along with a folded model. Weights in any other format would be the base's, unfolded, so this is a

@@ -14,6 +14,7 @@ from torch import fx, nn
 from .adapter_files import KEY_OF_BIAS, KEY_OF_MAGNITUDE, KEY_OF_ROWS, KEYS, KEYS_OF_LOOKUPS
 from .applications import Application, read_applications
 from .attributes import get_attribute, get_parameter, set_attribute
+from .checks import check_effect
 from .config import LoraConfig
 from .dora import magnitude_shape, weight_norm
 from .errors import AdapterError, ConfigError, GraphError, TargetError
@@ -163,6 +164,7 @@ def inject(
     adapter_name: str = "default",
     adapter_dtype: torch.dtype | None = None,
     calibration: Calibration | None = None,
+    check: object = False,
 ) -> LoraGraphModule:
     """A new graph module with LoRA beside every target; `gm` and the model it came from are untouched.
 
@@ -175,9 +177,11 @@ def inject(
         adapter_name: letters, digits, `_` and `-`; part of the parameters' names.
         adapter_dtype: of A and B. None is PEFT's default: float32 for a 16-bit base, else the base's.
         calibration: from `lora_fx.calibrate`, for init_lora_weights="eva", "corda" and "lora_ga".
+        check: see that the adapter has an effect, on the inputs that `trace` remembers (True), or on others; see
+            `check_effect`.
 
     Raises:
-        ConfigError, TargetError, GraphError: as `make_plan`.
+        ConfigError, TargetError, GraphError: as `make_plan`, and as `check_effect`.
         AdapterError: if the name is taken or cannot be used.
     """
     gm = checked_graph_module(gm)
@@ -188,7 +192,10 @@ def inject(
     else:
         plan = make_plan(gm, config_or_plan)
     _check_calibration(plan.config, calibration)
-    return inject_new(gm, NewAdapter(adapter_name, plan, adapter_dtype, calibration))
+    result = inject_new(gm, NewAdapter(adapter_name, plan, adapter_dtype, calibration))
+    if check is not False:
+        check_effect(result, None if check is True else check, adapter_name=adapter_name)
+    return result
 
 
 @dataclass(frozen=True, eq=False)
