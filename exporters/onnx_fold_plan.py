@@ -72,7 +72,8 @@ def match_adapter(weights: OnnxWeights) -> list[Matched]:
         if len(low.a) != adapter.rank_at(*names):
             raise AdapterError(
                 f"A of {low.path!r} has {len(low.a)} ranks, and by adapter_config.json it is "
-                f"{adapter.rank_at(*names)} (r and rank_pattern); the two files do not belong together"
+                f"{adapter.rank_at(*names)} (r and rank_pattern); the two files do not belong together, so "
+                "take both from where they were saved"
             )
         matched += [Matched(low, site, piece, weights.scaling_at_slot(low)) for site, piece in places]
     return matched

@@ -30,7 +30,7 @@ from .adapter_files import (
     open_adapter,
     parse_key,
 )
-from .adapter_integrity import Integrity
+from .adapter_integrity import Integrity, keys_of
 from .config import LoraConfig, scaling_of
 from .errors import AdapterError, ConfigError
 from .init_options import init_of
@@ -123,10 +123,10 @@ def read_adapter(
     files = open_adapter(directory, adapter_name, integrity)
     _check_start(files.config, files.folder)
     path = files.folder / WEIGHTS_FILE
-    entries = safetensors.deserialize(files.weights)  # type: ignore[no-untyped-call]
-    tensors = {key: _array(key, entry, path) for key, entry in entries if not is_left_behind(key)}
+    entries = dict(safetensors.deserialize(files.weights))  # type: ignore[no-untyped-call]
+    tensors = {key: _array(key, entries[key], path) for key in keys_of(files.weights) if not is_left_behind(key)}
     if not tensors:
-        raise AdapterError(f"{str(path)!r} holds no tensor")
+        raise AdapterError(f"{str(path)!r} holds no tensor; save the adapter again")
     low_rank, full, rows = _sorted_out(tensors, path)
     sha256 = hashlib.sha256(files.weights).hexdigest()
     return AdapterArrays(files.folder, files.config, low_rank, full, rows, files.metadata, sha256)
@@ -146,13 +146,13 @@ def _check_start(config: LoraConfig, folder: Path) -> None:
 def _array(key: str, entry: Mapping[str, Any], path: Path) -> Array:
     kind, shape = entry["dtype"], entry["shape"]
     if kind not in _TYPES or (".lora_" in key and kind not in (*_FLOATS, "F64")):
-        raise AdapterError(f"{str(path)!r}: {key!r} is {kind}; adapters are floats")
+        raise AdapterError(f"{str(path)!r}: {key!r} is {kind}; adapters are float32, float16 or bfloat16; save it so")
     values = np.frombuffer(entry["data"], _TYPES[kind])
     if kind == "BF16":
         values = (values.astype(np.uint32) << 16).view(np.float32)
     values = values.astype(np.float32) if kind in _FLOATS else values
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise AdapterError(f"{str(path)!r}: {key!r} holds NaN or Inf")
+        raise AdapterError(f"{str(path)!r}: {key!r} holds NaN or Inf; train it again, or take an earlier one")
     return values.reshape(shape)
 
 
@@ -176,12 +176,12 @@ def _low_rank(name: str, tensors: Mapping[str, Array], path: Path) -> LowRankArr
     is_lookup = any(key in tensors for key in KEYS_OF_LOOKUPS)
     for key in KEYS_OF_LOOKUPS if is_lookup else KEYS:
         if key not in tensors:
-            raise AdapterError(f"{str(path)!r} holds {', '.join(tensors)} of {name!r}, but no {key}; it is incomplete")
+            raise AdapterError(f"{str(path)!r} holds {', '.join(tensors)} of {name!r}, but no {key}; save it again")
     a, b = (tensors[key] for key in (KEYS_OF_LOOKUPS if is_lookup else KEYS))
     if a.ndim < 2 or a.ndim != b.ndim or 0 in (*a.shape, *b.shape) or len(a) % b.shape[1]:
         raise AdapterError(
             f"{str(path)!r}: A of {name!r} has the shape {list(a.shape)} and B {list(b.shape)}, which do not fit "
-            "each other"
+            "each other; save the adapter again"
         )
     nested = _NESTED.search(name)
     return LowRankArrays(

@@ -129,7 +129,9 @@ def open_adapter(directory: str | os.PathLike[str], adapter_name: str, integrity
         safetensors.deserialize(weights)  # type: ignore[no-untyped-call]
         metadata = metadata_of(weights)
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{str(path)!r} is no readable safetensors file: {error}") from error
+        raise AdapterError(
+            f"{str(path)!r} is no readable safetensors file: {error}; copy it whole, or save it again"
+        ) from error
     check_seal(weights, text, repr(str(folder)), integrity)
     return AdapterFiles(folder, config, weights, metadata)
 
@@ -148,7 +150,9 @@ def weights_path(directory: Path) -> Path:
             f"{str(directory)!r} holds adapter_model.bin, a pickle, which can run code and is not read; "
             "load it with PEFT and save it again: model.save_pretrained(directory)"
         )
-    raise AdapterError(f"{str(directory)!r} has no {WEIGHTS_FILE}; the adapter is incomplete")
+    raise AdapterError(
+        f"{str(directory)!r} has no {WEIGHTS_FILE}; the adapter is incomplete, so copy it whole, or save it again"
+    )
 
 
 def read_config(directory: Path) -> LoraConfig:
@@ -169,12 +173,18 @@ def _config_of(text: bytes, path: Path) -> LoraConfig:
     try:
         fields = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{str(path)!r} is not a JSON configuration: {error}") from error
+        raise AdapterError(
+            f"{str(path)!r} is not a JSON configuration: {error}; copy it whole, or save it again"
+        ) from error
     if not isinstance(fields, dict):
-        raise AdapterError(f"{str(path)!r} holds a JSON {type(fields).__name__}, not an object of fields")
+        raise AdapterError(
+            f"{str(path)!r} holds a JSON {type(fields).__name__}, not an object of fields; save it again"
+        )
     for required in ("peft_type", "r"):
         if required not in fields:
-            raise AdapterError(f"{str(path)!r} has no {required!r}; is it an adapter's configuration?")
+            raise AdapterError(
+                f"{str(path)!r} has no {required!r}; is it an adapter's configuration? save_adapter writes one"
+            )
     try:
         return LoraConfig.from_peft(fields)
     except ConfigError as error:

@@ -86,6 +86,11 @@ def metadata_of(weights: bytes) -> dict[str, str]:
     return {str(key): str(value) for key, value in found.items()}
 
 
+def keys_of(weights: bytes) -> list[str]:
+    """Names of the tensors, in the file's order, which safetensors does not keep."""
+    return [key for key in json.loads(split(weights)[0]) if key != "__metadata__"]
+
+
 def _filled(header: bytes, key: str, value: str) -> bytes:
     """The header with another value of the same length for a key of the seal."""
     start = header.find(f'"{key}":"'.encode())

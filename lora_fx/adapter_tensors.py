@@ -168,7 +168,7 @@ def read_tensors(files: AdapterFiles) -> dict[str, torch.Tensor]:
     """
     tensors = load(files.weights)
     if not tensors:
-        raise AdapterError(f"{files.where} holds no tensor")
+        raise AdapterError(f"{files.where} holds no tensor; save the adapter again")
     found = in_one_spelling(tensors, files.where)
     check_finite(found, files.where)
     return found
@@ -187,7 +187,9 @@ def in_one_spelling(tensors: Mapping[str, torch.Tensor], where: str) -> dict[str
             continue
         name = _spelling(key, where)
         if ".lora_" in key and tensor.dtype not in ADAPTER_DTYPES:
-            raise AdapterError(f"{where}: {key!r} is {tensor.dtype}; adapters are float32, float16 or bfloat16")
+            raise AdapterError(
+                f"{where}: {key!r} is {tensor.dtype}; adapters are float32, float16 or bfloat16; save it so"
+            )
         if name in found and not torch.equal(found[name], tensor):
             raise AdapterError(f"{where}: {spelled[name]!r} and {key!r} mean the same tensor; keep one of them")
         found[name], spelled[name] = tensor, key
@@ -210,7 +212,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
         return
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(f"{where}: {key!r} holds NaN or Inf")
+            raise AdapterError(f"{where}: {key!r} holds NaN or Inf; train it again, or take an earlier one")
 
 
 def is_base_tensor(gm: fx.GraphModule, key: str, tensor: torch.Tensor) -> bool:

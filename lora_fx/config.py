@@ -49,7 +49,7 @@ class _OptionsChecked(type):
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
         if args:
-            raise ConfigError(f"LoraConfig takes keyword arguments only, for instance r={args[0]!r}")
+            raise ConfigError(f"LoraConfig takes keyword arguments only; write r={args[0]!r}, for instance")
         return super().__call__(**_supported(options))
 
 
@@ -176,7 +176,10 @@ class LoraConfig(metaclass=_OptionsChecked):
             if given is None or given == {}:
                 self._set(other.field, {} if other.name == "loftq" else None)  # as PEFT says none
                 continue
-            self._set(other.field, other.options.from_peft(given))
+            try:
+                self._set(other.field, other.options.from_peft(given))
+            except ConfigError as error:
+                raise ConfigError(f"{other.field}: {error}") from error
             if init is None or init.name != other.name:
                 warn(
                     f"{other.field} is given, but init_lora_weights={self.init_lora_weights!r} does not use it; "
@@ -186,11 +189,13 @@ class LoraConfig(metaclass=_OptionsChecked):
     def _check_variants(self) -> None:
         """What PEFT refuses together, and what has no meaning together."""
         if self.use_dora and self.lora_bias:
-            raise ConfigError("use_dora and lora_bias do not go together: DoRA scales the product without a bias")
+            raise ConfigError(
+                "use_dora and lora_bias do not go together: DoRA scales the product without a bias. Leave one out"
+            )
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise ConfigError(
                 f"lora_bias goes with init_lora_weights=True or False, not {self.init_lora_weights!r}, which makes A "
-                "and B only"
+                "and B only; choose one of the two"
             )
         for name in ("use_dora", "lora_bias"):
             if getattr(self, name) and self.target_parameters:
@@ -263,7 +268,7 @@ def _supported(options: dict[str, Any]) -> dict[str, Any]:
     known = {f.name for f in dataclasses.fields(LoraConfig)}
     for name in [name for name in options if name not in known and name not in WITHOUT_EFFECT]:
         if not isinstance(name, str):
-            raise ConfigError(f"LoraConfig has no option {name!r}; option names are strings")
+            raise ConfigError(f"LoraConfig has no option {name!r}; option names must be strings")
         if name not in UNSUPPORTED:
             raise ConfigError(f"LoraConfig has no option {name!r} (given {options[name]!r}).{closest(name, known)}")
         if not any(options[name] is value or options[name] == value for value in UNSUPPORTED[name]):
@@ -334,9 +339,9 @@ def _tokens(value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
         )
     for row in value:
         if isinstance(row, bool) or not isinstance(row, int) or row < 0:
-            raise ConfigError(f"trainable_token_indices holds {row!r}; rows are integers from 0")
+            raise ConfigError(f"trainable_token_indices holds {row!r}; rows must be integers from 0")
     if len(set(value)) != len(value):
-        raise ConfigError(f"trainable_token_indices={list(value)!r} holds a row twice")
+        raise ConfigError(f"trainable_token_indices={list(value)!r} holds a row twice; name each once")
     return tuple(value)
 
 
@@ -346,7 +351,7 @@ def _layers(value: Any) -> tuple[int, ...] | int | None:
     entries = list(value) if isinstance(value, (list, tuple, set, frozenset, range)) else [value]
     for entry in entries:
         if isinstance(entry, bool) or not isinstance(entry, int) or entry < 0:
-            raise ConfigError(f"layers_to_transform holds {entry!r}; layer indices are integers from 0")
+            raise ConfigError(f"layers_to_transform holds {entry!r}; layer indices must be integers from 0")
     if isinstance(value, int):
         return value
     return tuple(entries) or None
@@ -378,7 +383,7 @@ def _pattern(name: str, value: Any, check: Any) -> dict[str, Any]:
     checked = {}
     for key, entry in value.items():
         if not isinstance(key, str):
-            raise ConfigError(f"{name} has the key {key!r}; keys are regular expressions on module names")
+            raise ConfigError(f"{name} has the key {key!r}; keys must be regular expressions on module names")
         _check_expression(f"the key of {name}", key, rf"(.*\.)?({key})$")
         checked[key] = check(f"{name}[{key!r}]", entry)
     return checked

@@ -31,7 +31,10 @@ def saved_modules(gm: fx.GraphModule, config: LoraConfig, every_pattern_hits: bo
     for entry in (*(config.modules_to_save or ()), *heads):
         found = [path for path in paths if means(path, entry)]
         if not found and every_pattern_hits:
-            raise TargetError(f"modules_to_save {entry!r} names no module with parameters.{closest(entry, paths)}")
+            raise TargetError(
+                f"modules_to_save {entry!r} names no module with parameters.{closest(entry, paths)} Leave it out, or "
+                "name one of the model's"
+            )
         saved.extend(found)
     return saved
 

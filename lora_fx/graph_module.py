@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.nn import functional as F
 
 from .attributes import get_attribute, set_attribute
 from .copying import copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, share_tensors
@@ -412,6 +413,12 @@ _MODE_FLAGS: dict[Any, tuple[int | None, int]] = {
     _aten.feature_dropout.default: (1, 2),
     _aten.alpha_dropout.default: (1, 2),
     _aten.batch_norm.default: (None, 5),
+    **dict.fromkeys(
+        (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout), (1, 2)
+    ),
+    F.batch_norm: (None, 5),
+    torch.dropout: (1, 2),
+    torch.dropout_: (1, 2),
 }
 
 
@@ -474,9 +481,10 @@ def _check_literal_mode(graph: fx.Graph, mode: bool) -> None:
     """A graph that the user exported has one mode for good; LoRA's own dropout still follows `train`."""
     for node in graph.nodes:
         probability, flag = _MODE_FLAGS.get(node.target, (None, 0))
-        if not flag or len(node.args) <= flag or (probability is not None and not node.args[probability]):
+        given = _argument(node, flag, ("training", "train"))
+        if not flag or given is None or (probability is not None and not _argument(node, probability, ("p",))):
             continue
-        if node.args[flag] == mode:
+        if given == mode:
             continue
         if not mode:
             raise GraphError(
@@ -488,6 +496,15 @@ def _check_literal_mode(graph: fx.Graph, mode: bool) -> None:
             "they are in training. lora_fx.trace(model, args) keeps both modes"
         )
         return
+
+
+def _argument(node: fx.Node, position: int, names: tuple[str, ...]) -> Any:
+    """What a call is given there, by position or by name, as symbolic_trace writes it."""
+    return (
+        node.args[position]
+        if len(node.args) > position
+        else next((v for k, v in node.kwargs.items() if k in names), None)
+    )
 
 
 @contextmanager

@@ -284,7 +284,10 @@ def _check_plan(gm: fx.GraphModule, plan: Plan) -> None:
     for target in plan.targets:
         here = sites.get(target.site.whole_path)
         if here is None:
-            raise TargetError(f"the plan is of another graph: it has a site {target.site.path!r}, this one has not")
+            raise TargetError(
+                f"the plan is of another graph: it has a site {target.site.path!r}, this one has not. "
+                "make_plan(gm, config) makes one for it"
+            )
         theirs = target.site
         if theirs.layout.whole not in (here.layout, as_stored(here.layout)):
             raise TargetError(

@@ -108,6 +108,8 @@ def without_names(dynamic_shapes: Any) -> Any:
     """The caller's dynamic_shapes as torch.export takes them: a name in place of a `Dim` asks for a free dimension."""
     if dynamic_shapes == "auto":
         return dynamic_shapes
+    if isinstance(dynamic_shapes, str):
+        raise GraphError(f'dynamic_shapes={dynamic_shapes!r} must be "auto", None, or what torch.export takes')
     return pytree.tree_map(lambda spec: Dim.DYNAMIC if isinstance(spec, str) else spec, dynamic_shapes)
 
 

@@ -275,7 +275,10 @@ def _tokens(
     for name, rows in named.items():
         found = [site for site in lookups if any(matches_suffix(path, name) for path in site.names)]
         if not found:
-            raise TargetError(f"trainable_token_indices names {name!r}, which is no embedding.{closest(name, paths)}")
+            raise TargetError(
+                f"trainable_token_indices names {name!r}, which is no embedding.{closest(name, paths)} find_sites(gm) "
+                "lists them"
+            )
         for site in found:
             if site.path in saved:
                 raise TargetError(

@@ -81,7 +81,7 @@ def check_patterns(
         "target_parameters", tuple(config.target_parameters or ()), [site.weight for site in sites], len(sites)
     )
     if config.exclude_modules:
-        known = [*names, *(refusal.path for refusal in refusals), *modules]
+        known = list(dict.fromkeys([*names, *(refusal.path for refusal in refusals), *modules]))
         entries = config.exclude_modules if isinstance(config.exclude_modules, str) else tuple(config.exclude_modules)
         _check_entries("exclude_modules", entries, known, len(sites))
     for field, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
@@ -90,7 +90,7 @@ def check_patterns(
             if key not in used:
                 raise TargetError(
                     f"{field} {key!r} matched none of the {len(chosen)} sites to adapt (keys are tried in order, "
-                    f"and the first match counts).{closest(key, [s.path for s in chosen])}"
+                    f"and the first match counts).{closest(key, [s.path for s in chosen])} Leave it out, or mend it"
                 )
     _check_layers(config, targets, names)
 

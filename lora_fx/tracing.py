@@ -235,7 +235,8 @@ def _check_model(model: object) -> None:
             "this is a torch.fx.GraphModule and is traced already; pass it straight to find_sites, make_plan or inject"
         )
     if not isinstance(model, nn.Module):
-        raise GraphError(f"trace takes a torch.nn.Module, not {type(model).__name__}")
+        what = f"the class {model.__name__}; make a model of it" if isinstance(model, type) else type(model).__name__
+        raise GraphError(f"trace takes a torch.nn.Module, not {what}")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise GraphError(
