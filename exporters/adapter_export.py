@@ -109,7 +109,7 @@ def export_onnx_adapters(
         model = open_model(Path(base.path))
         slots = insert_inputs(model, list(adapters.values()), rank=rank)
         arrays = {name: adapter_arrays(OnnxWeights(model, each), slots) for name, each in adapters.items()}
-        files_of = {name: target.with_name(f"{name}.onnx_adapter") for name in adapters}
+        files_of = {name: checked_target(target.with_name(f"{name}.onnx_adapter")) for name in adapters}
         with written(model, target, external=has_external_data(model)) as files:
             check_file(files.model)
             temporary = {name: files.model.with_name(file.name) for name, file in files_of.items()}

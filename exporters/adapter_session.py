@@ -214,7 +214,7 @@ class AdapterSession:
         wrong = [int(number) for number in ids if not 0 <= number <= len(self.slots.adapters)]
         if wrong:
             raise AdapterError(
-                f"{self.slots.ids!r} holds {wrong[0]}; there are 0 for the base and 1 to {len(self.slots.adapters)} "
+                f"{self.slots.ids!r} holds {wrong[0]}; give 0 for the base and 1 to {len(self.slots.adapters)} "
                 f"for {some(self.slots.adapters)}"
             )
         return ids.astype(np.int64)
@@ -262,7 +262,12 @@ class AdapterSession:
 
     def _from_directory(self, adapter: Any, adapter_name: str, partial: bool) -> _Loaded:
         arrays = adapter if isinstance(adapter, AdapterArrays) else read_adapter(adapter, adapter_name=adapter_name)
-        found = adapter_arrays(OnnxWeights(open_model(self._file), arrays, partial=partial), self.slots)
+        model = open_model(self._file)
+        if read_slots(model.metadata_props, self._file.name).fingerprint != self.slots.fingerprint:
+            raise AdapterError(
+                f"{self._file} holds other weights than it did when the session was opened; open it anew"
+            )
+        found = adapter_arrays(OnnxWeights(model, arrays, partial=partial), self.slots)
         if any(array.dtype.name == "bfloat16" for array in found.values()):
             raise AdapterError(
                 "ONNX Runtime's Python interface feeds no bfloat16; export the model in float16 or float32"

@@ -33,7 +33,8 @@ def insert_slots(model: ir.Model, planned: PlannedSlots, source: Source) -> None
         value = model.graph.initializers[name]
         assert value.const_value is not None
         value.shape, value.type = ir.Shape(value.const_value.shape.numpy()), ir.TensorType(value.const_value.dtype)
-        model.graph.inputs.append(value)
+        if value not in model.graph.inputs:
+            model.graph.inputs.append(value)
     planned.slots.write_to(model)
 
 

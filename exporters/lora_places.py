@@ -172,6 +172,8 @@ def _dtype(site: OnnxSite) -> str:
         scales = site.node.inputs[2]
         tensor = None if scales is None else scales.const_value
     assert tensor is not None
+    if site.carrier.op_type == "Cast":
+        return ir.DataType(site.carrier.attributes["to"].as_int()).name
     return tensor.dtype.name
 
 

@@ -26,7 +26,11 @@ def made_up(session: ort.InferenceSession, batch: int, length: int) -> dict[str,
             if isinstance(size, str):
                 sizes.setdefault(size, batch if axis == 0 else 0 if "past" in size and "+" not in size else length)
     for port in session.get_inputs():
-        shape = [sizes[size] if isinstance(size, str) else size for size in port.shape]
+        unnamed = [batch, *[length] * len(port.shape)]
+        shape = [
+            sizes[size] if isinstance(size, str) else unnamed[axis] if size is None else size
+            for axis, size in enumerate(port.shape)
+        ]
         dtype = _TYPES.get(port.type)
         if dtype is None:
             raise ExportError(
@@ -36,7 +40,8 @@ def made_up(session: ort.InferenceSession, batch: int, length: int) -> dict[str,
             feed[port.name] = random.standard_normal(shape).astype(dtype)
         elif "mask" in port.name or dtype is np.bool_:
             feed[port.name] = np.ones(shape, dtype)
-            feed[port.name][-1:, -2:] = 0  # one row ends in padding: whoever drops the mask is found out
+            if len(shape) > 1:
+                feed[port.name][-1:, -2:] = 0  # one row ends in padding: whoever drops the mask is found out
         else:
             feed[port.name] = random.integers(0, 2 if "type" in port.name else 7, shape).astype(dtype)
     return feed

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from lora_fx import AdapterArrays, AdapterError, LowRankArrays
+from lora_fx.config import ALL_LINEAR
 from lora_fx.errors import closest
+from lora_fx.matching import matches_names
 
 from .onnx_sites import Mapped, OnnxSite, find_onnx_sites, parameter_names, permutation, recorded_weights
 from .onnx_weights import Array, StoredWeight
@@ -97,7 +99,10 @@ class OnnxWeights:
     def attention_of(self, path: str) -> str | None:
         """The nn.MultiheadAttention whose output projection this is: PEFT's patterns name it by that."""
         attention = path.removesuffix("out_proj").removesuffix(".")
-        return attention if attention != path and self.held(joined(attention, "in_proj_weight")) else None
+        if attention == path:
+            return None
+        is_adapted = any(low.path == attention for low in self.adapter.low_rank)  # a file may have lost the names
+        return attention if is_adapted or self.held(joined(attention, "in_proj_weight")) else None
 
     def pattern_names(self, path: str) -> tuple[str, ...]:
         """What the keys of rank_pattern and alpha_pattern are matched with."""
@@ -141,7 +146,13 @@ class OnnxWeights:
             return low.path if itself and not (is_matrix and self.places(low)) else None
         endings = dict.fromkeys(entry.rpartition(".")[2] for entry in named)
         own = [joined(low.path, ending) for ending in endings]
-        own = [name for name in own if self.held(name) and any(f".{name}".endswith(f".{entry}") for entry in named)]
+        meant = [name for name in own if any(f".{name}".endswith(f".{entry}") for entry in named)]
+        own = [name for name in meant if self.held(name)]
+        if meant and not own and not self._is_targeted(low.path):
+            raise AdapterError(
+                f"target_parameters means {some(meant)}, whose name the file has lost; mapping={{initializer: module}} "
+                "tells what is what, or fold in the graph, and export that"
+            )
         fitting = [name for name in own if self._may_be(low, name)]
         if len(fitting) < 2:
             return fitting[0] if fitting else None
@@ -149,6 +160,11 @@ class OnnxWeights:
             f"A and B of {low.path!r} may be of {some(fitting)}, and the files do not tell which; fold with the model: "
             "lora_fx.load_adapter"
         )
+
+    def _is_targeted(self, path: str) -> bool:
+        """Whether the adapter may mean the module as well as its parameter."""
+        targets = self.adapter.config.target_modules or ()
+        return targets == ALL_LINEAR or matches_names(path, targets)
 
     def _may_be(self, low: LowRankArrays, name: str) -> bool:
         shape, r = self.held(name)[0].own_shape, self.adapter.rank_at(name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -152,6 +153,7 @@ def write_onnx_adapter(
     file, target = checked_file(model), checked_target(out)
     arrays = adapter if isinstance(adapter, AdapterArrays) else read_adapter(adapter, adapter_name=adapter_name)
     opened = open_model(file)
+    check_apart(file, opened, target)
     slots = read_slots(opened.metadata_props, file.name)
     save_arrays(adapter_arrays(OnnxWeights(opened, arrays, mapping, partial=partial), slots), slots, target)
     return target
@@ -166,7 +168,7 @@ def save_arrays(arrays: Mapping[str, Array], slots: Slots, target: Path) -> None
     kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # until it is written: see sessions
     values = {name: ort_value(array) for name, array in kept.items()}
     form = ort.AdapterFormat()
-    form.set_adapter_version(1)
+    form.set_adapter_version(_checksum(kept))
     form.set_model_version(slots.model_version)
     form.set_parameters(values)
     try:
@@ -213,11 +215,33 @@ def read_onnx_adapter(path: Path) -> tuple[dict[str, Array], int]:
         values = form.get_parameters()
         if any(value.element_type() == int(ir.DataType.BFLOAT16) for value in values.values()):
             raise AdapterError("it holds bfloat16, which ONNX Runtime's Python interface does not feed")
-        return {name: np.array(value.numpy()) for name, value in values.items()}, int(form.get_model_version())
+        arrays = {name: np.array(value.numpy()) for name, value in values.items()}
+        noted, version = int(form.get_adapter_version()), int(form.get_model_version())
     except AdapterError:
         raise
     except Exception as error:
         raise AdapterError(f"{str(path)!r} is no .onnx_adapter file: {reason(error)}; write it again") from error
+    if noted not in (0, 1) and noted != _checksum(arrays):
+        raise AdapterError(
+            f"{str(path)!r} does not hold what was written into it (checksum differs): it was damaged or changed; "
+            "write it again"
+        )
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise AdapterError(f"{str(path)!r}: {name!r} holds NaN or Inf; write it again, of an adapter without")
+    return arrays, version
+
+
+def _checksum(arrays: Mapping[str, Array]) -> int:
+    """31 bits, which is what a file has room for: its `adapter_version`, which onnxruntime makes nothing of.
+
+    Others write 0 or 1 there, so those are none.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return int.from_bytes(digest.digest()[:4], "big") & 0x7FFFFFFF | 2
 
 
 def check_arrays(values: Mapping[str, tuple[tuple[int, ...], str]], version: int, slots: Slots, what: str) -> None:
@@ -249,7 +273,9 @@ def _check_slot_arrays(given: Mapping[str, tuple[tuple[int, ...], str]], slot: A
         return
     missing = [slot.parts[part] for part in ("a", "b") if part not in given]
     if missing:
-        raise AdapterError(f"{what} lacks {some(missing)}, without which the rest of {slot.path!r} has no effect")
+        raise AdapterError(
+            f"{what} lacks {some(missing)}, without which the rest of {slot.path!r} has no effect; write it again"
+        )
     r = _rank_of(slot, given["a"][0])
     for part, (shape, dtype) in given.items():
         one = (1,) * len(shape)

@@ -21,7 +21,7 @@ from lora_fx import AdapterArrays, AdapterError, ExportError, read_adapter
 
 from .lora_insertion import Writer, input_of, insert_slots, moves_of, without_bias
 from .lora_places import PlannedSlots, adapter_arrays, plan_slots
-from .lora_slots import Slot, Slots, read_slots
+from .lora_slots import SLOTS_KEY, Slot, Slots, read_slots
 from .named_weights import OnnxWeights
 from .onnx_adapters import Adapter, SlotsReport
 from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, written
@@ -89,6 +89,8 @@ def insert_stacks(model: ir.Model, adapters: Mapping[str, AdapterArrays], mappin
     _check_by_rows(planned.slots)
     if any(value.name == IDS for value in model.graph.inputs):
         raise ExportError(f"the file has an input {IDS!r} already; take the base's file, or append_adapter to this one")
+    if SLOTS_KEY in model.metadata_props:
+        raise ExportError("the file has places for adapters already; take the base's file")
     slots = replace(planned.slots, ids=IDS, adapters=tuple(adapters))
     slots = replace(slots, slots=tuple(replace(slot, r=_highest(slot, planned)) for slot in slots.slots))
     planned = replace(planned, slots=slots)
@@ -127,7 +129,9 @@ def append_adapter(
     if slots.ids is None:
         raise ExportError(f"{file} holds no stacks of adapters; write_onnx_adapter makes a file that goes with it")
     if name in slots.adapters:
-        raise AdapterError(f"{file.name} has an adapter {name!r} already; it has {some(slots.adapters)}")
+        raise AdapterError(
+            f"{file.name} has an adapter {name!r} already; it has {some(slots.adapters)}. Choose another name"
+        )
     arrays = _read(adapter)
     weights = OnnxWeights(model, arrays, mapping)
     grown = tuple(replace(slot, r=_rank_with(slot, weights)) for slot in slots.slots)

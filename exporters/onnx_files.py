@@ -103,8 +103,9 @@ def written(model: ir.Model, target: Path, *, external: bool) -> Iterator[Writte
             _check_data_place(target)
         try:
             save_files(model, files)
-        except OSError as error:
-            raise ExportError(f"cannot write {target} ({error.strerror or reason(error)}); {_room(target)}") from error
+        except Exception as error:  # of the file system, or of onnx_ir, if what it read was damaged
+            why = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
+            raise ExportError(f"cannot write {target} ({why}); {_room(target)}") from error
         yield files
         stale = None if external else _own_data_of(target)
         try:
@@ -269,14 +270,45 @@ def open_model(file: Path) -> ir.Model:
     """
     try:
         model = ir.load(file)
-        for value in model.graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor) and not os.path.isfile(value.const_value.path):
-                raise FileNotFoundError(f"its weights are in {value.const_value.location!r}, which does not exist")
+        _check_readable(model, file)
     except Exception as error:
         raise ExportError(f"{file} cannot be read as an ONNX file: {reason(error)}; export it again") from error
     if DATA_HASH_KEY in model.metadata_props:
         check_external_data(file, onnx.load(file, load_external_data=False))
     return model
+
+
+def _check_readable(model: ir.Model, file: Path) -> None:
+    """What onnx_ir finds out only when something is read, or does not mind.
+
+    Raises:
+        ValueError, OSError: with what is wrong.
+    """
+    if not 3 <= model.ir_version <= onnx.IR_VERSION:
+        raise ValueError(
+            f"its IR version is {model.ir_version}, and onnx {onnx.__version__} knows 3 to {onnx.IR_VERSION}"
+        )
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.UNDEFINED:
+                raise ValueError(f"the attribute {attribute.name!r} of {node.name!r} has no type")
+    place = file.parent.resolve()
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        path = Path(tensor.path)
+        if Path(tensor.location).is_absolute() or not path.resolve().is_relative_to(place):
+            raise ValueError(f"the weight {name!r} is in {tensor.location!r}, which is not beside the file")
+        if not os.path.isfile(path):
+            what = "is no file" if path.exists() else "does not exist"
+            raise FileNotFoundError(f"its weights are in {tensor.location!r}, which {what}")
+        offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
+        if length != tensor.nbytes or offset < 0 or offset + length > path.stat().st_size:
+            raise ValueError(
+                f"the weight {name!r} takes {tensor.nbytes} bytes, and its place in {tensor.location!r} is {length} "
+                f"bytes at {offset}; the file has {path.stat().st_size}"
+            )
 
 
 def has_external_data(model: ir.Model) -> bool:
@@ -300,8 +332,17 @@ def save_graph(graph: bytes, target: Path, like: Path) -> None:
 
 
 def graph_bytes(model: ir.Model) -> bytes:
-    """What `save_graph` writes."""
-    return bytes(ir.to_proto(model).SerializeToString())
+    """What `save_graph` writes.
+
+    Raises:
+        ExportError: if the graph cannot be written down: the file that it was read from was damaged.
+    """
+    try:
+        return bytes(ir.to_proto(model).SerializeToString())
+    except Exception as error:
+        raise ExportError(f"the graph cannot be written: {reason(error)}; its file is damaged, export it again") from (
+            error
+        )
 
 
 def check_apart(base: Path, model: ir.Model, target: Path, *, may_replace: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -76,7 +77,29 @@ def match_adapter(weights: OnnxWeights) -> list[Matched]:
                 "take both from where they were saved"
             )
         matched += [Matched(low, site, piece, weights.scaling_at_slot(low)) for site, piece in places]
+    for each in matched:
+        _refuse_second_calls(weights, each)
     return matched
+
+
+def _refuse_second_calls(weights: OnnxWeights, matched: Matched) -> None:
+    """torch's older exporter calls the second call of `fc` `fc_1`, which may be another module's name."""
+    if weights.recorded:
+        return
+    own = module_of(matched.site.node)
+    for site in weights.sites:
+        other = module_of(site.node)
+        if site.weight is not matched.site.weight or own is None or other is None or own == other:
+            continue
+        if _NUMBER.sub("", own) == _NUMBER.sub("", other) and matched.low.path not in site.modules:
+            raise ExportError(
+                f"{matched.site.weight.name!r} is applied in {own!r} and in {other!r}, which may be one module that is "
+                f"called twice, or two that are tied; mapping={{{str(matched.site.weight.name)!r}: "
+                f"{matched.low.path!r}}} says that it is one. If not, fold in the graph and export that"
+            )
+
+
+_NUMBER = re.compile(r"_[0-9]+(?=\.|$)")
 
 
 def plan_changes(weights: OnnxWeights, strength: float = 1.0) -> list[WeightChange]:

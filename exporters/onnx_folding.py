@@ -144,12 +144,16 @@ def fold_into_onnx(
         ExportError: if a file cannot be read or written, the adapter is folded in already, or a result is not finite.
     """
     started = time.perf_counter()
-    file = checked_file(base)
+    file = Path(os.path.realpath(checked_file(base)))
     arrays = adapter if isinstance(adapter, AdapterArrays) else read_adapter(adapter, adapter_name=adapter_name)
     model = open_model(file)
     _refuse_twice(model, arrays, file)
     target = checked_target(out)
-    in_place = target.exists() and target.samefile(file)
+    in_place = target == file
+    if not in_place and target.exists() and target.samefile(file):
+        raise ExportError(
+            f"{target.name} and {file.name} are one file under two names (a hard link); fold into another"
+        )
     check_apart(file, model, target, may_replace=True)
     weights = OnnxWeights(model, arrays, mapping, partial=partial)
     new = list(new_weights(weights, strength))
@@ -177,7 +181,7 @@ def unfold_onnx(path: str | os.PathLike[str]) -> None:
     Raises:
         ExportError: if there is nothing to take back; the base file of a fold into another file is that still.
     """
-    file = path_of(path)
+    file = Path(os.path.realpath(path_of(path)))
     unfold_in_place(file if undo_of(file).is_dir() else checked_file(path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -17,10 +19,11 @@ from safetensors.numpy import load_file, save_file
 from lora_fx import ExportError
 from lora_fx.atomic import sync_directory, temporary_beside, write_durably, write_through
 
-from .external_data import DATA_HASH_KEY, sha256
+from .external_data import DATA_HASH_KEY, data_locations, sha256
 from .onnx_files import graph_bytes, has_external_data, save_graph, written
 from .text import reason
 
+_LARGE_GRAPH = 2**26  # bytes: a graph with weights beside it is smaller
 _MODEL, _WEIGHTS, _RECORD = "model.onnx", "weights.safetensors", "folded.json"
 
 
@@ -46,7 +49,11 @@ def write_in_place(model: ir.Model, file: Path, new: Mapping[ir.Value, ir.Tensor
         )
     places = {value: value.const_value for value in new if isinstance(value.const_value, ir.ExternalTensor)}
     external = has_external_data(model)
+    _check_alone(model, file, list(places))
     try:
+        for path in {place.path for place in places.values()}:
+            with open(path, "r+b"):  # before anything is kept: it may be read-only
+                pass
         _keep(file, undo, list(places.values()))
         try:
             for value, tensor in new.items():
@@ -67,6 +74,44 @@ def write_in_place(model: ir.Model, file: Path, new: Mapping[ir.Value, ir.Tensor
             raise
     except OSError as error:
         raise ExportError(f"cannot fold into {file} ({error.strerror or reason(error)}); it is as it was") from error
+
+
+def _check_alone(model: ir.Model, file: Path, changed: Sequence[ir.Value]) -> None:
+    """Whether nobody else reads the bytes that will change: another initializer, or another graph beside this one.
+
+    Raises:
+        ExportError: if somebody does.
+    """
+    others = [value for value in model.graph.initializers.values() if all(value is not each for each in changed)]
+    for value in changed:
+        own = value.const_value
+        assert isinstance(own, ir.ExternalTensor)
+        start, stop = own.offset or 0, (own.offset or 0) + own.nbytes
+        for other in (*others, *(each for each in changed if each is not value)):
+            tensor = other.const_value
+            if not isinstance(tensor, ir.ExternalTensor) or Path(tensor.path) != Path(own.path):
+                continue
+            if (tensor.offset or 0) < stop and start < (tensor.offset or 0) + tensor.nbytes:
+                raise ExportError(
+                    f"{value.name!r} and {other.name!r} share their place in {own.location!r}, so they cannot be "
+                    "folded in place; fold into another file"
+                )
+    tensors = (value.const_value for value in changed)
+    used = {Path(tensor.path).resolve() for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    for path in file.parent.glob("*.onnx") if used else ():
+        if path.resolve() == file.resolve() or path.stat().st_size > _LARGE_GRAPH:
+            continue
+        if not used.isdisjoint(_data_of(path)):
+            raise ExportError(
+                f"{path.name} has its weights in the same file as {file.name}, and would change with it; fold into "
+                "another file"
+            )
+
+
+def _data_of(path: Path) -> set[Path]:
+    with contextlib.suppress(Exception):  # no ONNX file, whatever it is called
+        return {(path.parent / each).resolve() for each in data_locations(onnx.load(path, load_external_data=False))}
+    return set()
 
 
 def unfold_in_place(file: Path) -> None:

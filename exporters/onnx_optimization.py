@@ -257,8 +257,13 @@ class _Distance:
     ok: bool
 
 
-def _distance(a: Array, b: Array) -> _Distance:
-    """The largest error of one output, relative to its largest value."""
+def _distance(a: Any, b: Any) -> _Distance:
+    """The largest error of one output, relative to its largest value; of a sequence, of any of its members."""
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        found = [_distance(x, y) for x, y in zip(a, b, strict=True)]
+        return max(found, key=lambda each: (not each.ok, each.relative), default=_Distance(0.0, ok=True))
+    if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
+        return _Distance(0.0, ok=True) if type(a) is type(b) and a == b else _Distance(float("inf"), ok=False)
     if a.shape != b.shape or a.dtype != b.dtype:
         return _Distance(float("inf"), ok=False)
     if a.dtype.kind != "f":

@@ -22,6 +22,7 @@ from .onnx_weights import MANIFEST_KEY, StoredWeight, read_manifest, read_shared
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 # A name that an exporter made up says nothing.
+_TURNED = re.compile(r"^onnx::(MatMul|Gemm)_[0-9]+$")
 _MADE_UP = re.compile(r"^(val_|onnx::|node_|_?[0-9]+$|[A-Za-z]+_[0-9]+$)")
 # What onnxruntime.quantization and others append to the name of a weight that they quantize.
 _QUANTIZED = re.compile(r"(_Q[48]|_quantized)$")
@@ -246,7 +247,9 @@ def _names(
         return (), (), tuple((name,) for name in mapped)
     parameters = parameter_names(value, recorded)
     modules = dict.fromkeys(module_of_weight(parameter) for parameter in parameters)
-    by_node = module_of(node)
+    # A weight that has lost its name was turned, if it is what torch's older exporter makes of a matrix; anything else
+    # was computed from more than the module's weight: a batch norm in a convolution, a factor in a matrix.
+    by_node = module_of(node) if parameters or _TURNED.match(str(value.name)) else None
     if by_node is not None:
         # A tied weight goes by several names, of which a foreign file has one; the op's own says which module it is
         # that applies it here. A module that holds the weight's own is no other name for it.

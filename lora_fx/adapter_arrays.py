@@ -26,15 +26,16 @@ from .adapter_files import (
     KEYS,
     KEYS_OF_LOOKUPS,
     WEIGHTS_FILE,
+    checked_path,
     is_left_behind,
     open_adapter,
     parse_key,
 )
 from .adapter_integrity import Integrity, keys_of
-from .config import LoraConfig, scaling_of
+from .config import ALL_LINEAR, LoraConfig, scaling_of
 from .errors import AdapterError, ConfigError
 from .init_options import init_of
-from .matching import matching_key
+from .matching import matches_names, matches_target, matching_key
 
 Array = NDArray[Any]
 
@@ -120,6 +121,10 @@ def read_adapter(
             one of A and B is missing.
         ConfigError: if the configuration cannot be followed, or the adapter took something out of the base.
     """
+    if adapter_name != "default" and not (checked_path(directory) / adapter_name).is_dir():
+        raise AdapterError(
+            f"{str(directory)!r} has no sub-directory {adapter_name!r}; leave adapter_name out for its own"
+        )
     files = open_adapter(directory, adapter_name, integrity)
     _check_start(files.config, files.folder)
     path = files.folder / WEIGHTS_FILE
@@ -128,8 +133,53 @@ def read_adapter(
     if not tensors:
         raise AdapterError(f"{str(path)!r} holds no tensor; save the adapter again")
     low_rank, full, rows = _sorted_out(tensors, path)
+    _check_config(files.config, low_rank, full, files.folder)
     sha256 = hashlib.sha256(files.weights).hexdigest()
     return AdapterArrays(files.folder, files.config, low_rank, full, rows, files.metadata, sha256)
+
+
+def _check_config(
+    config: LoraConfig, low_rank: tuple[LowRankArrays, ...], full: Mapping[str, Array], folder: Path
+) -> None:
+    """Whether the tensors are those that the configuration asks for, as far as that can be told without a model."""
+    for low in low_rank:
+        for option, wanted, there in (
+            ("use_dora", config.use_dora, low.magnitude is not None),
+            ("lora_bias", config.lora_bias, low.bias is not None),
+        ):
+            if wanted != there:
+                raise AdapterError(
+                    f"{str(folder)!r}: adapter_config.json says {option}={wanted}, and the tensors of {low.path!r} "
+                    f"{'are with' if there else 'are without'} it; the two files do not belong together. Take both "
+                    "from where they were saved"
+                )
+        if not config.target_parameters and not _is_targeted(low.path, config):
+            raise AdapterError(
+                f"{str(folder)!r} holds A and B of {low.path!r}, which target_modules and exclude_modules of "
+                "adapter_config.json rule out; the two files do not belong together. Take both from where they were "
+                "saved"
+            )
+    missing = [
+        entry
+        for entry in config.modules_to_save or ()
+        if config.task_type is None and not any(f".{name}".find(f".{entry}.") >= 0 for name in full)
+    ]
+    if missing and not full:
+        raise AdapterError(
+            f"{str(folder)!r}: adapter_config.json says modules_to_save={list(config.modules_to_save or ())!r}, and "
+            f"the file has no tensor of {missing[0]!r}; it is incomplete, so save it again"
+        )
+
+
+def _is_targeted(path: str, config: LoraConfig) -> bool:
+    """Whether a module may be meant; the output projection of an attention goes with the attention."""
+    targets = config.target_modules
+    paths = [path, path.removesuffix("out_proj").removesuffix("."), f"{path}.in_proj_weight".lstrip(".")]
+    if config.exclude_modules and matches_names(path, config.exclude_modules):
+        return False
+    if targets is None or targets == ALL_LINEAR or not targets:
+        return True
+    return any(matches_target(name, targets, config.layers_to_transform, config.layers_pattern) for name in paths)
 
 
 def _check_start(config: LoraConfig, folder: Path) -> None:
@@ -176,7 +226,10 @@ def _low_rank(name: str, tensors: Mapping[str, Array], path: Path) -> LowRankArr
     is_lookup = any(key in tensors for key in KEYS_OF_LOOKUPS)
     for key in KEYS_OF_LOOKUPS if is_lookup else KEYS:
         if key not in tensors:
-            raise AdapterError(f"{str(path)!r} holds {', '.join(tensors)} of {name!r}, but no {key}; save it again")
+            there = ", ".join(tensors)
+            raise AdapterError(
+                f"{str(path)!r} holds {there} of {name!r}, but no {key}; it is incomplete: save it again"
+            )
     a, b = (tensors[key] for key in (KEYS_OF_LOOKUPS if is_lookup else KEYS))
     if a.ndim < 2 or a.ndim != b.ndim or 0 in (*a.shape, *b.shape) or len(a) % b.shape[1]:
         raise AdapterError(

@@ -63,7 +63,8 @@ def find_adapter_directory(directory: str | os.PathLike[str], adapter_name: str)
         AdapterError: if neither holds an adapter.
     """
     root = checked_path(directory)
-    for candidate in (root, root / adapter_name):
+    # The root of a directory of several adapters holds "default"; another name means its own sub-directory first.
+    for candidate in (root, root / adapter_name) if adapter_name == "default" else (root / adapter_name, root):
         if (candidate / CONFIG_FILE).is_file():
             return candidate
     if not root.exists():

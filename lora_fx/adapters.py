@@ -79,7 +79,7 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in stacked.tensors.items()}
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(f"{key!r} of adapter {adapter_name!r} holds NaN or Inf and is not saved")
+            raise AdapterError(f"{key!r} of adapter {adapter_name!r} holds NaN or Inf and is not saved; train it anew")
     path = checked_path(directory)
     changes = (
         _exact_targets(gm, adapter) | _exact_modules(gm, adapter) | _as_plain(adapter) | _patterns(adapter, stacked)
@@ -154,6 +154,13 @@ def load_adapter(
 def _check_start(config: LoraConfig, folder: Path) -> None:
     """What an adapter takes out of the base must be computable from the base alone."""
     start = start_of(config)
+    if start is not None and str(config.init_lora_weights).startswith("pissa_niter"):
+        raise ConfigError(
+            f"{str(folder / CONFIG_FILE)!r}: init_lora_weights={config.init_lora_weights!r} drew the start of A and B "
+            "at random, and PEFT took it out of the base; nobody can draw it again. Save the adapter as plain LoRA: "
+            "model.save_pretrained(directory, path_initial_model_for_weight_conversion=...). lora_fx.save_adapter "
+            "always does"
+        )
     if start is not None and start.changes_base and start.calibration is not None:
         raise ConfigError(
             f"{str(folder / CONFIG_FILE)!r}: the adapter was started by init_lora_weights={start.name!r}, from data "

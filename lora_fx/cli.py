@@ -466,3 +466,6 @@ def _folded(
 
 
 __all__ = ["app", "main"]
+
+if __name__ == "__main__":
+    main()

@@ -46,7 +46,7 @@ def find_adapter(gm: fx.GraphModule, name: str) -> Adapter:
     if isinstance(name, str) and name in adapters:
         return adapters[name]
     have = f"it has {', '.join(map(repr, adapters))}" if adapters else "it has none; inject one first"
-    raise AdapterError(f"the graph has no adapter {name!r}; {have}.{closest(str(name), adapters)}")
+    raise AdapterError(f"the graph has no adapter {name!r}; {have}.{closest(str(name), adapters)} inject adds one")
 
 
 def trainable_parameters(gm: nn.Module) -> tuple[int, int]:

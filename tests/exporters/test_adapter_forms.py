@@ -507,13 +507,13 @@ def test_numbers_of_adapters_are_checked(bert: Deployed, tmp_path: Path) -> None
     add_adapter_stacks(bert.base, tmp_path / "rows.onnx", {ONE: bert.adapter(ONE)})
     session = AdapterSession(tmp_path / "rows.onnx", provider="cpu")
     for wrong in ([-1, 0], [0, 2]):
-        with pytest.raises(AdapterError, match="0 for the base and 1 to 1"):
+        with pytest.raises(AdapterError, match="give 0 for the base and 1 to 1"):
             session.run(bert.feeds[0] | {"adapter_ids": np.array(wrong)})
     for count in (1, 3, 10):  # the numbers of tokens, which 10 is, could be divided so as well
         with pytest.raises(AdapterError, match=f"has {count} numbers for 2 rows"):
             session.run(bert.feeds[0] | {"adapter_ids": np.zeros(count, np.int64)})
     bound = session.bind(bert.feeds[0] | {"adapter_ids": np.array([0, 1])})
-    with pytest.raises(AdapterError, match="0 for the base and 1 to 1"):
+    with pytest.raises(AdapterError, match="give 0 for the base and 1 to 1"):
         bound.update({"adapter_ids": np.array([-1, 0])})
     with pytest.raises(AdapterError, match="pass one of them"):
         session.run(bert.feeds[0] | {"adapter_ids": np.array([0, 1])}, ONE)

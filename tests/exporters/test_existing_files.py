@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -346,6 +347,10 @@ def test_a_part_of_a_model_takes_its_part_of_the_adapter(bert: Deployed, base: P
     tensors = load_file(tmp_path / "more" / "adapter_model.safetensors")
     twin = {k.replace("encoder.", "decoder."): v for k, v in tensors.items() if ".0.attention.self.query" in k}
     save_file(tensors | twin, tmp_path / "more" / "adapter_model.safetensors")
+    config = tmp_path / "more" / "adapter_config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"target_modules": ["query", "key", "value", "dense"]})
+    )
     with pytest.raises(AdapterError, match="partial=True"):
         fold_into_onnx(base, tmp_path / "more", tmp_path / "out.onnx")
     report = fold_into_onnx(base, tmp_path / "more", tmp_path / "out.onnx", partial=True)
