@@ -60,7 +60,8 @@ def _catalogue(quick: bool) -> Table:
         ("group", *kinds),
         (*rows, ("all", *total)),
         (
-            "named: the message has the field, file or tensor; state (graphs, parameters, files) compared before and after",
+            "named: the message has the field, file or tensor; graphs, parameters and files are compared before and "
+            "after",
         ),
     )
 
@@ -77,9 +78,7 @@ def _files(quick: bool) -> Table:
         "Files",
         ("what", "tried", "noticed or whole", "silent, torn, mixed or lost"),
         tuple(rows),
-        (
-            "kills: SIGKILL; the state afterwards is the old or the new one, after unfold_onnx where a fold was under way",
-        ),
+        ("SIGKILL; afterwards there is the old state or the new, after unfold_onnx where a fold was under way",),
     )
 
 

@@ -98,7 +98,7 @@ def temporary_beside(target: Path) -> Iterator[Path]:
     directory, the new one lies in it.
     """
     place = next(parent for parent in target.parents if parent.exists())
-    prefix = f".{target.name}.lora_fx-"
+    prefix = f".{target.name[:100]}.lora_fx-"  # names have 255 bytes
     for old in place.glob(f"{glob.escape(prefix)}*"):
         if not _is_alive(old.name.removeprefix(prefix).partition("-")[0]):
             shutil.rmtree(old, ignore_errors=True)

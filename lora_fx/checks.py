@@ -11,6 +11,7 @@ stand in for the graph's own while it runs.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .adapter_files import KEY_OF_ROWS, KEYS, KEYS_OF_LOOKUPS
-from .errors import AdapterError, FoldError, GraphError, TargetError, closest, warn
+from .errors import AdapterError, FoldError, GraphError, LoraFxWarning, TargetError, closest, warn
 from .graph import finish
 from .graph_module import check_editable, checked_graph_module, copy_sharing_tensors, record_of
 from .tables import some_of
@@ -116,7 +117,9 @@ def _shown(gm: fx.GraphModule, *, training: bool) -> fx.GraphModule:
     """A copy in one mode; the caller's graph stays in its own."""
     copy = copy_sharing_tensors(gm)
     finish(copy)
-    return copy.train(training)
+    with warnings.catch_warnings():  # a graph that was traced in one mode says so, to whoever trains it
+        warnings.simplefilter("ignore", LoraFxWarning)
+        return copy.train(training)
 
 
 def _run(

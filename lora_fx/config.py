@@ -49,7 +49,7 @@ class _OptionsChecked(type):
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
         if args:
-            raise ConfigError(f"LoraConfig takes keyword arguments only; write r={args[0]!r}, for instance")
+            raise ConfigError(f"LoraConfig takes keyword arguments only, for instance r={args[0]!r}; name each of them")
         return super().__call__(**_supported(options))
 
 

@@ -148,7 +148,7 @@ def merge(
             changed += 0.0 if original is None else _squares(total - original)
             after += _squares(total) if weight_norm is None else 0.0
             if total is not rounded:
-                rounded.copy_(total)
+                rounded.copy_(_to_odd(total) if total.dtype.itemsize == 4 * rounded.dtype.itemsize else total)
                 lost += _squares(total.sub_(rounded))  # infinite where the narrower dtype is too narrow
     delta_norm = _norm_of_sum(deltas) if has_products_only else math.sqrt(changed)
     if weight_norm is None:
@@ -158,6 +158,20 @@ def merge(
     if weight.dtype == accumulate:
         lost = _lost_to_rounding(weight, deltas, into, norm, delta_norm) ** 2
     return Merged(weight_norm, delta_norm, _share_kept(lost, delta_norm), math.isfinite(norm) and math.isfinite(lost))
+
+
+def _to_odd(total: torch.Tensor) -> torch.Tensor:
+    """float64 as float32, such that rounding that to 16 bits is rounding the float64 once.
+
+    torch takes float64 to 16 bits by way of float32, and so rounds twice, which is the wrong neighbour where the first
+    rounding makes a tie. Of the two float32 beside an inexact value, the one whose last bit is set makes none
+    (round to odd: Boldo and Melquiond, 2008).
+    """
+    near = total.to(torch.float32)
+    error = total - near
+    is_even = (near.view(torch.int32) & 1) == 0
+    toward = torch.where(error > 0, torch.inf, -torch.inf).to(torch.float32)
+    return torch.where((error != 0) & is_even & near.isfinite(), torch.nextafter(near, toward), near)
 
 
 def norm_if_finite(weight: torch.Tensor, deltas: Sequence[AnyDelta]) -> float | None:

@@ -532,3 +532,22 @@ def test_an_adapter_of_zeros_changes_no_bit_of_a_negative_zero(inplace: bool) ->
     gm = lora_fx.inject(lora_fx.trace(model, torch.randn(3, 7)), LoraConfig(target_modules=["0"]))
     folded = lora_fx.fold(gm, inplace=inplace)
     assert bool(torch.signbit(folded.get_parameter("0.weight")).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_in_float64_are_rounded_once(dtype: torch.dtype) -> None:
+    """Each weight is the number of its type that is nearest to W + ΔW, in float64."""
+    torch.manual_seed(6)
+    model = nn.Sequential(nn.Linear(96, 96, bias=False)).to(dtype).eval()
+    gm = lora_fx.trace(model, (torch.randn(2, 96).to(dtype),))
+    gm = lora_fx.inject(gm, {"r": 8, "lora_alpha": 12, "target_modules": ["0"]})
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(gm):
+            parameter.normal_(0, 0.05)
+    a, b = (gm.get_parameter(f"0.lora_{half}.default.weight").detach().double() for half in "AB")
+    exact = model[0].weight.detach().double() + 1.5 * (b @ a)
+    folded = lora_fx.fold(gm, accumulate=torch.float64).get_parameter("0.weight").detach()
+    error = (folded.double() - exact).abs()
+    for beside in (torch.inf, -torch.inf):
+        other = torch.nextafter(folded, torch.full_like(folded, beside))
+        assert bool((error <= (other.double() - exact).abs() + 1e-16).all())
