@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from lora_fx import AdapterArrays, AdapterError, ExportError, read_adapter
 
+from .external_data import sha256
 from .lora_slots import SLOTS_KEY, read_slots
 from .named_weights import OnnxWeights
 from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, written
@@ -158,7 +159,7 @@ def fold_into_onnx(
     weights = OnnxWeights(model, arrays, mapping, partial=partial)
     new = list(new_weights(weights, strength))
     names = list(model.graph.initializers)
-    _record(model, arrays, strength)
+    _record(model, arrays, strength, file)
     if in_place:
         _refuse_untied(new, "in place")
         write_in_place(model, file, {value: data for each in new for value, data in each.values.tensors.items()})
@@ -324,8 +325,18 @@ def _recorded(model: ir.Model) -> list[dict[str, object]]:
         raise ExportError(f"the record {FOLDED_KEY!r} in the ONNX file is damaged; take the base's file") from error
 
 
-def _record(model: ir.Model, adapter: AdapterArrays, strength: float) -> None:
-    entries = [*_recorded(model), {"adapter": adapter.sha256, "strength": strength}]
+def _record(model: ir.Model, adapter: AdapterArrays, strength: float, base: Path) -> None:
+    """The stamp: of which file, with its weights' hash in it if `export_onnx` wrote it, and of which adapter."""
+    config = adapter.config
+    entry = {
+        "adapter": adapter.sha256,
+        "strength": strength,
+        "base": sha256(base),
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
+    }
+    entries = [*_recorded(model), entry]
     model.metadata_props[FOLDED_KEY] = json.dumps(entries)
     if SLOTS_KEY in model.metadata_props:  # adapters that were made for the base as it was are not for this one
         slots = read_slots(model.metadata_props, "the file")
