@@ -30,7 +30,7 @@ from .lora_insertion import Inputs, insert_slots
 from .lora_places import adapter_arrays, plan_slots
 from .lora_slots import Slots, read_slots
 from .named_weights import OnnxWeights
-from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, written
+from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, says_damaged, written
 from .onnx_sites import Mapped
 from .onnx_weights import Array
 from .sessions import checked_file
@@ -69,6 +69,7 @@ class SlotsReport:
         )
 
 
+@says_damaged
 def add_adapter_inputs(
     base: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -128,6 +129,7 @@ def insert_inputs(
     return planned.slots
 
 
+@says_damaged
 def write_onnx_adapter(
     model: str | os.PathLike[str],
     adapter: Adapter,

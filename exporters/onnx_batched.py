@@ -24,7 +24,7 @@ from .lora_places import PlannedSlots, adapter_arrays, plan_slots
 from .lora_slots import SLOTS_KEY, Slot, Slots, read_slots
 from .named_weights import OnnxWeights
 from .onnx_adapters import Adapter, SlotsReport
-from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, written
+from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, says_damaged, written
 from .onnx_sites import Mapped
 from .onnx_weights import Array
 from .sessions import checked_file
@@ -35,6 +35,7 @@ IDS = "adapter_ids"
 _INT = ir.DataType.INT64
 
 
+@says_damaged
 def add_adapter_stacks(
     base: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -99,6 +100,7 @@ def insert_stacks(model: ir.Model, adapters: Mapping[str, AdapterArrays], mappin
     return slots
 
 
+@says_damaged
 def append_adapter(
     path: str | os.PathLike[str],
     name: str,

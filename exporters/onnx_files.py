@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import onnx
 import onnx_ir as ir
 
-from lora_fx import ExportError
+from lora_fx import ExportError, LoraFxError
 from lora_fx.atomic import exchange, sync_directory, temporary_beside, write_through
 
 from .external_data import DATA_HASH_KEY, check_external_data, data_locations, sha256
@@ -21,6 +23,8 @@ from .paths import path_of
 from .sessions import open_session
 from .text import reason
 
+P = ParamSpec("P")
+T = TypeVar("T")
 AUTOMATIC_EXTERNAL_BYTES = 3 * 2**29  # 1.5 GiB
 _LARGE = 2**30  # 1 GiB
 PROTOBUF_BYTES = 2**31 - 2**26  # 2 GiB less room for the graph itself
@@ -276,6 +280,29 @@ def open_model(file: Path) -> ir.Model:
     if DATA_HASH_KEY in model.metadata_props:
         check_external_data(file, onnx.load(file, load_external_data=False))
     return model
+
+
+def says_damaged(function: Callable[P, T]) -> Callable[P, T]:
+    """For functions of a file: what onnx_ir and numpy raise in the middle of it means that the file is damaged.
+
+    A graph may be read whole, and turn out to hold a weight of fewer numbers than its shape says, or an attribute of
+    another type, when that is looked at.
+    """
+
+    @functools.wraps(function)
+    def told(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except LoraFxError:
+            raise
+        except (ValueError, TypeError, AssertionError, KeyError, IndexError) as error:
+            file = next((str(each) for each in (*args, *kwargs.values()) if isinstance(each, str | os.PathLike)), "it")
+            raise ExportError(
+                f"{file} cannot be worked on, since something in it is not what it says: {reason(error)}. It is "
+                "damaged, or not an ONNX file that any checker passes; export it again"
+            ) from error
+
+    return told
 
 
 def _check_readable(model: ir.Model, file: Path) -> None:

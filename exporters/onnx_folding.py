@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from lora_fx import AdapterArrays, AdapterError, ExportError, read_adapter
 from .external_data import sha256
 from .lora_slots import SLOTS_KEY, read_slots
 from .named_weights import OnnxWeights
-from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, written
+from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, says_damaged, written
 from .onnx_fold_plan import WeightChange, other_readers, plan_changes
 from .onnx_in_place import undo_of, unfold_in_place, write_in_place
 from .onnx_sites import Mapped
@@ -113,6 +114,7 @@ class NewWeight:
     report: FoldedWeight
 
 
+@says_damaged
 def fold_into_onnx(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str] | AdapterArrays,
@@ -211,8 +213,9 @@ def _new_values(changes: Sequence[WeightChange]) -> Iterator[NewWeight]:
     found: list[tuple[WeightChange, Array]] = []
     for change in changes:
         exact = old
-        for edit in change.edits:
-            exact = edit(exact)
+        with np.errstate(invalid="ignore", over="ignore"):  # whether the result is finite is looked at below
+            for edit in change.edits:
+                exact = edit(exact)
         if found and np.array_equal(found[0][1], exact):  # tied, and adapted alike
             first = found[0][0]
             joined = dataclasses.replace(first, paths=first.paths + change.paths, sites=first.sites + change.sites)
@@ -242,7 +245,9 @@ def _report(change: WeightChange, old: Array, exact: Array, values: Rounded, *, 
 
 def _norm(array: Array) -> float:
     flat = array.reshape(-1)
-    return float(np.sqrt(np.dot(flat, flat).astype(np.float64)))
+    with np.errstate(over="ignore"):
+        squares = float(np.dot(flat, flat))
+    return math.sqrt(squares) if math.isfinite(squares) else float(np.linalg.norm(flat.astype(np.float64)))
 
 
 def _apply(model: ir.Model, new: Sequence[NewWeight]) -> None:
@@ -344,6 +349,7 @@ def _record(model: ir.Model, adapter: AdapterArrays, strength: float, base: Path
         dataclasses.replace(slots, fingerprint=hashlib.sha256(made_of.encode()).hexdigest()).write_to(model)
 
 
+@says_damaged
 def session_values(
     file: Path,
     adapter: str | os.PathLike[str] | AdapterArrays,
