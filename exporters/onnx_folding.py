@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from lora_fx import AdapterArrays, AdapterError, ExportError, read_adapter
 
-from .external_data import sha256
+from .external_data import sampled_sha256
 from .lora_slots import SLOTS_KEY, read_slots
 from .named_weights import OnnxWeights
 from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, says_damaged, written
@@ -331,12 +331,12 @@ def _recorded(model: ir.Model) -> list[dict[str, object]]:
 
 
 def _record(model: ir.Model, adapter: AdapterArrays, strength: float, base: Path) -> None:
-    """The stamp: of which file, with its weights' hash in it if `export_onnx` wrote it, and of which adapter."""
+    """The stamp: which file was folded into, and which adapter, with what scaling."""
     config = adapter.config
     entry = {
         "adapter": adapter.sha256,
         "strength": strength,
-        "base": sha256(base),
+        "base_sample": sampled_sha256(base),
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
