@@ -257,16 +257,14 @@ def _threads(calls: int) -> Table:
     with tempfile.TemporaryDirectory() as name:
         found = {"one graph": hammer.graph(calls), "one session": hammer.session(calls, Path(name))}
     rows = [
-        (
-            what,
-            counts["right"],
-            counts["wrong"],
-            sum(counts.values()) - counts["right"] - counts["changes"],
-            counts["changes"],
-        )
+        (what, *(counts[kind] for kind in ("right", "wrong")), _errors(counts), counts["changes"])
         for what, counts in found.items()
     ]
-    return Table("Eight threads", ("on", "right", "wrong", "wrong or errors", "changes meanwhile"), tuple(rows))
+    return Table("Eight threads", ("on", "right", "wrong", "errors", "changes meanwhile"), tuple(rows))
+
+
+def _errors(counts: Counter[str]) -> int:
+    return sum(count for kind, count in counts.items() if kind not in ("right", "wrong", "changes"))
 
 
 def _numbers(quick: bool) -> Table:
