@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import cli_onnx
+from .adapter_integrity import Integrity
 from .cli_console import complain, print_json, progress, show_warning
 from .cli_paths import check_model_destination, check_onnx_destination, check_writable
 from .errors import ExportError, LoraFxError, warn
@@ -230,6 +231,7 @@ def fold(
     adapter: AdapterDir,
     out: Annotated[Path, typer.Argument(help="Model directory to write: a new one, or an empty one.")],
     dtype: Annotated[Dtype | None, typer.Option(help="Load, fold and save as this; none: as it is stored.")] = None,
+    require_integrity: cli_onnx.RequireIntegrity = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the model directory at OUT.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -251,7 +253,8 @@ def fold(
     from .hf_saving import save_folded
 
     with progress("folding and checking"):
-        outcome = fold_into(loaded, lora_fx.load_adapter(gm, adapter))
+        injected = lora_fx.load_adapter(gm, adapter, integrity=cli_onnx.integrity_of(require_integrity))
+        outcome = fold_into(loaded, injected)
     if not outcome.ok:
         raise CheckFailedError(outcome.problem)
     try:
@@ -286,6 +289,7 @@ def export(
     with_cache: Annotated[
         bool, typer.Option("--with-cache", help="A decoder with past_key_values in and present out, to generate with.")
     ] = False,
+    require_integrity: cli_onnx.RequireIntegrity = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a file at OUT that is not an ONNX file, too.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -303,7 +307,8 @@ def export(
         raise typer.BadParameter(f"{str(out)!r} is {what}, so OUT.onnx, the file to write, is missing")
     check_onnx_destination(out, [model, *paths[:-1]], overwrite=overwrite)
     _check_opset(opset)
-    gm = _folded(model, adapter, dtype, with_cache=with_cache, check=check)
+    integrity = cli_onnx.integrity_of(require_integrity)
+    gm = _folded(model, adapter, dtype, with_cache=with_cache, check=check, integrity=integrity)
     from exporters import export_onnx
 
     with progress("exporting and checking"):
@@ -438,7 +443,13 @@ def _traced(loaded: HfModel, *, with_cache: bool = False) -> LoraGraphModule:
 
 
 def _folded(
-    model: Path, adapter: Path | None, dtype: Dtype | None, *, with_cache: bool = False, check: bool = False
+    model: Path,
+    adapter: Path | None,
+    dtype: Dtype | None,
+    *,
+    with_cache: bool = False,
+    check: bool = False,
+    integrity: Integrity = "checked",
 ) -> LoraGraphModule:
     """The graph that an ONNX file is made of, or compared with."""
     import lora_fx
@@ -459,7 +470,7 @@ def _folded(
     if adapter is None:
         return gm
     with progress("folding and checking" if check else "folding"):
-        injected = lora_fx.load_adapter(gm, adapter)
+        injected = lora_fx.load_adapter(gm, adapter, integrity=integrity)
         if check:
             lora_fx.check_effect(injected)
         return lora_fx.fold(injected, check=check)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .adapter_integrity import Integrity
 from .cli_console import print_json, progress
 from .cli_paths import check_onnx_destination
 
@@ -25,6 +26,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Overwrite = Annotated[bool, typer.Option(help="Replace a file at OUT that is not an ONNX file, too.")]
 
 
+RequireIntegrity = Annotated[
+    bool, typer.Option("--require-integrity", help="Refuse an adapter whose files have no hashes to verify.")
+]
+
+
+def integrity_of(required: bool) -> Integrity:
+    """What `--require-integrity` means."""
+    return "required" if required else "checked"
+
+
 def _show(report: Any, *, as_json: bool) -> None:
     if as_json:
         print_json(report.to_dict())
@@ -39,6 +50,7 @@ def fold(
     out: OutFile,
     strength: Annotated[float, typer.Option(help="Multiplies all that the adapter adds.")] = 1.0,
     partial: Partial = False,
+    require_integrity: RequireIntegrity = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -50,8 +62,11 @@ def fold(
         check_onnx_destination(out, [base, adapter], overwrite=overwrite)
     from exporters import fold_into_onnx
 
+    from .adapter_arrays import read_adapter
+
     with progress("folding"):
-        report = fold_into_onnx(base, adapter, out, strength=strength, partial=partial)
+        arrays = read_adapter(adapter, integrity=integrity_of(require_integrity))
+        report = fold_into_onnx(base, arrays, out, strength=strength, partial=partial)
     _show(report, as_json=as_json)
 
 

@@ -84,3 +84,11 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         status, out, _ = run(capsys, "onnx", command, "--help")
         assert status == 0
         assert f"lora-fx onnx {command}" in out
+
+
+def test_hashes_may_be_demanded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """PEFT's files have none."""
+    status, _, err = run(capsys, "onnx", "fold", BASE, ADAPTER, tmp_path / "out.onnx", "--require-integrity")
+    assert (status, err.count("\n")) == (3, 1)
+    assert "has no seal" in err
+    assert not (tmp_path / "out.onnx").exists()
