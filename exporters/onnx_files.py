@@ -295,7 +295,7 @@ def says_damaged(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
         except LoraFxError:
             raise
-        except (ValueError, TypeError, AssertionError, KeyError, IndexError) as error:
+        except (ir.serde.SerdeError, ValueError, TypeError, AssertionError, KeyError, IndexError) as error:
             file = next((str(each) for each in (*args, *kwargs.values()) if isinstance(each, str | os.PathLike)), "it")
             raise ExportError(
                 f"{file} cannot be worked on, since something in it is not what it says: {reason(error)}. It is "

@@ -1,8 +1,6 @@
 """What reads files that others wrote, as functions of bytes: each gives the file's contents to a reader.
 
-    python tests/fuzz_targets.py adapter -runs=1000000 tests/fuzz/adapter     # with atheris, coverage-guided
-
-A target returns, or raises an error of our tree; anything else is a finding.
+A target returns, or raises an error of our tree; anything else is a finding. tests/fuzz.py drives them.
 """
 
 from __future__ import annotations
@@ -11,10 +9,10 @@ import contextlib
 import json
 import shutil
 import struct
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,11 +35,9 @@ class Targets:
         }
         self.good_config = json.dumps(_CONFIG).encode()
         self.good_adapter = _safetensors(tensors)
-        self.restore()
-
-    def restore(self) -> None:
         self.weights.write_bytes(self.good_adapter)
         self.config.write_bytes(self.good_config)
+        self.arrays = lora_fx.read_adapter(self.here)
 
     def adapter(self, data: bytes) -> object:
         """adapter_model.safetensors."""
@@ -55,11 +51,11 @@ class Targets:
         return lora_fx.read_adapter(self.here)
 
     def onnx(self, data: bytes) -> object:
-        """A base's .onnx, into which an adapter is folded."""
-        import exporters
+        """A base's .onnx, into which an adapter is folded; the result stays in memory."""
+        from exporters.onnx_folding import session_values
 
         (self.here / "base.onnx").write_bytes(data)
-        return exporters.fold_into_onnx(self.here / "base.onnx", self.here, self.here / "out.onnx")
+        return session_values(self.here / "base.onnx", self.arrays)
 
     def onnx_adapter(self, data: bytes) -> object:
         """An .onnx_adapter."""
@@ -69,34 +65,66 @@ class Targets:
         file.write_bytes(data)
         return read_onnx_adapter(file)
 
-    def good(self, name: str) -> bytes:
-        """A file that the target takes."""
+    def good(self, name: str) -> list[bytes]:
+        """Files that the target takes."""
         if name == "adapter":
-            return self.good_adapter
+            return [self.good_adapter, _sealed_adapter()]
         if name == "configuration":
-            return self.good_config
+            return [self.good_config, *(json.dumps(_CONFIG | more).encode() for more in _OTHER_CONFIGS)]
         import onnx
 
-        ports = [onnx.helper.make_tensor_value_info(n, 1, ["rows", k]) for n, k in (("x", 3), ("y", 4))]
-        weight = onnx.numpy_helper.from_array(np.ones((4, 3), np.float32), "fc.weight")
-        node = onnx.helper.make_node("Gemm", ["x", "fc.weight"], ["y"], name="/fc/Gemm", transB=1)
-        graph = onnx.helper.make_graph([node], "g", ports[:1], ports[1:], [weight])
-        model = onnx.helper.make_model(graph, ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 17)])
+        model = onnx.helper.make_model(_graph(), ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 17)])
         if name == "onnx":
-            return bytes(model.SerializeToString())
+            return [bytes(model.SerializeToString())]
+        import onnxruntime
+
         import exporters
 
         (self.here / "good.onnx").write_bytes(model.SerializeToString())
         exporters.add_adapter_inputs(self.here / "good.onnx", self.here / "switch.onnx", self.here)
-        return exporters.write_onnx_adapter(
-            self.here / "switch.onnx", self.here, self.here / "good.onnx_adapter"
-        ).read_bytes()
+        file = exporters.write_onnx_adapter(self.here / "switch.onnx", self.here, self.here / "good.onnx_adapter")
+        form = onnxruntime.AdapterFormat.read_adapter(str(file))
+        form.set_adapter_version(1)  # as others write it: without our checksum, past which few mutations would get
+        form.export_adapter(str(self.here / "plain.onnx_adapter"))
+        return [file.read_bytes(), (self.here / "plain.onnx_adapter").read_bytes()]
 
     def close(self) -> None:
         shutil.rmtree(self.here)
 
 
+_OTHER_CONFIGS = (
+    {"use_dora": True, "use_rslora": True, "bias": "lora_only", "task_type": "CAUSAL_LM"},
+    {"rank_pattern": {"^a.(b|c)$": 4}, "alpha_pattern": {"fc": 8}, "layers_to_transform": [0, 1], "layers_pattern": "h"},
+    {"target_modules": ".*fc", "exclude_modules": ["x"], "modules_to_save": ["head"], "lora_dropout": 0.1},
+    {"target_modules": "all-linear", "init_lora_weights": "pissa", "fan_in_fan_out": True, "auto_mapping": None},
+    {"target_parameters": ["mlp.experts"], "loftq_config": {}, "megatron_config": None, "runtime_config": {}},
+)
 NAMES = ("adapter", "configuration", "onnx", "onnx_adapter")
+
+
+def _graph() -> Any:
+    import onnx
+
+    ports = [onnx.helper.make_tensor_value_info(n, 1, ["rows", k]) for n, k in (("x", 3), ("y", 4))]
+    weight = onnx.numpy_helper.from_array(np.ones((4, 3), np.float32), "fc.weight")
+    node = onnx.helper.make_node("Gemm", ["x", "fc.weight"], ["y"], name="/fc/Gemm", transB=1)
+    return onnx.helper.make_graph([node], "g", ports[:1], ports[1:], [weight])
+
+
+def _sealed_adapter() -> bytes:
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2)).eval()
+    gm = lora_fx.inject(lora_fx.trace(model, (torch.randn(2, 3),)), {"r": 1, "target_modules": ["0"], "use_dora": True})
+    with tempfile.TemporaryDirectory() as name:
+        lora_fx.save_adapter(gm, name)
+        return (Path(name) / "adapter_model.safetensors").read_bytes()
+
+
+def framed(header: bytes, data: bytes) -> bytes:
+    """A safetensors file."""
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + data
 
 
 def _safetensors(tensors: dict[str, np.ndarray]) -> bytes:
@@ -108,9 +136,7 @@ def _safetensors(tensors: dict[str, np.ndarray]) -> bytes:
             "data_offsets": [len(data), len(data) + array.nbytes],
         }
         data += array.tobytes()
-    header = json.dumps(fields).encode()
-    header += b" " * (-len(header) % 8)
-    return struct.pack("<Q", len(header)) + header + data
+    return framed(json.dumps(fields).encode(), data)
 
 
 def one(target: Callable[[bytes], object]) -> Callable[[bytes], None]:
@@ -121,23 +147,3 @@ def one(target: Callable[[bytes], object]) -> Callable[[bytes], None]:
             target(data)
 
     return run
-
-
-def main() -> None:
-    """Fuzz with atheris: NAME, and libFuzzer's options."""
-    import atheris
-
-    name, sys.argv = sys.argv[1], [sys.argv[0], *sys.argv[2:]]
-    targets = Targets()
-    for directory in sys.argv[1:]:
-        if not directory.startswith("-"):
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            (Path(directory) / "good").write_bytes(targets.good(name))
-    with atheris.instrument_imports(include=["lora_fx", "exporters"]):
-        import lora_fx.adapter_arrays  # noqa: F401
-    atheris.Setup(sys.argv, one(getattr(targets, name)))
-    atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()

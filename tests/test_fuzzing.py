@@ -40,11 +40,13 @@ def changed(good: bytes, count: int, seed: int) -> Iterator[bytes]:
 )
 def test_what_was_changed_is_refused_or_taken(name: str, count: int) -> None:
     targets = fuzz_targets.Targets()
-    run, good = fuzz_targets.one(getattr(targets, name)), targets.good(name)
-    getattr(targets, name)(good)
-    for number, data in enumerate(changed(good, count, seed=len(name))):
-        try:
-            run(data)
-        except BaseException as error:
-            pytest.fail(f"{name}, change {number}: {type(error).__name__}: {error}\n{data!r}")
+    run = fuzz_targets.one(getattr(targets, name))
+    goods = targets.good(name)
+    for good in goods:
+        getattr(targets, name)(good)
+        for number, data in enumerate(changed(good, count // len(goods), seed=len(name))):
+            try:
+                run(data)
+            except BaseException as error:
+                pytest.fail(f"{name}, change {number}: {type(error).__name__}: {error}\n{data!r}")
     targets.close()
