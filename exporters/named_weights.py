@@ -13,6 +13,7 @@ from lora_fx.config import ALL_LINEAR
 from lora_fx.errors import closest
 from lora_fx.matching import matches_names
 
+from .base_note import check_base_note
 from .onnx_sites import Mapped, OnnxSite, find_onnx_sites, parameter_names, permutation, recorded_weights
 from .onnx_weights import Array, StoredWeight
 from .stored_weights import shape_of
@@ -39,7 +40,11 @@ class Renaming:
 
 
 class OnnxWeights:
-    """The weights of an ONNX file, by the names that an adapter has for them."""
+    """The weights of an ONNX file, by the names that an adapter has for them.
+
+    Raises:
+        AdapterError: if the adapter was saved over other weights.
+    """
 
     def __init__(
         self, model: ir.Model, adapter: AdapterArrays, mapping: Mapped | None = None, *, partial: bool = False
@@ -56,6 +61,7 @@ class OnnxWeights:
                 held = Held(value, permutation(value, self.recorded.get(name)))
                 self._parameters.setdefault(parameter, []).append(held)
         self.rename = _renaming(self, [low.path for low in adapter.low_rank])
+        check_base_note(self)
 
     def only_whole(self) -> OnnxWeights:
         """Without A and B: what the adapter brings as a whole."""
@@ -129,6 +135,13 @@ class OnnxWeights:
     def slot_name(self, low: LowRankArrays) -> str:
         """What the file calls that which A and B are for."""
         return self.rename(self.parameter_of(low) or low.path)
+
+    def weight_of(self, low: LowRankArrays) -> str | None:
+        """Full name, in the adapter, of what A and B are for; None if the file does not tell which of several."""
+        try:
+            return self.parameter_of(low) or joined(low.path, "weight")
+        except AdapterError:
+            return None
 
     def parameter_of(self, low: LowRankArrays) -> str | None:
         """The parameter that A and B are for, if it is not the module's weight that is meant.

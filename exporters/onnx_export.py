@@ -26,7 +26,14 @@ from .example_inputs import Example, make_example, second_example, torch_export_
 from .onnx_files import Written, check_file, checked_target, is_external, save_files, written
 from .onnx_names import copy_module_paths, input_names, name_dimensions, name_ports, output_names, strip_metadata
 from .onnx_report import Dims, OnnxReport
-from .onnx_weights import StoredWeight, hide_weights, read_manifest, restore_weights, write_manifest
+from .onnx_weights import (
+    StoredWeight,
+    hide_weights,
+    read_manifest,
+    restore_weights,
+    write_manifest,
+    write_stamps,
+)
 from .precision import as_data_type, convert_precision
 from .quantization import Metric, Quantization, QuantizationReport, as_quantization, compare_outputs, quantize_weights
 from .quiet import quiet
@@ -215,7 +222,16 @@ def _convert(
     strip_metadata(model)
     shared = {alias: site.path for site in lora_fx.find_sites(gm) for alias in site.aliases}
     write_manifest(model, weights, shared)
+    write_stamps(model, _stamps(gm))
     return model, weights, notes
+
+
+def _stamps(gm: fx.GraphModule) -> tuple[Mapping[str, Any], ...]:
+    """What was folded into the graph."""
+    try:
+        return lora_fx.fold_report(gm).stamps
+    except lora_fx.FoldError:
+        return ()
 
 
 def _export_program(gm: fx.GraphModule, example: Example) -> ExportedProgram:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import os
 import time
@@ -30,13 +29,12 @@ from .onnx_files import check_apart, check_derived, checked_target, has_external
 from .onnx_fold_plan import WeightChange, other_readers, plan_changes
 from .onnx_in_place import undo_of, unfold_in_place, write_in_place
 from .onnx_sites import Mapped
-from .onnx_weights import MANIFEST_KEY, Array, read_manifest, write_manifest
+from .onnx_weights import MANIFEST_KEY, Array, read_manifest, read_stamps, write_manifest, write_stamps
 from .paths import path_of
 from .sessions import checked_file
 from .stored_weights import Rounded, read_weight, rounded
 from .text import some, table
 
-FOLDED_KEY = "lora_fx.folded"
 _IN_MEMORY = "lora_fx_weights_given_at_load"  # a file that does not exist
 
 
@@ -314,35 +312,26 @@ def _refuse_untied(new: Sequence[NewWeight], how: str) -> None:
 
 
 def _refuse_twice(model: ir.Model, adapter: AdapterArrays, file: Path) -> None:
-    for entry in _recorded(model):
-        if entry.get("adapter") == adapter.sha256:
+    for entry in read_stamps(model):
+        if entry.get("adapter") in (adapter.data_sha256, adapter.sha256):
             raise ExportError(
                 f"{str(adapter.directory)!r} is folded into {file.name} already, and folding it again would count it "
                 "twice; take the base's file, or unfold_onnx this one"
             )
 
 
-def _recorded(model: ir.Model) -> list[dict[str, object]]:
-    try:
-        found = json.loads(model.metadata_props.get(FOLDED_KEY, "[]"))
-        return [dict(entry) for entry in found]
-    except (ValueError, TypeError) as error:
-        raise ExportError(f"the record {FOLDED_KEY!r} in the ONNX file is damaged; take the base's file") from error
-
-
 def _record(model: ir.Model, adapter: AdapterArrays, strength: float, base: Path) -> None:
     """The stamp: which file was folded into, and which adapter, with what scaling."""
     config = adapter.config
     entry = {
-        "adapter": adapter.sha256,
+        "adapter": adapter.data_sha256,
         "strength": strength,
         "base_sample": sampled_sha256(base),
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
     }
-    entries = [*_recorded(model), entry]
-    model.metadata_props[FOLDED_KEY] = json.dumps(entries)
+    write_stamps(model, [entry])
     if SLOTS_KEY in model.metadata_props:  # adapters that were made for the base as it was are not for this one
         slots = read_slots(model.metadata_props, "the file")
         made_of = f"{slots.fingerprint} {adapter.sha256} {strength!r}"

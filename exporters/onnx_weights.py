@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 MANIFEST_KEY = "lora_fx.weights"
+FOLDED_KEY = "lora_fx.folded"
 _VERSION = 1
 
 
@@ -209,6 +210,31 @@ def write_manifest(
     if shared_modules:
         record["shared_modules"] = dict(shared_modules)
     model.metadata_props[MANIFEST_KEY] = json.dumps(record, sort_keys=True)
+
+
+def write_stamps(model: ir.Model, stamps: Sequence[Mapping[str, Any]]) -> None:
+    """Record what was folded into the file, after what is recorded there already.
+
+    Raises:
+        ExportError: if that is damaged.
+    """
+    if stamps:
+        model.metadata_props[FOLDED_KEY] = json.dumps([*read_stamps(model), *stamps])
+
+
+def read_stamps(model: ir.Model) -> list[dict[str, Any]]:
+    """What was folded into a file, adapter by adapter: by `fold_into_onnx`, or before `export_onnx` wrote it.
+
+    Each has the sha256 of the adapter's tensors, its strength and scaling, and of which base: `base` is the sample that
+    `lora_fx.save_adapter` notes, `base_sample` one of the file that was folded into.
+
+    Raises:
+        ExportError: if the record is damaged.
+    """
+    try:
+        return [dict(entry) for entry in json.loads(model.metadata_props.get(FOLDED_KEY, "[]"))]
+    except (ValueError, TypeError) as error:
+        raise ExportError(f"the record {FOLDED_KEY!r} in the ONNX file is damaged; take the base's file") from error
 
 
 def read_shared_modules(metadata: Mapping[str, str]) -> dict[str, str]:

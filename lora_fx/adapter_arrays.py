@@ -31,7 +31,8 @@ from .adapter_files import (
     open_adapter,
     parse_key,
 )
-from .adapter_integrity import Integrity, keys_of
+from .adapter_integrity import Integrity, keys_of, split
+from .base_note import KEY
 from .config import ALL_LINEAR, LoraConfig, scaling_of
 from .errors import AdapterError, ConfigError
 from .init_options import init_of
@@ -84,6 +85,7 @@ class AdapterArrays:
         rows: {module: rows of its embedding, (rows, dim)}, of trainable_token_indices.
         metadata: the file's own.
         sha256: of the tensors' file.
+        data_sha256: of the tensors' bytes alone, whatever the header says.
     """
 
     directory: Path
@@ -93,6 +95,7 @@ class AdapterArrays:
     rows: Mapping[str, Array]
     metadata: Mapping[str, str]
     sha256: str
+    data_sha256: str
 
     def rank_at(self, *names: str) -> int:
         """r for a module, or a parameter, that goes by these names."""
@@ -114,7 +117,7 @@ def read_adapter(
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors.
         adapter_name: a PEFT directory of several adapters is searched for the sub-directory of that name.
-        integrity: as for `load_adapter`; of the base, nothing is known here.
+        integrity: as for `load_adapter`; "ignored" also keeps others from looking at the note on the base.
 
     Raises:
         AdapterError: if files are missing, broken, or not those that were saved together, a tensor is not finite, or
@@ -134,8 +137,9 @@ def read_adapter(
         raise AdapterError(f"{str(path)!r} holds no tensor; save the adapter again")
     low_rank, full, rows = _sorted_out(tensors, path)
     _check_config(files.config, low_rank, full, files.folder)
-    sha256 = hashlib.sha256(files.weights).hexdigest()
-    return AdapterArrays(files.folder, files.config, low_rank, full, rows, files.metadata, sha256)
+    whole, data = (hashlib.sha256(part).hexdigest() for part in (files.weights, split(files.weights)[1]))
+    metadata = {name: text for name, text in files.metadata.items() if integrity != "ignored" or name != KEY}
+    return AdapterArrays(files.folder, files.config, low_rank, full, rows, metadata, whole, data)
 
 
 def _check_config(

@@ -37,7 +37,8 @@ from .adapter_tensors import (
 )
 from .atomic import replace_in_directory
 from .attributes import get_attribute
-from .base_fingerprint import KEY, check_base, note_of_base
+from .base_fingerprint import check_base, note_of_base
+from .base_note import KEY
 from .config import LoraConfig
 from .errors import AdapterError, ConfigError, closest, warn
 from .full_training import module_paths

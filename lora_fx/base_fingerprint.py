@@ -7,21 +7,21 @@ which then have to agree within the rounding of the coarser of the two.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import fx
 
 from .attributes import get_attribute
+from .base_note import NOTED, UNREADABLE, encoded, places_of, read_note
 from .errors import AdapterError
 from .graph_module import record_of
 from .plan import Plan
 
-KEY = "lora_fx.base"
-_HASHED, _NOTED = 1024, 4  # values of each weight
+_HASHED = 1024  # values of each weight
 
 
 def note_of_base(gm: fx.GraphModule, plan: Plan) -> str | None:
@@ -33,14 +33,14 @@ def note_of_base(gm: fx.GraphModule, plan: Plan) -> str | None:
         dtypes.add(weight.dtype)
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(_spread(weight, _HASHED).view(torch.uint8).numpy().tobytes())
-        noted.append(_spread(weight, _NOTED).to(torch.float32))
-    values = torch.cat(noted).numpy().astype("<f4").tobytes() if noted else b""
+        noted.append(_spread(weight, NOTED).to(torch.float32))
+    values = torch.cat(noted) if noted else torch.empty(0)
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
     return json.dumps(
         {
             "sha256": digest.hexdigest(),
             "dtype": str(coarsest).removeprefix("torch."),
-            "values": base64.b64encode(values).decode(),
+            "values": encoded(values.numpy()),
         }
     )
 
@@ -54,23 +54,21 @@ def check_base(gm: fx.GraphModule, plan: Plan, note: str, where: str) -> None:
     own = note_of_base(gm, plan)
     if own is None:
         return
-    try:
-        theirs, ours = json.loads(note), json.loads(own)
-        if theirs["sha256"] == ours["sha256"]:
-            return
-        a, b = (_values(fields["values"]) for fields in (theirs, ours))
-        eps = max(torch.finfo(getattr(torch, fields["dtype"])).eps for fields in (theirs, ours))
-        is_rounded = theirs["dtype"] != ours["dtype"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{where}: the note on the base model ({KEY}) cannot be read: {error}; save it again") from (
-            error
-        )
-    names = [name for name, weight in _weights(gm, plan) for _ in range(min(_NOTED, weight.numel()))]
+    b, _, ours = read_note(own, where)
+    a, dtype, theirs = read_note(note, where)
+    if theirs.get("sha256") == ours["sha256"]:
+        return
+    known = getattr(torch, dtype, None)
+    if not isinstance(known, torch.dtype) or not known.is_floating_point:
+        raise AdapterError(f"{where}: {UNREADABLE}: its dtype is {dtype!r}; save it again")
+    eps = max(torch.finfo(each).eps for each in (known, getattr(torch, ours["dtype"])))
+    is_rounded = dtype != ours["dtype"]
+    names = [name for name, weight in _weights(gm, plan) for _ in range(min(NOTED, weight.numel()))]
     if len(a) == len(b) == len(names):
-        apart = (a - b).abs() > eps * torch.maximum(a.abs(), b.abs())
-        if is_rounded and not bool(apart.any()):
+        apart = np.abs(a - b) > eps * np.maximum(np.abs(a), np.abs(b))
+        if is_rounded and not apart.any():
             return
-        first = int(apart.int().argmax()) if bool(apart.any()) else 0
+        first = int(apart.argmax())
         which = f"{names[first]!r} is another, for one"
     else:
         which = "other weights are adapted"
@@ -91,10 +89,5 @@ def _weights(gm: fx.GraphModule, plan: Plan) -> Iterator[tuple[str, torch.Tensor
 
 def _spread(weight: torch.Tensor, count: int) -> torch.Tensor:
     """Up to `count` values, from the first to the last, in the order of the shape, on the CPU."""
-    size = weight.numel()
-    places = torch.linspace(0, max(size - 1, 0), min(count, size), dtype=torch.float64).round().long()
+    places = torch.from_numpy(places_of(weight.numel(), count))
     return weight[torch.unravel_index(places.to(weight.device), weight.shape)].cpu().contiguous()
-
-
-def _values(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.float32)

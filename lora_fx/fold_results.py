@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import warn
+from .fold_stamps import Stamp
 from .tables import counted, format_table
 
 # Below this share of the delta, folding says that much of what was trained is lost to rounding.
@@ -42,11 +43,13 @@ class FoldReport:
         adapters: what was folded.
         sites: the weights that something was added to.
         trained: names of tensors that an adapter has as a whole, and that took the base's place.
+        stamps: of all that was ever folded into this graph: see `fold_stamps.stamp_of`.
     """
 
     adapters: tuple[str, ...]
     sites: tuple[FoldedSite, ...]
     trained: tuple[str, ...] = ()
+    stamps: tuple[Stamp, ...] = ()
 
     def __str__(self) -> str:
         rows = [

@@ -18,6 +18,7 @@ from .attributes import delete_attribute, get_attribute, get_parameter, set_attr
 from .checks import check_fold
 from .errors import FoldError
 from .fold_results import FoldedSite, FoldReport, warn_of_losses
+from .fold_stamps import stamp_of
 from .fold_tasks import FoldTask, check_not_tied, fold_tasks, replace_weights
 from .graph import erase_low_rank_paths, finish
 from .graph_module import LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
@@ -75,7 +76,9 @@ def fold(
     if not (inplace or reversible):
         raise FoldError("reversible=False goes with inplace=True: without inplace, fold leaves `gm` as it was")
     assert isinstance(gm, LoraGraphModule)
+    earlier = record_of(gm).report
     with paused_gc():
+        stamps = tuple(stamp_of(gm, adapter) for adapter in chosen)
         tasks = fold_tasks(gm, read_applications(gm), chosen, record_of(gm).active)
         _check_has_values(gm, tasks)
         if inplace:
@@ -88,7 +91,8 @@ def fold(
         for name in [name for name in record_of(result).adapters if adapters is None]:
             forget_adapter(result, name)
     trained = tuple(dict.fromkeys(name for adapter in chosen for name in adapter.trained))
-    report = FoldReport(tuple(adapter.name for adapter in chosen), tuple(sites), trained)
+    stamps = (*(earlier.stamps if isinstance(earlier, FoldReport) else ()), *stamps)
+    report = FoldReport(tuple(adapter.name for adapter in chosen), tuple(sites), trained, stamps)
     record_of(result).report = report
     warn_of_losses(report)
     return result

@@ -23,7 +23,8 @@ from .adapter_tensors import (
     targets_of,
 )
 from .attributes import get_attribute, get_parameter
-from .base_fingerprint import KEY, check_base
+from .base_fingerprint import check_base
+from .base_note import KEY
 from .config import LoraConfig
 from .errors import AdapterError, closest
 from .graph_module import LoraGraphModule, check_editable, checked_graph_module

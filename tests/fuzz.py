@@ -32,7 +32,7 @@ def mutate_adapter(data: bytes, max_size: int, seed: int) -> bytes:
         return bytes(atheris.Mutate(data, max_size))
     (length,) = struct.unpack("<Q", data[:8])
     header, rest = data[8 : 8 + length], data[8 + length :]
-    return fuzz_targets.framed(bytes(atheris.Mutate(header, max_size)), rest)
+    return fuzz_targets.framed(bytes(atheris.Mutate(header, max_size)), rest)[:max_size]
 
 
 def main() -> None:

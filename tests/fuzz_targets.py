@@ -94,7 +94,12 @@ class Targets:
 
 _OTHER_CONFIGS = (
     {"use_dora": True, "use_rslora": True, "bias": "lora_only", "task_type": "CAUSAL_LM"},
-    {"rank_pattern": {"^a.(b|c)$": 4}, "alpha_pattern": {"fc": 8}, "layers_to_transform": [0, 1], "layers_pattern": "h"},
+    {
+        "rank_pattern": {"^a.(b|c)$": 4},
+        "alpha_pattern": {"fc": 8},
+        "layers_to_transform": [0, 1],
+        "layers_pattern": "h",
+    },
     {"target_modules": ".*fc", "exclude_modules": ["x"], "modules_to_save": ["head"], "lora_dropout": 0.1},
     {"target_modules": "all-linear", "init_lora_weights": "pissa", "fan_in_fan_out": True, "auto_mapping": None},
     {"target_parameters": ["mlp.experts"], "loftq_config": {}, "megatron_config": None, "runtime_config": {}},
