@@ -28,7 +28,7 @@ def check_base_note(weights: OnnxWeights) -> None:
         AdapterError: if a weight is another, or the note cannot be read.
     """
     text = weights.adapter.metadata.get(KEY)
-    if text is None or read_stamps(weights.model):
+    if text is None or read_stamps(weights.model.metadata_props):
         return
     where = str(weights.adapter.directory)
     noted, dtype, _ = read_note(text, where)

@@ -312,7 +312,7 @@ def _refuse_untied(new: Sequence[NewWeight], how: str) -> None:
 
 
 def _refuse_twice(model: ir.Model, adapter: AdapterArrays, file: Path) -> None:
-    for entry in read_stamps(model):
+    for entry in read_stamps(model.metadata_props):
         if entry.get("adapter") in (adapter.data_sha256, adapter.sha256):
             raise ExportError(
                 f"{str(adapter.directory)!r} is folded into {file.name} already, and folding it again would count it "

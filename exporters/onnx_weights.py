@@ -219,10 +219,10 @@ def write_stamps(model: ir.Model, stamps: Sequence[Mapping[str, Any]]) -> None:
         ExportError: if that is damaged.
     """
     if stamps:
-        model.metadata_props[FOLDED_KEY] = json.dumps([*read_stamps(model), *stamps])
+        model.metadata_props[FOLDED_KEY] = json.dumps([*read_stamps(model.metadata_props), *stamps])
 
 
-def read_stamps(model: ir.Model) -> list[dict[str, Any]]:
+def read_stamps(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     """What was folded into a file, adapter by adapter: by `fold_into_onnx`, or before `export_onnx` wrote it.
 
     Each has the sha256 of the adapter's tensors, its strength and scaling, and of which base: `base` is the sample that
@@ -232,7 +232,7 @@ def read_stamps(model: ir.Model) -> list[dict[str, Any]]:
         ExportError: if the record is damaged.
     """
     try:
-        return [dict(entry) for entry in json.loads(model.metadata_props.get(FOLDED_KEY, "[]"))]
+        return [dict(entry) for entry in json.loads(metadata.get(FOLDED_KEY, "[]"))]
     except (ValueError, TypeError) as error:
         raise ExportError(f"the record {FOLDED_KEY!r} in the ONNX file is damaged; take the base's file") from error
 

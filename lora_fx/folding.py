@@ -78,9 +78,9 @@ def fold(
     assert isinstance(gm, LoraGraphModule)
     earlier = record_of(gm).report
     with paused_gc():
-        stamps = tuple(stamp_of(gm, adapter) for adapter in chosen)
         tasks = fold_tasks(gm, read_applications(gm), chosen, record_of(gm).active)
         _check_has_values(gm, tasks)
+        stamps = tuple(stamp_of(gm, adapter) for adapter in chosen)
         if inplace:
             check_not_tied(gm, tasks)
         checked = _fold_anew(gm, tasks, chosen, accumulate) if check is not False else None
