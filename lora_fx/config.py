@@ -12,6 +12,7 @@ import enum
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -304,9 +305,11 @@ def _check_expression(name: str, expression: str, used: str | None = None) -> No
     """`used` is the whole expression that this one becomes part of (see matching.py)."""
     whole = expression if used is None else used
     try:
-        for module in (re, regex):  # what PEFT takes, and what it is matched with here
-            module.compile(expression)
-            module.compile(whole)
+        with warnings.catch_warnings():  # of what may mean something else in a later Python
+            warnings.simplefilter("ignore")
+            for module in (re, regex):  # what PEFT takes, and what it is matched with here
+                module.compile(expression)
+                module.compile(whole)
     except (re.error, regex.error, RecursionError, OverflowError) as error:
         raise ConfigError(
             f"{name}={expression!r} is not a regular expression: {error}. Give a list of names if these are plain names"

@@ -3,8 +3,8 @@
     python tests/fuzz.py adapter -runs=10000000
     python tests/fuzz.py onnx -max_total_time=60 /tmp/corpus
 
-New inputs that reach new code go to the first corpus; tests/fuzz_corpus/TARGET is read besides. A finding is written to
-crash-*, and the exit status is not 0.
+New inputs that reach new code go to the first corpus; what tests/fuzz_corpus/TARGET.zip keeps of earlier runs is read
+besides. A finding is written to crash-*, and the exit status is not 0.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ with atheris.instrument_imports(include=["lora_fx", "exporters", "onnx_ir"]):
 
     import exporters.onnx_adapters  # noqa: F401
 
-CORPUS = Path(__file__).parent / "fuzz_corpus"
-
 
 def mutate_adapter(data: bytes, max_size: int, seed: int) -> bytes:
     """Every second time the header alone, with its length made right: past the first eight bytes few others get."""
@@ -41,12 +39,11 @@ def main() -> None:
     logging.disable()
     targets = fuzz_targets.Targets()
     with tempfile.TemporaryDirectory() as seeds, contextlib.closing(targets):
-        for number, data in enumerate(targets.good(name)):
-            (Path(seeds) / f"good-{number}").write_bytes(data)
+        for number, data in enumerate([*targets.good(name), *fuzz_targets.kept(name)]):
+            (Path(seeds) / str(number)).write_bytes(data)
         corpora = [option for option in options if not option.startswith("-")]
         flags = [option for option in options if option.startswith("-")]
-        kept = [str(CORPUS / name)] if (CORPUS / name).is_dir() else []
-        arguments = [sys.argv[0], "-max_len=4096", "-rss_limit_mb=3072", "-timeout=20", *flags, *corpora, seeds, *kept]
+        arguments = [sys.argv[0], "-max_len=4096", "-rss_limit_mb=3072", "-timeout=20", *flags, *corpora, seeds]
         mutator = {"custom_mutator": mutate_adapter} if name == "adapter" else {}
         atheris.Setup(arguments, fuzz_targets.one(getattr(targets, name)), **mutator)
         atheris.Fuzz()
