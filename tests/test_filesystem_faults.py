@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import resource
 import shutil
@@ -15,8 +16,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+import transformers
 import zoo
 from filesystem_faults import DONE, REFUSED, hidden, run_with_fault, visible
+from safetensors import SafetensorError
 from torch import nn
 
 import exporters
@@ -24,6 +27,9 @@ import lora_fx
 from exporters.onnx_adapters import read_onnx_adapter
 from exporters.onnx_files import open_model
 from lora_fx import LoraFxError
+from lora_fx.hf_folding import HfFold, fold_into
+from lora_fx.hf_models import HfModel, load_model
+from lora_fx.hf_saving import save_folded
 
 MOST_CALLS = 200
 
@@ -54,6 +60,7 @@ def injected_graph(rank: int) -> torch.fx.GraphModule:
 
 
 INJECTED = {rank: injected_graph(rank) for rank in (2, 4)}
+FOLDED = {rank: lora_fx.fold(gm) for rank, gm in INJECTED.items()}
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,42 @@ def nothing(files: Path, here: Path) -> None:
     pass
 
 
+@functools.cache
+def loaded_model(files: Path) -> tuple[HfModel, HfFold]:
+    """A transformers model, and an adapter folded into it."""
+    config = transformers.LlamaConfig(
+        vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    transformers.LlamaForCausalLM(config).save_pretrained(files / "llama")
+    (files / "llama" / "tokenizer.json").write_text("{}")
+    loaded = load_model(files / "llama")
+    gm = lora_fx.trace(loaded.model, kwargs=loaded.inputs)
+    injected = zoo.randomise(lora_fx.inject(gm, {"r": 2, "target_modules": ["q_proj", "down_proj"]}))
+    return loaded, fold_into(loaded, injected)
+
+
+def load_hf(files: Path, here: Path) -> None:
+    loaded_model(files)
+
+
+def unfolded_hf(files: Path, here: Path) -> None:
+    loaded_model(files)
+    shutil.copytree(files / "llama", here / "model")
+
+
+def save_hf(files: Path, here: Path) -> None:
+    try:
+        save_folded(*loaded_model(files), here / "model", dtype=None)
+    except (OSError, SafetensorError) as error:  # which the command line reports
+        raise lora_fx.FoldError(str(error)) from error
+
+
+def export(rank: int) -> Callable[[Path, Path], object]:
+    return lambda files, here: exporters.export_onnx(FOLDED[rank], here / "model.onnx", external_data=True, check=False)
+
+
 WORK = {
     "save": Work(nothing, save(2)),
     "save over another": Work(save(4), save(2)),
@@ -139,6 +182,10 @@ WORK = {
         nothing, lambda f, h: exporters.add_adapter_inputs(f / "embedded/model.onnx", h / "model.onnx", f / "r2"),
         weights_if_any,
     ),
+    "export": Work(nothing, export(2), weights_if_any),
+    "export over another": Work(export(4), export(2), weights),
+    "transformers model": Work(load_hf, save_hf),
+    "transformers model over another": Work(unfolded_hf, save_hf),
 }  # fmt: skip
 
 
