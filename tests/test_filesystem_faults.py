@@ -60,7 +60,7 @@ def injected_graph(rank: int) -> torch.fx.GraphModule:
 
 
 INJECTED = {rank: injected_graph(rank) for rank in (2, 4)}
-FOLDED = {rank: lora_fx.fold(gm) for rank, gm in INJECTED.items()}
+FOLDED = lora_fx.fold(INJECTED[2])
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def save_hf(files: Path, here: Path) -> None:
         raise lora_fx.FoldError(str(error)) from error
 
 
-def export(rank: int) -> Callable[[Path, Path], object]:
-    return lambda files, here: exporters.export_onnx(FOLDED[rank], here / "model.onnx", external_data=True, check=False)
+def export(files: Path, here: Path) -> None:
+    exporters.export_onnx(FOLDED, here / "model.onnx", external_data=True, check=False)
 
 
 WORK = {
@@ -182,8 +182,7 @@ WORK = {
         nothing, lambda f, h: exporters.add_adapter_inputs(f / "embedded/model.onnx", h / "model.onnx", f / "r2"),
         weights_if_any,
     ),
-    "export": Work(nothing, export(2), weights_if_any),
-    "export over another": Work(export(4), export(2), weights),
+    "export over another": Work(copied("external"), export, weights),
     "transformers model": Work(load_hf, save_hf),
     "transformers model over another": Work(unfolded_hf, save_hf),
 }  # fmt: skip
