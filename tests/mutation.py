@@ -32,7 +32,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
-    "sites", "plan", "matching", "folding", "checks", "tokens_and_ties", "parts", "aliasing", "config", "injection",
+    "sites", "plan", "matching", "merging", "folding", "checks", "tokens_and_ties", "parts", "aliasing", "config", "injection",
 )  # fmt: skip
 
 _SWAPS: dict[type, type] = {
