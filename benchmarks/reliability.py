@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +36,7 @@ def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, .
             _programs(20 if quick else rounds or 300),
             _threads(2_000 if quick else 100_000),
             _numbers(quick),
+            _models(quick),
         )
     finally:
         sys.path.remove(str(TESTS))
@@ -306,6 +310,68 @@ def _numbers(quick: bool) -> Table:
         tuple(rows),
         ("the last rows: whether any bit of the base's weight changed",),
     )
+
+
+def _models(quick: bool) -> Table:
+    """Every model of the tests: the folded graph against the adapted one, ONNX Runtime against the folded graph."""
+    import zoo
+
+    rows = []
+    for case in [case for case in zoo.BY_NAME.values() if "trace" in case.tracers][:: 6 if quick else 1]:
+        adapted = zoo.randomise(zoo.injected(case, zoo.traced(case))).eval()
+        folded = zoo.folded(case, adapted)
+        wanted, found = (zoo.run(gm, case.arguments()) for gm in (adapted, folded))
+        eps = torch.finfo(wanted[0].dtype).eps
+        with tempfile.TemporaryDirectory() as name:
+            rows.append(
+                (
+                    case.name,
+                    zoo.distance(wanted, found) / eps,
+                    zoo.tolerance(case, torch.float32) / eps,
+                    _exported(folded, Path(name) / "model.onnx", eps),
+                    "same" if _same_bits(case, adapted, folded) else "other",
+                )
+            )
+    return Table(
+        "The models of the tests, in eps of float32 of the largest output",
+        ("model", "folded − adapted", "bound", "ONNX Runtime − torch", "bits of another fold"),
+        tuple(rows),
+        (
+            "another fold: again, in place, in place without a copy, and with another number of threads; ONNX Runtime "
+            "− torch may be 1024",
+        ),
+    )
+
+
+def _exported(gm: torch.fx.GraphModule, file: Path, eps: float) -> float | str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lora_fx.LoraFxWarning)
+        try:
+            error = exporters.export_onnx(gm, file).max_error
+        except lora_fx.ExportError as refused:
+            return f"refused: {str(refused)[:60]}"
+    return "" if error is None else error / eps
+
+
+def _same_bits(case: Any, adapted: torch.fx.GraphModule, folded: torch.fx.GraphModule) -> bool:
+    import zoo
+
+    wanted = {name: zoo.bits(tensor) for name, tensor in folded.state_dict().items()}
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        again = zoo.folded(case, adapted)
+        if {name: zoo.bits(tensor) for name, tensor in again.state_dict().items()} != wanted:
+            return False
+    torch.set_num_threads(threads)
+    if case.unties:  # which cannot be done in place
+        return True
+    values = {site.weight: wanted[site.weight] for site in lora_fx.fold_report(folded).sites}
+    in_place = lora_fx.fold(adapted, inplace=True)
+    is_same = all(zoo.bits(in_place.get_parameter(name)) == value for name, value in values.items())
+    lora_fx.unfold(in_place)
+    lora_fx.fold(copied := copy.deepcopy(adapted), inplace=True, reversible=False)
+    return is_same and all(zoo.bits(copied.get_parameter(name)) == value for name, value in values.items())
 
 
 def _ulp(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
