@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,13 +29,14 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 
 def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, ...]:
-    """All counts. `rounds` is the number of programs: 300 in CI, 10,000 for a release."""
+    """All counts. `rounds` is the number of programs, of which fuzzing makes 1,000 runs each: 10,000 for a release."""
     sys.path.insert(0, str(TESTS))
     try:
         return (
             _catalogue(quick),
             _files(quick),
             _programs(20 if quick else rounds or 300),
+            _fuzzing(10_000 if quick else 1000 * (rounds or 300)),
             _threads(2_000 if quick else 100_000),
             _numbers(quick),
             _models(quick),
@@ -254,6 +257,20 @@ def _programs(count: int) -> Table:
     except AssertionError as error:
         found = str(error)[:200]
     return Table("Programs of calls against W + ΔW in float64", ("programs", "counter-examples"), ((count, found),))
+
+
+def _fuzzing(runs: int) -> Table:
+    """Whatever reads files, fuzzed by atheris, guided by coverage."""
+    import fuzz_targets
+
+    rows = []
+    for name in fuzz_targets.NAMES:
+        with tempfile.TemporaryDirectory() as directory:
+            command = [sys.executable, "fuzz.py", name, f"-runs={runs}", f"-artifact_prefix={directory}/"]
+            done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, errors="replace", check=False)
+            count = re.search(r"Done (\d+) runs", done.stderr)
+            rows.append((name, int(count[1]) if count else 0, len(list(Path(directory).iterdir())), done.returncode))
+    return Table("Fuzzing of readers", ("reader of", "runs", "findings", "exit status"), tuple(rows))
 
 
 def _threads(calls: int) -> Table:
