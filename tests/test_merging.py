@@ -53,12 +53,15 @@ def deltas_of(kind: str, shape: tuple[int, int, int]) -> list[Delta | RowsDelta]
         case "block":
             part = product(count, 3, columns - 2, seed=3)
             return [Delta(part.left, part.right, 0.75, row=2, column=1, is_block=True)]
+        case "two blocks":
+            blocks = [(product(count, 3, 2, seed=seed), seed) for seed in (0, 3)]
+            return [Delta(b.left, b.right, 0.75, row=at, column=at, is_block=True) for b, at in blocks]
         case _:
             index = torch.tensor([0, 3, 4, rows - 1])
             return [RowsDelta(index, torch.randn(4, columns), 0.5)]
 
 
-KINDS = ["one", "two", "gain of rows", "gain of columns", "block", "rows"]
+KINDS = ["one", "two", "gain of rows", "gain of columns", "block", "two blocks", "rows"]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -86,25 +89,59 @@ def test_the_sum_and_what_is_told_of_it(kind: str, shape: tuple[int, int, int], 
         assert torch.equal(stored, into)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_nothing_added_leaves_every_bit() -> None:
+    weight = torch.tensor([[[-0.0, 1.0], [2.0, -0.0]]])
+    zero, one = torch.zeros(1, 2, 1), torch.ones(1, 1, 2)
+    nothing = [Delta(zero, one, 1.0), Delta(one.mT, zero.mT, 1.0, gain=torch.zeros(1, 2, 1))]
+    rows = RowsDelta(torch.tensor([1]), torch.zeros(1, 2), 1.0)
+    for deltas in (nothing, nothing[1:], [rows]):
+        assert all(delta.is_zero() for delta in deltas)
+        into = torch.ones_like(weight)
+        assert merge(weight, deltas, into).delta_norm == 0
+        assert torch.equal(torch.signbit(into), torch.signbit(weight))
+        assert torch.equal(into, weight)
+    assert not Delta(zero, one, 1.0, gain=torch.ones(1, 2, 1)).is_zero()
+    assert not Delta(zero, one * math.nan, 1.0).is_zero()
+    assert not RowsDelta(torch.tensor([1]), torch.ones(1, 2), 1.0).is_zero()
+    assert list(merging._blocks(torch.empty(1, 0, 5), torch.float32)) == []
+
+
+def test_a_bound_is_above_all_elements_and_no_looser_than_it_says() -> None:
+    delta = Delta(torch.full((1, 2, 1), 3.0), torch.full((1, 1, 2), 5.0), -2.0)
+    assert delta.bound(7.0) == pytest.approx(2 * 3 * 5 * 2)
+    with_gain = Delta(delta.left, delta.right, -2.0, gain=torch.tensor([[[0.5], [-4.0]]]))
+    assert with_gain.bound(7.0) == pytest.approx(2 * 3 * 5 * 2 + 4 * 7)
+    rows = RowsDelta(torch.tensor([1]), torch.tensor([[3.0, 4.0]]), -2.0)
+    assert rows.bound(7.0) == pytest.approx(10)
+    for each in (delta, with_gain, rows):
+        wide = each.to(torch.float64)
+        assert wide.dtype == torch.float64
+        assert wide.bound(7.0) == pytest.approx(each.bound(7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_result_that_the_type_cannot_hold_is_told(dtype: torch.dtype) -> None:
     weight = torch.full((1, 2, 2), torch.finfo(dtype).max, dtype=dtype)
     delta = Delta(torch.ones(1, 2, 1), torch.full((1, 1, 2), torch.finfo(dtype).max / 4), 1.0)
     assert not merge(weight, [delta], torch.empty_like(weight)).is_finite
 
 
-def test_float64_is_rounded_to_16_bits_once() -> None:
-    """1 + 2⁻⁸ + 2⁻⁴⁰ lies above the middle of two bfloat16; its float32 lies on it, and would go to the even one."""
-    weight = torch.ones(1, 1, 1, dtype=torch.bfloat16)
-    for sign, wanted in ((1, 1 + 2**-7), (-1, 1.0)):
-        delta = Delta(
-            torch.ones(1, 1, 1, dtype=torch.float64),
-            torch.full((1, 1, 1), 2.0**-8 + sign * 2.0**-40, dtype=torch.float64),
-            1.0,
-        )
-        into = torch.empty_like(weight)
-        merge(weight, [delta], into)
-        assert float(into) == wanted
+@pytest.mark.parametrize(
+    ("exact", "wanted"),
+    [
+        (1 + 2**-8 + 2**-40, 1 + 2**-7),  # above the middle of two bfloat16; its float32 lies on it, and would go down
+        (1 + 2**-8 - 2**-40, 1.0),
+        (1 + 2**-8, 1.0),  # on the middle: to the even one
+        (1 + 3 * 2**-8, 1 + 2**-6),
+        (1 + 2**-8 + 2**-23 - 2**-30, 1 + 2**-7),  # its float32 is odd, and stays
+        (1 + 2**-8 - 2**-24 + 2**-30, 1.0),
+    ],
+)
+def test_float64_is_rounded_to_16_bits_once(exact: float, wanted: float) -> None:
+    weight, one = torch.ones(1, 1, 1, dtype=torch.bfloat16), torch.ones(1, 1, 1, dtype=torch.float64)
+    into = torch.empty_like(weight)
+    merge(weight, [Delta(one, one * (exact - 1), 1.0)], into)
+    assert float(into) == wanted
 
 
 def test_norms_tell_that_a_sum_is_finite_only_if_they_can() -> None:
