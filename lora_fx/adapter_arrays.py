@@ -132,7 +132,7 @@ def read_adapter(
     _check_start(files.config, files.folder)
     path = files.folder / WEIGHTS_FILE
     entries = dict(safetensors.deserialize(files.weights))  # type: ignore[no-untyped-call]
-    tensors = {key: _array(key, entries[key], path) for key in keys_of(files.weights) if not is_left_behind(key)}
+    tensors = {key: _array(key, entries.pop(key), path) for key in keys_of(files.weights) if not is_left_behind(key)}
     if not tensors:
         raise AdapterError(f"{str(path)!r} holds no tensor; save the adapter again")
     low_rank, full, rows = _sorted_out(tensors, path)

@@ -73,10 +73,10 @@ def check_seal(weights: bytes, config: bytes, where: str, integrity: Integrity) 
             )
 
 
-def split(weights: bytes) -> tuple[bytes, bytes]:
-    """(header, data) of a safetensors file: 8 bytes say how long the header is."""
+def split(weights: bytes) -> tuple[bytes, memoryview]:
+    """(header, data) of a safetensors file: 8 bytes say how long the header is. The data is not copied."""
     size = int.from_bytes(weights[:8], "little")
-    return weights[8 : 8 + size], weights[8 + size :]
+    return weights[8 : 8 + size], memoryview(weights)[8 + size :]
 
 
 def metadata_of(weights: bytes) -> dict[str, str]:
@@ -99,5 +99,5 @@ def _filled(header: bytes, key: str, value: str) -> bytes:
     return header[:start] + value.encode() + header[start + len(value) :]
 
 
-def _sha256(data: bytes) -> str:
+def _sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -180,3 +184,25 @@ def test_a_kill_leaves_the_old_files_or_the_new(tmp_path: Path) -> None:
 def tmp_path_of(directory: Path, name: str) -> Path:
     (directory / name).mkdir()
     return directory / name
+
+
+@pytest.mark.parametrize("integrity", ["checked", "ignored"])
+def test_reading_takes_no_more_than_three_times_the_file(integrity: Any, tmp_path: Path) -> None:
+    """Of a good file and of one whose header promises more: time and memory come from the file's size alone."""
+    model = nn.Sequential(nn.Linear(512, 512, bias=False)).eval()
+    gm = lora_fx.inject(lora_fx.trace(model, (torch.randn(2, 512),)), {"r": 256, "target_modules": ["0"]})
+    lora_fx.save_adapter(gm, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    good = file.read_bytes()
+    assert len(good) > 1_000_000
+    lora_fx.read_adapter(tmp_path, integrity=integrity)  # what is imported and cached meanwhile does not count
+    for data in (good, good.replace(b"[256,512]", b"[2" + b"9" * 5 + b",5]", 1), good[: len(good) // 2]):
+        file.write_bytes(data)
+        tracemalloc.start()
+        started = time.perf_counter()
+        with contextlib.suppress(LoraFxError):
+            lora_fx.read_adapter(tmp_path, integrity=integrity)
+        seconds, (_, peak) = time.perf_counter() - started, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 3 * len(data) + 200_000
+        assert seconds < 2  # a second is the bound, on a machine of one's own

@@ -116,6 +116,7 @@ def test_a_bound_is_above_all_elements_and_no_looser_than_it_says() -> None:
     for each in (delta, with_gain, rows):
         wide = each.to(torch.float64)
         assert wide.dtype == torch.float64
+        assert wide.gain is None or wide.gain.dtype == torch.float64
         assert wide.bound(7.0) == pytest.approx(each.bound(7.0))
 
 
