@@ -89,6 +89,33 @@ def test_the_sum_and_what_is_told_of_it(kind: str, shape: tuple[int, int, int], 
         assert torch.equal(stored, into)
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-7, 1e-8])
+def test_what_float32_keeps_of_a_small_delta_is_measured(size: float) -> None:
+    torch.manual_seed(2)
+    weight = torch.rand(1, 40, 30) + 1
+    deltas = [Delta(torch.randn(1, 40, 2) * size, torch.randn(1, 2, 30), 1.0)]
+    into = torch.empty_like(weight)
+    found = merge(weight, deltas, into)
+    added = dense(deltas[0], weight)
+    lost = float((into.double() - weight.double() - added).norm())
+    assert found.kept == pytest.approx(max(0.0, 1 - lost / float(added.norm())), abs=1e-3)
+    rounding = torch.finfo(torch.float32).eps / 2 * float(weight.norm()) / found.delta_norm
+    assert merge(weight, deltas, weight).kept == pytest.approx(max(0.0, 1 - rounding), abs=1e-3)  # nothing to measure
+
+
+def test_norms_whose_squares_are_too_large() -> None:
+    weight = torch.full((1, 4, 4), 1e30)
+    delta = Delta(torch.full((1, 4, 1), 1e15), torch.full((1, 1, 4), 1e15), 2.0)
+    found = merge(weight, [delta], torch.empty_like(weight))
+    assert found.is_finite
+    assert found.weight_norm == pytest.approx(4e30)
+    assert found.delta_norm == pytest.approx(8e30)
+    precisions = torch.backends.cuda.matmul.fp32_precision
+    with merging._full_precision():
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == precisions
+
+
 def test_nothing_added_leaves_every_bit() -> None:
     weight = torch.tensor([[[-0.0, 1.0], [2.0, -0.0]]])
     zero, one = torch.zeros(1, 2, 1), torch.ones(1, 1, 2)
