@@ -116,6 +116,14 @@ def test_norms_whose_squares_are_too_large() -> None:
     assert torch.backends.cuda.matmul.fp32_precision == precisions
 
 
+def test_a_gain_of_two_rows_goes_along_with_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "_BLOCK", 6)
+    weight, into = torch.ones(1, 2, 6), torch.empty(1, 2, 6)
+    delta = Delta(torch.ones(1, 2, 1), torch.ones(1, 1, 6), 1.0, gain=torch.tensor([[[2.0], [3.0]]]))
+    merge(weight, [delta], into)
+    assert torch.equal(into[0, :, 0], torch.tensor([4.0, 5.0]))
+
+
 def test_nothing_added_leaves_every_bit() -> None:
     weight = torch.tensor([[[-0.0, 1.0], [2.0, -0.0]]])
     zero, one = torch.zeros(1, 2, 1), torch.ones(1, 1, 2)
@@ -124,7 +132,8 @@ def test_nothing_added_leaves_every_bit() -> None:
     for deltas in (nothing, nothing[1:], [rows]):
         assert all(delta.is_zero() for delta in deltas)
         into = torch.ones_like(weight)
-        assert merge(weight, deltas, into).delta_norm == 0
+        found = merge(weight, deltas, into)
+        assert (found.delta_norm, found.kept) == (0, 1)
         assert torch.equal(torch.signbit(into), torch.signbit(weight))
         assert torch.equal(into, weight)
     assert not Delta(zero, one, 1.0, gain=torch.ones(1, 2, 1)).is_zero()
