@@ -56,7 +56,14 @@ def test_a_minute_of_each_finds_nothing(tmp_path: Path) -> None:
     """All four at once, guided by coverage, from a seed of the clock's."""
     running = {}
     for name in fuzz_targets.NAMES:
-        command = [sys.executable, "tests/fuzz.py", name, "-max_total_time=60", f"-artifact_prefix={tmp_path}/{name}-"]
+        command = [
+            "nice",
+            sys.executable,
+            "tests/fuzz.py",
+            name,
+            "-max_total_time=60",
+            f"-artifact_prefix={tmp_path}/{name}-",
+        ]
         with (tmp_path / f"{name}.log").open("wb") as log:
             running[name] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     for name, process in running.items():

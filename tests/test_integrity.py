@@ -161,7 +161,7 @@ def test_a_kill_leaves_the_old_files_or_the_new(tmp_path: Path) -> None:
     if not (exchange(tmp_path_of(tmp_path, "a"), tmp_path_of(tmp_path, "b"))):
         pytest.skip("this file system exchanges no directories, and so the promise does not hold here")
     replace_in_directory(target, {"one": b"0", "two": b"0", "other": b"stays"})
-    for kill in range(200):
+    for kill in range(100):
         child = os.fork()
         if child == 0:
             try:
