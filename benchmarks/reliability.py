@@ -375,12 +375,14 @@ def _same_bits(case: Any, adapted: torch.fx.GraphModule, folded: torch.fx.GraphM
 
     wanted = {name: zoo.bits(tensor) for name, tensor in folded.state_dict().items()}
     threads = torch.get_num_threads()
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        again = zoo.folded(case, adapted)
-        if {name: zoo.bits(tensor) for name, tensor in again.state_dict().items()} != wanted:
-            return False
-    torch.set_num_threads(threads)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = zoo.folded(case, adapted)
+            if {name: zoo.bits(tensor) for name, tensor in again.state_dict().items()} != wanted:
+                return False
+    finally:
+        torch.set_num_threads(threads)
     if case.unties:  # which cannot be done in place
         return True
     values = {site.weight: wanted[site.weight] for site in lora_fx.fold_report(folded).sites}

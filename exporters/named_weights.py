@@ -13,7 +13,7 @@ from lora_fx.config import ALL_LINEAR
 from lora_fx.errors import closest
 from lora_fx.matching import matches_names
 
-from .base_note import check_base_note
+from .base_check import check_base_note
 from .onnx_sites import Mapped, OnnxSite, find_onnx_sites, parameter_names, permutation, recorded_weights
 from .onnx_weights import Array, StoredWeight
 from .stored_weights import shape_of

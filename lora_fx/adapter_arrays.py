@@ -31,7 +31,7 @@ from .adapter_files import (
     open_adapter,
     parse_key,
 )
-from .adapter_integrity import Integrity, keys_of, split
+from .adapter_integrity import Integrity, digest_of, keys_of
 from .base_note import KEY
 from .config import ALL_LINEAR, LoraConfig, scaling_of
 from .errors import AdapterError, ConfigError
@@ -85,7 +85,7 @@ class AdapterArrays:
         rows: {module: rows of its embedding, (rows, dim)}, of trainable_token_indices.
         metadata: the file's own.
         sha256: of the tensors' file.
-        data_sha256: of the tensors' bytes alone, whatever the header says.
+        data_sha256: of the tensors' bytes alone, whatever the header says: `adapter_integrity.digest_of`.
     """
 
     directory: Path
@@ -132,14 +132,15 @@ def read_adapter(
     _check_start(files.config, files.folder)
     path = files.folder / WEIGHTS_FILE
     entries = dict(safetensors.deserialize(files.weights))  # type: ignore[no-untyped-call]
+    data_sha256 = digest_of(entry["data"] for key, entry in entries.items() if not is_left_behind(key))
     tensors = {key: _array(key, entries.pop(key), path) for key in keys_of(files.weights) if not is_left_behind(key)}
     if not tensors:
         raise AdapterError(f"{str(path)!r} holds no tensor; save the adapter again")
     low_rank, full, rows = _sorted_out(tensors, path)
     _check_config(files.config, low_rank, full, files.folder)
-    whole, data = (hashlib.sha256(part).hexdigest() for part in (files.weights, split(files.weights)[1]))
+    sha256 = hashlib.sha256(files.weights).hexdigest()
     metadata = {name: text for name, text in files.metadata.items() if integrity != "ignored" or name != KEY}
-    return AdapterArrays(files.folder, files.config, low_rank, full, rows, metadata, whole, data)
+    return AdapterArrays(files.folder, files.config, low_rank, full, rows, metadata, sha256, data_sha256)
 
 
 def _check_config(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Literal
 
 from .errors import AdapterError
@@ -71,6 +72,11 @@ def check_seal(weights: bytes, config: bytes, where: str, integrity: Integrity) 
                 "since. Take both files from where they were saved; if the change is meant, integrity='ignored' reads "
                 "them, and save_adapter seals them anew"
             )
+
+
+def digest_of(tensors: Iterable[bytes | memoryview]) -> str:
+    """sha256 of the tensors' bytes, in whatever order and under whatever names a file or a graph has them."""
+    return _sha256(b"".join(sorted(hashlib.sha256(tensor).digest() for tensor in tensors)))
 
 
 def split(weights: bytes) -> tuple[bytes, memoryview]:

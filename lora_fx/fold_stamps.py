@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 
-from safetensors.torch import save
+import torch
 from torch import fx
 
-from .adapter_integrity import split
+from .adapter_integrity import digest_of
 from .adapter_tensors import stacked_tensors
 from .base_fingerprint import note_of_base
 from .errors import LoraFxError
@@ -29,7 +28,8 @@ def stamp_of(gm: fx.GraphModule, adapter: Adapter) -> Stamp:
         r, lora_alpha, use_rslora: of its configuration.
     """
     try:
-        digest = hashlib.sha256(split(save(stacked_tensors(gm, adapter).tensors))[1]).hexdigest()
+        tensors = stacked_tensors(gm, adapter).tensors.values()
+        digest = digest_of(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors)
     except LoraFxError:  # of what PEFT's form has no room for
         digest = None
     note = note_of_base(gm, adapter.plan)
