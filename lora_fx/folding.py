@@ -42,7 +42,7 @@ def fold(
     adapters: Sequence[str] | str | None = None,
     inplace: bool = False,
     reversible: bool = True,
-    accumulate: torch.dtype = torch.float32,
+    accumulate: torch.dtype | None = None,
     check: object = False,
 ) -> LoraGraphModule:
     """Merge the adapters into the weights and take every LoRA node out of the graph.
@@ -60,7 +60,9 @@ def fold(
         reversible: with inplace, keep copies of the overwritten weights, which `unfold` needs. False takes no
             memory but one temporary at most; that is what PEFT's merge does. All is checked before the first
             write, but an interrupt meanwhile leaves the model half merged.
-        accumulate: torch.float32 or torch.float64; at least the weight's own dtype is used.
+        accumulate: torch.float32 or torch.float64; at least the weight's own dtype is used. With float64, 16-bit
+            weights are the nearest to the exact sum, always. None is float32, and float64 for 16-bit weights where the
+            device has it, rounded by way of float32: within 0.51 of a unit in the last place.
         check: compare the folded graph with the adapted one before anything is written, on the inputs that `trace`
             remembers (True), or on others; see `check_fold`. With inplace it takes the memory of the folded weights.
 
@@ -71,7 +73,7 @@ def fold(
     """
     gm = checked_graph_module(gm)
     chosen = _chosen(gm, adapters)
-    if accumulate not in (torch.float32, torch.float64):
+    if accumulate not in (None, torch.float32, torch.float64):
         raise FoldError(f"accumulate={accumulate!r} must be torch.float32 or torch.float64")
     if not (inplace or reversible):
         raise FoldError("reversible=False goes with inplace=True: without inplace, fold leaves `gm` as it was")
@@ -99,7 +101,7 @@ def fold(
 
 
 def _fold_anew(
-    gm: LoraGraphModule, tasks: list[FoldTask], chosen: list[Adapter], accumulate: torch.dtype
+    gm: LoraGraphModule, tasks: list[FoldTask], chosen: list[Adapter], accumulate: torch.dtype | None
 ) -> tuple[LoraGraphModule, list[FoldedSite]]:
     """A new graph module with new tensors for the folded weights; the others are shared."""
     values, sites = [], []
@@ -116,7 +118,7 @@ def _fold_anew(
 
 
 def _fold_in_place(
-    gm: LoraGraphModule, tasks: list[FoldTask], chosen: list[Adapter], accumulate: torch.dtype
+    gm: LoraGraphModule, tasks: list[FoldTask], chosen: list[Adapter], accumulate: torch.dtype | None
 ) -> tuple[LoraGraphModule, list[FoldedSite]]:
     """Write into the base's tensors, one at a time, and let `gm` become the folded graph."""
     folded = copy_sharing_tensors(gm)
@@ -144,18 +146,15 @@ def _fold_in_place(
 
 
 def _fold_for_good(
-    gm: LoraGraphModule, tasks: list[FoldTask], chosen: list[Adapter], accumulate: torch.dtype
+    gm: LoraGraphModule, tasks: list[FoldTask], chosen: list[Adapter], accumulate: torch.dtype | None
 ) -> tuple[LoraGraphModule, list[FoldedSite]]:
     """Write into the base's tensors and keep nothing: all is checked before the first write."""
     weights = [get_parameter(gm, task.attribute).detach() for task in tasks]
-    deltas = [
-        _deltas(gm, task, weight, torch.promote_types(weight.dtype, accumulate))
-        for task, weight in zip(tasks, weights, strict=True)
-    ]
+    deltas = [_deltas(gm, task, weight, accumulate) for task, weight in zip(tasks, weights, strict=True)]
     norms = []
     for task, weight, factors in zip(tasks, weights, deltas, strict=True):
         norms.append(norm_if_finite(_matrices(task, weight), factors))
-        if norms[-1] is None and not _merged(task, weight, factors, torch.empty_like(weight)).is_finite:
+        if norms[-1] is None and not _merged(task, weight, factors, torch.empty_like(weight), accumulate).is_finite:
             raise FoldError(_why_not_finite(gm, task, weight))
     originals = dict(record_of(gm).originals)
     trained = [(originals[n], get_attribute(gm, n).detach()) for a in chosen for n in a.trained]
@@ -167,7 +166,7 @@ def _fold_for_good(
     # Where the graph had a weight of its own, the result goes into the base's.
     targets = [originals.get(task.attribute, weight) for task, weight in zip(tasks, weights, strict=True)]
     return gm, [
-        _folded_site(task, weight, _merged(task, weight, factors, target, weight_norm=norm))
+        _folded_site(task, weight, _merged(task, weight, factors, target, accumulate, weight_norm=norm))
         for task, weight, factors, target, norm in zip(tasks, weights, deltas, targets, norms, strict=True)
     ]
 
@@ -246,14 +245,14 @@ def _chosen(gm: fx.GraphModule, names: Sequence[str] | str | None) -> list[Adapt
 
 
 def _merge(
-    gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor, into: torch.Tensor, accumulate: torch.dtype
+    gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor, into: torch.Tensor, accumulate: torch.dtype | None
 ) -> FoldedSite:
     """Write the folded weight of one task to `into`, and say what that did.
 
     Raises:
         FoldError: if it would not be finite.
     """
-    merged = _merged(task, weight, _deltas(gm, task, weight, torch.promote_types(weight.dtype, accumulate)), into)
+    merged = _merged(task, weight, _deltas(gm, task, weight, accumulate), into, accumulate)
     if not merged.is_finite:
         raise FoldError(_why_not_finite(gm, task, weight))
     return _folded_site(task, weight, merged)
@@ -268,6 +267,7 @@ def _merged(
     weight: torch.Tensor,
     deltas: list[AnyDelta],
     into: torch.Tensor,
+    accumulate: torch.dtype | None,
     *,
     weight_norm: float | None = None,
 ) -> Merged:
@@ -276,10 +276,19 @@ def _merged(
     is_view = storage_of(target) == storage_of(into)
     if not is_view:
         target = torch.empty_like(target)
-    merged = merge(_matrices(task, weight), deltas, target, weight_norm=weight_norm)
+    wide = [delta.to(_sum_dtype(weight, accumulate)) for delta in deltas]
+    is_exact = accumulate is torch.float64
+    merged = merge(_matrices(task, weight), wide, target, is_exact=is_exact, weight_norm=weight_norm)
     if not is_view:
         into.copy_(target.reshape(into.shape))
     return merged
+
+
+def _sum_dtype(weight: torch.Tensor, accumulate: torch.dtype | None) -> torch.dtype:
+    """What to sum in; Apple's GPUs have no float64."""
+    is_half = weight.dtype in (torch.float16, torch.bfloat16)
+    default = torch.float64 if is_half and weight.device.type != "mps" else torch.float32
+    return torch.promote_types(weight.dtype, accumulate or default)
 
 
 def _folded_site(task: FoldTask, weight: torch.Tensor, merged: Merged) -> FoldedSite:
@@ -294,7 +303,11 @@ def _folded_site(task: FoldTask, weight: torch.Tensor, merged: Merged) -> Folded
     )
 
 
-def _deltas(gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor, dtype: torch.dtype) -> list[AnyDelta]:
+def _deltas(
+    gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor, accumulate: torch.dtype | None
+) -> list[AnyDelta]:
+    """What is added, in no more memory than the adapter has: `_merged` widens it, one weight at a time."""
+    dtype = torch.promote_types(weight.dtype, accumulate or torch.float32)
     return [term.delta(gm, weight, dtype) for term in task.terms]
 
 

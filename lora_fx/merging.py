@@ -124,7 +124,12 @@ class Merged:
 
 
 def merge(
-    weight: torch.Tensor, deltas: Sequence[AnyDelta], into: torch.Tensor, *, weight_norm: float | None = None
+    weight: torch.Tensor,
+    deltas: Sequence[AnyDelta],
+    into: torch.Tensor,
+    *,
+    is_exact: bool = True,
+    weight_norm: float | None = None,
 ) -> Merged:
     """Write weight + Σ deltas to `into`.
 
@@ -132,10 +137,13 @@ def merge(
         weight: (n, rows, columns): one matrix, or one for each group or expert.
         deltas: in the dtype to accumulate in, which is at least the weight's.
         into: the weight's shape and dtype; the weight itself, or other memory.
+        is_exact: round float64 to 16 bits once. False goes by way of float32, which is at most 2⁻¹⁶ of a unit more than
+            half of one, in a fraction of the time.
         weight_norm: what `norm_if_finite` told; then finiteness is not looked at once more.
     """
     before = after = lost = changed = 0.0
     accumulate = deltas[0].dtype
+    buffer = None
     if all(delta.is_zero() for delta in deltas):
         deltas = ()  # the same bits, −0.0 among them, which adding 0.0 would change
     has_products_only = all(isinstance(delta, Delta) and delta.gain is None and not delta.is_block for delta in deltas)
@@ -148,7 +156,11 @@ def merge(
             changed += 0.0 if original is None else _squares(total - original)
             after += _squares(total) if weight_norm is None else 0.0
             if total is not rounded:
-                rounded.copy_(_to_odd(total) if total.dtype.itemsize == 4 * rounded.dtype.itemsize else total)
+                if total.dtype.itemsize == 4 * rounded.dtype.itemsize:  # float64 goes to 16 bits by way of float32
+                    buffer = torch.empty_like(total, dtype=torch.float32) if buffer is None else buffer
+                    near = buffer[: len(total)].copy_(total)
+                    total = _to_odd(total, near) if is_exact else near
+                rounded.copy_(total)
                 lost += _squares(total.sub_(rounded))  # infinite where the narrower dtype is too narrow
     delta_norm = _norm_of_sum(deltas) if has_products_only else math.sqrt(changed)
     if weight_norm is None:
@@ -160,14 +172,12 @@ def merge(
     return Merged(weight_norm, delta_norm, _share_kept(lost, delta_norm), math.isfinite(norm) and math.isfinite(lost))
 
 
-def _to_odd(total: torch.Tensor) -> torch.Tensor:
-    """float64 as float32, such that rounding that to 16 bits is rounding the float64 once.
+def _to_odd(total: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    """float64 as float32, such that rounding that to 16 bits is rounding the float64 once; `near` is the nearest.
 
-    torch takes float64 to 16 bits by way of float32, and so rounds twice, which is the wrong neighbour where the first
-    rounding makes a tie. Of the two float32 beside an inexact value, the one whose last bit is set makes none
-    (round to odd: Boldo and Melquiond, 2008).
+    The nearest would be rounded twice, which gives the wrong neighbour where the first rounding makes a tie. Of the two
+    float32 beside an inexact value, the one whose last bit is set makes none (round to odd: Boldo and Melquiond, 2008).
     """
-    near = total.to(torch.float32)
     error = total - near
     is_even = (near.view(torch.int32) & 1) == 0
     toward = torch.where(error > 0, torch.inf, -torch.inf).to(torch.float32)
