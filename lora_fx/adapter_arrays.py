@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 from numpy.typing import NDArray
 
 from .adapter_files import (
@@ -31,7 +30,7 @@ from .adapter_files import (
     open_adapter,
     parse_key,
 )
-from .adapter_integrity import Integrity, digest_of, keys_of
+from .adapter_integrity import Integrity, digest_of, views_of
 from .base_note import KEY
 from .config import ALL_LINEAR, LoraConfig, scaling_of
 from .errors import AdapterError, ConfigError
@@ -45,6 +44,7 @@ _TYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U8": "u1", "BOOL": "?",
 }  # fmt: skip
+_PIECE = 1 << 16  # elements that are looked at in one go
 _FLOATS = ("F32", "F16", "BF16")
 _NESTED = re.compile(r"(\.base_layer)+$")
 
@@ -131,9 +131,9 @@ def read_adapter(
     files = open_adapter(directory, adapter_name, integrity)
     _check_start(files.config, files.folder)
     path = files.folder / WEIGHTS_FILE
-    entries = dict(safetensors.deserialize(files.weights))  # type: ignore[no-untyped-call]
-    data_sha256 = digest_of(entry["data"] for key, entry in entries.items() if not is_left_behind(key))
-    tensors = {key: _array(key, entries.pop(key), path) for key in keys_of(files.weights) if not is_left_behind(key)}
+    views = {key: view for key, view in views_of(files.weights).items() if not is_left_behind(key)}
+    data_sha256 = digest_of(data for _, _, data in views.values())
+    tensors = {key: _array(key, *view, path) for key, view in views.items()}
     if not tensors:
         raise AdapterError(f"{str(path)!r} holds no tensor; save the adapter again")
     low_rank, full, rows = _sorted_out(tensors, path)
@@ -198,15 +198,19 @@ def _check_start(config: LoraConfig, folder: Path) -> None:
         )
 
 
-def _array(key: str, entry: Mapping[str, Any], path: Path) -> Array:
-    kind, shape = entry["dtype"], entry["shape"]
+def _array(key: str, kind: str, shape: list[int], data: memoryview, path: Path) -> Array:
+    """16 bits become float32, which takes twice their size and nothing besides; others stay in the file's memory."""
     if kind not in _TYPES or (".lora_" in key and kind not in (*_FLOATS, "F64")):
         raise AdapterError(f"{str(path)!r}: {key!r} is {kind}; adapters are float32, float16 or bfloat16; save it so")
-    values = np.frombuffer(entry["data"], _TYPES[kind])
+    values = np.frombuffer(data, _TYPES[kind])
     if kind == "BF16":
-        values = (values.astype(np.uint32) << 16).view(np.float32)
-    values = values.astype(np.float32) if kind in _FLOATS else values
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        bits = values.astype(np.uint32)
+        bits <<= 16
+        values = bits.view(np.float32)
+    values = values.astype(np.float32, copy=False) if kind in _FLOATS else values
+    if values.dtype.kind == "f" and not all(
+        np.isfinite(values[at : at + _PIECE]).all() for at in range(0, values.size, _PIECE)
+    ):
         raise AdapterError(f"{str(path)!r}: {key!r} holds NaN or Inf; train it again, or take an earlier one")
     return values.reshape(shape)
 

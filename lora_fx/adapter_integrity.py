@@ -91,9 +91,13 @@ def metadata_of(weights: bytes) -> dict[str, str]:
     return {str(key): str(value) for key, value in found.items()}
 
 
-def keys_of(weights: bytes) -> list[str]:
-    """Names of the tensors, in the file's order, which safetensors does not keep."""
-    return [key for key in json.loads(split(weights)[0]) if key != "__metadata__"]
+def views_of(weights: bytes) -> dict[str, tuple[str, list[int], memoryview]]:
+    """{name: (safetensors' name of the type, shape, bytes)} of a readable file, in its order; nothing is copied."""
+    header, data = split(weights)
+    entries = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
+    return {
+        key: (entry["dtype"], entry["shape"], data[slice(*entry["data_offsets"])]) for key, entry in entries.items()
+    }
 
 
 def _filled(header: bytes, key: str, value: str) -> bytes:

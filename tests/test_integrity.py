@@ -186,17 +186,20 @@ def tmp_path_of(directory: Path, name: str) -> Path:
     return directory / name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("integrity", ["checked", "ignored"])
-def test_reading_takes_no_more_than_three_times_the_file(integrity: Any, tmp_path: Path) -> None:
+def test_reading_takes_no_more_than_three_times_the_file(integrity: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     """Of a good file and of one whose header promises more: time and memory come from the file's size alone."""
     model = nn.Sequential(nn.Linear(512, 512, bias=False)).eval()
-    gm = lora_fx.inject(lora_fx.trace(model, (torch.randn(2, 512),)), {"r": 256, "target_modules": ["0"]})
+    gm = lora_fx.inject(
+        lora_fx.trace(model, (torch.randn(2, 512),)), {"r": 512, "target_modules": ["0"]}, adapter_dtype=dtype
+    )
     lora_fx.save_adapter(gm, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     good = file.read_bytes()
     assert len(good) > 1_000_000
     lora_fx.read_adapter(tmp_path, integrity=integrity)  # what is imported and cached meanwhile does not count
-    for data in (good, good.replace(b"[256,512]", b"[2" + b"9" * 5 + b",5]", 1), good[: len(good) // 2]):
+    for data in (good, good.replace(b"[512,512]", b"[5" + b"9" * 5 + b",5]", 1), good[: len(good) // 2]):
         file.write_bytes(data)
         tracemalloc.start()
         started = time.perf_counter()
