@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .graph_module import LoraGraphModule, TraceRecord, adapter_names, trace_record
     from .init_options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
     from .injection import inject
+    from .optimization import optimize
     from .parameters import lora_parameters, print_trainable_parameters, trainable_parameters
     from .plan import Plan, make_plan
     from .sites import Site, find_all_linear_names, find_sites
@@ -71,6 +72,7 @@ _HOMES = {
     "graph_module": ("LoraGraphModule", "TraceRecord", "adapter_names", "trace_record"),
     "init_options": ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"),
     "injection": ("inject",),
+    "optimization": ("optimize",),
     "parameters": ("lora_parameters", "print_trainable_parameters", "trainable_parameters"),
     "plan": ("Plan", "make_plan"),
     "sites": ("Site", "find_all_linear_names", "find_sites"),
@@ -123,6 +125,7 @@ __all__ = [
     "load_adapter",
     "lora_parameters",
     "make_plan",
+    "optimize",
     "print_trainable_parameters",
     "read_adapter",
     "save_adapter",

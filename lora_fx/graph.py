@@ -24,6 +24,7 @@ from .graph_module import ROLE, LoraGraphModule, record_of
 from .layouts import Part, without_start
 from .ops.use import dialect_of, operands_of
 from .paths import BatchedPath, LowRankPath, Role, RowsPath
+from .rewrites.groups import GroupNodes
 
 _aten = torch.ops.aten
 
@@ -366,6 +367,49 @@ def _weight_with_magnitude(graph: fx.Graph, path: LowRankPath, read: dict[str, f
     return graph.call_function(_aten.mul.Tensor, (delta, path.strength))
 
 
+def write_groups(
+    graph: fx.Graph, groups: Sequence[GroupNodes], target_of: Callable[[GroupNodes, bool], Callable[..., Any]]
+) -> None:
+    """Put one call in place of each group's nodes; `graph` is a copy that is only compiled, never read again.
+
+    `target_of` is told whether x is read outside, too, and gives what to call: with the inputs, then what each linear
+    takes, then the dropout modules.
+    """
+    inside = {node for group in groups for node in group.nodes}
+    results: list[tuple[fx.Node, fx.Node]] = []
+    for group in groups:
+        own = group.nodes
+        gives_x = bool(group.chain) and any(user not in own for user in group.x.users)
+        is_given = any(linear.base == "given" for linear in group.linears)
+        before = group.linears[0].total if is_given else group.x.next
+        while before.op == "placeholder":
+            before = before.next
+        with graph.inserting_before(before):
+            args: list[fx.Node] = list(group.inputs if group.chain else [group.x])
+            for linear in group.linears:
+                args += [linear.node] if linear.base == "given" else [_here(linear.weight)]
+                args += [] if linear.bias is None else [_here(linear.bias)]
+                args += [_here(node) for term in linear.terms for node in (term.a, term.b)]
+            terms = [term for linear in group.linears for term in linear.terms]
+            args += [graph.get_attr(term.dropout) for term in terms if term.dropout is not None]
+            call = graph.call_function(target_of(group, gives_x), tuple(args))
+            ends = [linear.total for linear in group.linears] + ([group.x] if gives_x else [])
+            for place, end in enumerate(ends):
+                result = graph.call_function(operator.getitem, (call, place))
+                result.meta["val"] = end.meta.get("val")
+                results.append((end, result))
+    for end, result in results:  # when all calls are there, so that those among them that take it are told
+        end.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
+    for node in sorted(inside, reverse=True):
+        graph.erase_node(node)
+
+
+def _here(node: fx.Node | None) -> fx.Node:
+    """A parameter, read at the insertion point; others are there already."""
+    assert node is not None
+    return node.graph.get_attr(str(node.target)) if node.op == "get_attr" else node
+
+
 def write(function: Callable[..., Any], *nodes: fx.Node) -> Any:
     """The nodes of a function of tensors, at the insertion point of the graph that its operands are in."""
     tracer = fx.proxy.GraphAppendingTracer(nodes[0].graph)
@@ -553,4 +597,5 @@ __all__ = [
     "insert_rows",
     "rebind_weight",
     "rename_reads",
+    "write_groups",
 ]

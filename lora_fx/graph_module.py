@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -77,6 +77,14 @@ class Written:
     nodes: list[tuple[Any, ...]]
 
 
+class Lowering(Protocol):
+    """Makes the graph that is compiled out of the one that everything else reads; comparable by what it does."""
+
+    def __call__(self, gm: LoraGraphModule, graph: fx.Graph) -> fx.Graph:
+        """A new graph that computes the same; `graph` stays as it is."""
+        ...
+
+
 @dataclass(frozen=True)
 class Selection:
     """The views of one choice of adapters, and what those that were shown are compiled to."""
@@ -102,6 +110,7 @@ class GraphRecord:
         originals: base tensors that an adapter trains in full, as they were: {fqn: tensor}.
         traced: the views as tracing wrote them, by value, to know them again.
         reinsert: writes the adapters' nodes into views that have none; set by `inject`.
+        lowering: makes what is compiled in place of the graph, which stays as it is; set by `optimize`.
         batched: for a graph from `batch_adapters`, how its adapters are stacked (see batching.py).
         folded: what an in-place fold needs to take itself back (see folding.py).
         report: what the last fold did.
@@ -121,10 +130,11 @@ class GraphRecord:
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
     traced: dict[bool | None, Written] = field(default_factory=dict)
     reinsert: Callable[[LoraGraphModule], None] | None = None
+    lowering: Lowering | None = None
     batched: Any = None
     folded: Any = None
     report: Any = None
-    compiled: list[tuple[Written, dict[str, Any]]] = field(default_factory=list)
+    compiled: list[tuple[Written, Lowering | None, dict[str, Any]]] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphRecord:
         """Graphs are copied, values shared. What an in-place fold needs to take itself back stays with the original."""
@@ -273,15 +283,22 @@ class LoraGraphModule(fx.GraphModule):
             return super().recompile()
         mode = self.training if self.training in record.views else None
         record.views[mode] = self._graph
-        written = _as_written(self._graph)
-        known = next((compiled for graph, compiled in record.compiled if graph == written), None)
+        written, lowering = _as_written(self._graph), record.lowering
+        if mode is False or not any(ROLE in node.meta for node in self._graph.nodes):
+            lowering = None  # there is nothing to train
+        known = next((made for graph, way, made in record.compiled if way == lowering and graph == written), None)
         if known is not None:
             # A code object of its own: torch.compile counts what it compiled by these.
             forward = known["forward"]
             code_of_copy = types.FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
             return self._install(known | {"forward": code_of_copy})
-        code = super().recompile()
-        record.compiled.append((written, self._compiled()))
+        graph = self._graph
+        self._graph = graph if lowering is None else lowering(self, graph)
+        try:
+            code = super().recompile()
+        finally:
+            self._graph = graph
+        record.compiled.append((written, lowering, self._compiled()))
         del record.compiled[:-_KNOWN_GRAPHS]
         return code
 
@@ -352,7 +369,7 @@ def make_graph_module(
     gm = LoraGraphModule(source, source.graph, class_name="LoraGraphModule")
     record = GraphRecord(trace=trace, views={shown: gm.graph})
     if not _UNCOMPILED.get():
-        record.compiled.append((_as_written(gm.graph), gm._compiled()))
+        record.compiled.append((_as_written(gm.graph), None, gm._compiled()))
     gm.meta.update(copy.copy(source.meta))
     gm.meta[_META_KEY] = record
     _restore_what_fx_drops(source, gm)

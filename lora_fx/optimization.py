@@ -1,0 +1,144 @@
+"""The pass that makes an injected graph train faster, in less memory: it compiles a rewritten copy of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from .copying import copy_graph
+from .errors import ConfigError, GraphError
+from .graph import write_groups
+from .graph_module import LoraGraphModule, check_editable, checked_graph_module, copy_sharing_tensors, record_of
+from .rewrites import fused_sums, recomputation, shared_projection
+from .rewrites.group_call import Group, Linear, Term, call_group
+from .rewrites.groups import GroupNodes
+
+Dropout = Literal["exact", "cut", "shared"]
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """Which rewrites to make; see `optimize`."""
+
+    fuse: bool = True
+    share: bool = True
+    recompute: bool = True
+    narrow: bool = True
+    merge: bool = False
+    dropout: Dropout = "exact"
+
+    def __post_init__(self) -> None:
+        for name in ("fuse", "share", "recompute", "narrow", "merge"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.dropout not in ("exact", "cut", "shared"):
+            raise ConfigError(f"dropout={self.dropout!r} is unknown; choose 'exact', 'cut' or 'shared'")
+
+    def __call__(self, gm: LoraGraphModule, graph: fx.Graph) -> fx.Graph:
+        """A rewritten copy of the graph: what `LoraGraphModule.recompile` compiles."""
+        lowered = copy_graph(graph, {})
+        lowered.owning_module = gm
+        groups = fused_sums.find(lowered, gm) if self.fuse else []
+        groups = shared_projection.merge(groups) if self.share else groups
+        groups = recomputation.extend(groups, lowered, gm) if self.recompute else groups
+        functions: dict[str, Callable[..., torch.Tensor]] = {}
+
+        def target_of(group: GroupNodes, gives_x: bool) -> Callable[..., Any]:
+            return _call_of(self._described(group, gives_x, functions))
+
+        write_groups(lowered, groups, target_of)
+        lowered.lint()
+        return lowered
+
+    def _described(self, group: GroupNodes, gives_x: bool, functions: dict[str, Callable[..., torch.Tensor]]) -> Group:
+        linears = tuple(
+            Linear(
+                linear.base,
+                linear.bias is not None,
+                tuple(Term(term.scaling, term.dropout is not None) for term in linear.terms),
+            )
+            for linear in group.linears
+        )
+        return Group(
+            linears,
+            inputs=len(group.inputs) if group.chain else 1,
+            produce=_function_of(group, functions) if group.chain else None,
+            gives_x=gives_x,
+            computes_narrow=self.narrow,
+            dropout=self.dropout,
+            may_merge=self.merge,
+        )
+
+
+def optimize(
+    gm: fx.GraphModule,
+    *,
+    fuse: bool = True,
+    share: bool = True,
+    recompute: bool = True,
+    narrow: bool = True,
+    merge: bool = False,
+    dropout: Dropout = "exact",
+) -> LoraGraphModule:
+    """A graph module with the same adapters that trains in fewer kernels and less memory.
+
+    It computes what `gm` computes, within rounding, and so are its gradients. `gm.graph`, and all that reads it (fold,
+    save_adapter, export, a second inject), stay as they are: the rewrites are made on a copy when the graph is
+    compiled, in train mode only, and again whenever adapters change. What a rewrite does not recognise stays plain.
+    Under torch.compile the plain operations are compiled, which inductor does better with.
+
+    Args:
+        gm: an injected graph; it is untouched, tensors are shared.
+        fuse: scaling, second product and sum in one addmm per adapter, with a backward pass of their own.
+        share: one product with A for all linears that read the same value.
+        recompute: norms and activations are computed again in the backward pass, rather than kept.
+        narrow: on a base of 16 bits, cast A and B to its dtype, rather than activations to theirs (PEFT does that, and
+            keeps float32 copies).
+        merge: build W + scaling · B @ A in each step where tokens are so many that it takes fewer operations. It moves
+            more memory, and wins on few machines.
+        dropout: "exact" draws the very masks that the plain graph draws; "cut" cuts independent masks from one
+            draw (rates in steps of 2⁻¹⁶); "shared" has one mask for all linears that read the same value. One byte per
+            element is kept.
+
+    Raises:
+        ConfigError: for an argument of another kind.
+        GraphError: if `gm` has no adapter, or is folded or batched.
+    """
+    rewrites = Rewrites(fuse, share, recompute, narrow, merge, dropout)
+    gm = checked_graph_module(gm)
+    check_editable(gm)
+    if not record_of(gm).adapters:
+        raise GraphError("there is nothing to optimise: the graph has no adapter. inject(gm, config) adds one")
+    result = copy_sharing_tensors(gm)
+    record_of(result).lowering = rewrites
+    result.recompile()
+    return result
+
+
+def _call_of(group: Group) -> Callable[..., Any]:
+    """A function of the group's tensors, for the graph to call."""
+    count = group.inputs + sum(linear.operands for linear in group.linears)
+
+    def lora_group(*operands: Any) -> tuple[torch.Tensor, ...]:
+        return call_group(group, operands[:count], operands[count:])
+
+    lora_group.__qualname__ = lora_group.__name__
+    return lora_group
+
+
+def _function_of(group: GroupNodes, functions: dict[str, Callable[..., torch.Tensor]]) -> Callable[..., torch.Tensor]:
+    """The chain as a function of its inputs; layers that are alike share one."""
+    graph = fx.Graph()
+    nodes = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(group.inputs)}
+    for node in group.chain:
+        nodes[node] = graph.node_copy(node, nodes.__getitem__)
+        nodes[node].name = f"step_{len(nodes)}"
+    graph.output(nodes[group.x])
+    source = graph.python_code("self").src
+    if source not in functions:
+        functions[source] = fx.GraphModule({}, graph).forward
+    return functions[source]

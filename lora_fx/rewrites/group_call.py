@@ -1,0 +1,551 @@
+"""What the optimised code of a graph calls: several adapted linears on one input, with a backward of its own.
+
+For y_i = x W_iᵀ + b_i + s_i · drop_i(x) A_iᵀ B_iᵀ, i = 1 … n, where x may itself be made from `inputs` by cheap ops:
+
+    forward    h = x [A_1; …; A_n]ᵀ,   y_i = addmm(x W_iᵀ + b_i, h_i, B_iᵀ, alpha=s_i)
+    backward   dh_i = g_i B_i,   dB_i = s_i g_iᵀ h_i,   dA = s dhᵀ x,   dx = Σ g_i W_i + s dh [A_1; …; A_n]
+
+One product for all A, no kernel for scalings and sums, and nothing kept but `inputs`, h and boolean masks: x is made
+again. (The formulas are those of LoRA, arXiv 2106.09685 section 4.1, differentiated; the order of the products is the
+one that RunLoRA, arXiv 2312.03415, finds cheapest for few ranks, but h is kept.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+Tensors = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One adapter at one linear: scaling · drop(x) Aᵀ Bᵀ; `takes_dropout`: the module for that comes with the call."""
+
+    scaling: float
+    takes_dropout: bool = False
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear of a group.
+
+    Attributes:
+        base: how its own result comes: "linear" takes W (out, in), "product" takes W (in, out), "given" is a tensor.
+        has_bias: whether a bias (out,) comes with W.
+        terms: the adapters on it.
+    """
+
+    base: str
+    has_bias: bool
+    terms: tuple[Term, ...]
+
+    @property
+    def operands(self) -> int:
+        """How many tensors it takes."""
+        return 1 + self.has_bias + 2 * len(self.terms)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read one x.
+
+    Attributes:
+        linears: see above; none for a chain of cheap ops alone.
+        inputs: how many tensors x is made from.
+        produce: makes x from them; None: x is the only input.
+        gives_x: whether x is a result too, behind those of the linears.
+        computes_narrow: A and B are cast to x's dtype, rather than x to theirs.
+        dropout: "exact" draws the masks that nn.Dropout would; "cut" cuts them from one draw; "shared" is one for all.
+        may_merge: whether W + s · B A may be built where tokens are so many that it takes fewer operations.
+    """
+
+    linears: tuple[Linear, ...]
+    inputs: int = 1
+    produce: Callable[..., torch.Tensor] | None = field(default=None, compare=False)
+    gives_x: bool = False
+    computes_narrow: bool = True
+    dropout: str = "exact"
+    may_merge: bool = False
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """Terms that multiply the same (dropped out) x: numbers of the linears, numbers of the terms, their masks."""
+
+    terms: tuple[tuple[int, int], ...]
+    p: float = 0.0
+
+
+@dataclass
+class _Operands:
+    """The tensors of a call, told apart."""
+
+    inputs: list[Any]
+    bases: list[torch.Tensor]
+    biases: list[torch.Tensor | None]
+    factors: list[list[tuple[torch.Tensor, torch.Tensor]]]
+
+    @classmethod
+    def of(cls, group: Group, tensors: Sequence[Any]) -> _Operands:
+        found = cls(list(tensors[: group.inputs]), [], [], [])
+        at = group.inputs
+        for linear in group.linears:
+            found.bases.append(tensors[at])
+            found.biases.append(tensors[at + 1] if linear.has_bias else None)
+            start = at + 1 + linear.has_bias
+            at += linear.operands
+            found.factors.append([(tensors[i], tensors[i + 1]) for i in range(start, at, 2)])
+        return found
+
+
+def call_group(group: Group, tensors: Sequence[Any], dropouts: Sequence[nn.Dropout]) -> tuple[torch.Tensor, ...]:
+    """The results of the linears, and x if the group gives it.
+
+    Args:
+        group: what to compute.
+        tensors: inputs; then, for each linear, its W and bias, or its result; and A and B of each term.
+        dropouts: one for each term that takes one, in order.
+    """
+    rates = tuple(module.p if module.training else 0.0 for module in dropouts)
+    if _needs_plain_ops():
+        return _plain(group, _Operands.of(group, tensors), [_Dropping(p) for p in rates])
+    device = next(t.device.type for t in tensors if isinstance(t, torch.Tensor))
+    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    call = _Call(group, rates, narrow, device)
+    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors):
+        results: tuple[torch.Tensor, ...] = _Group.apply(call, *tensors)  # type: ignore[no-untyped-call]
+        return results
+    return call.forward(_Operands.of(group, tensors))[0]
+
+
+def _needs_plain_ops() -> bool:
+    """Compilers fuse and save better from plain ops; torch.func and forward-mode AD know their formulas."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+@dataclass(frozen=True)
+class _Dropping:
+    """Dropout at a rate; with a mask that was drawn before, with that."""
+
+    p: float
+    mask: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mask is None:
+            return F.dropout(x, self.p, training=True) if self.p else x
+        return x * (self.mask.reshape(x.shape).to(x.dtype) * _scale(self.p))
+
+
+def _scale(p: float) -> float:
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
+def _plain(group: Group, operands: _Operands, dropouts: Sequence[_Dropping]) -> tuple[torch.Tensor, ...]:
+    """The same in the ops that `inject` writes; autograd differentiates it any number of times."""
+    x = group.produce(*operands.inputs) if group.produce else operands.inputs[0]
+    results, dropping = [], iter(dropouts)
+    for linear, base, bias, factors in zip(
+        group.linears, operands.bases, operands.biases, operands.factors, strict=True
+    ):
+        y: Any = base if linear.base == "given" else F.linear(x, base if linear.base == "linear" else base.t(), bias)
+        for term, (a, b) in zip(linear.terms, factors, strict=True):
+            own = x.to(a.dtype)
+            own = next(dropping)(own) if term.takes_dropout else own
+            delta = F.linear(F.linear(own, a), b) * term.scaling
+            y = y + (delta.to(y.dtype) if isinstance(y, torch.Tensor) else delta)
+        results.append(y)
+    return (*results, x) if group.gives_x else tuple(results)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call: what to compute, at which rates of dropout, and what autocast computes in (None: no autocast)."""
+
+    group: Group
+    rates: tuple[float, ...]
+    narrow: torch.dtype | None
+    device: str
+
+    def produce(self, inputs: Sequence[Any]) -> torch.Tensor:
+        """x, as the model makes it: under autocast, if it is on."""
+        if self.group.produce is None:
+            x: torch.Tensor = inputs[0]
+            return x
+        with self._autocast(self.narrow is not None):
+            return self.group.produce(*inputs)
+
+    def _autocast(self, enabled: bool) -> Any:
+        if self.narrow is None:
+            return nullcontext()
+        return torch.autocast(self.device, dtype=self.narrow, enabled=enabled)
+
+    def lanes(self) -> list[_Lane]:
+        """Which terms share a product with A."""
+        rates = iter(self.rates)
+        plain: list[tuple[int, int]] = []
+        dropped: list[_Lane] = []
+        for number, linear in enumerate(self.group.linears):
+            for place, term in enumerate(linear.terms):
+                p = next(rates) if term.takes_dropout else 0.0
+                if p:
+                    dropped.append(_Lane(((number, place),), p))
+                else:
+                    plain.append((number, place))
+        if self.group.dropout == "shared":
+            by_rate: dict[float, _Lane] = {}
+            for lane in dropped:
+                known = by_rate.get(lane.p, replace(lane, terms=()))
+                by_rate[lane.p] = replace(known, terms=known.terms + lane.terms)
+            dropped = list(by_rate.values())
+        return [*([_Lane(tuple(plain))] if plain else []), *dropped]
+
+    def forward(self, operands: _Operands) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor], list[torch.Tensor]]:
+        """(results, h of each lane, the masks of those that have one)."""
+        x = self.produce(operands.inputs)
+        with self._autocast(enabled=False):
+            return self._forward(x, operands)
+
+    def _forward(
+        self, x: torch.Tensor, operands: _Operands
+    ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor], list[torch.Tensor]]:
+        flat = self._flat(x)
+        merged = self._merged(flat, operands)
+        results = [
+            self._base(number, flat, operands, weight)
+            for number, weight in zip(range(len(self.group.linears)), merged, strict=True)
+        ]
+        hidden, masks = [], self._draw(flat)
+        drawn = iter(masks)
+        for lane in self.lanes():
+            terms = [(n, t) for n, t in lane.terms if merged[n] is None]
+            own = _dropped(flat, next(drawn), lane.p) if lane.p else flat
+            if not terms:
+                continue
+            stacked, scalings = self._stack(operands, terms, own)
+            h = own.to(stacked.dtype) @ stacked.t()
+            hidden.append(h)
+            start = 0
+            for (number, place), scaling in zip(terms, scalings, strict=True):
+                b = operands.factors[number][place][1].to(h.dtype)
+                part = h[:, start : start + b.shape[1]]
+                start += b.shape[1]
+                results[number] = self._added(number, results[number], part, b, scaling)
+        shaped = [y.reshape(*x.shape[:-1], -1) for y in results]
+        return (*shaped, x) if self.group.gives_x else tuple(shaped), hidden, masks
+
+    def _flat(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.group.linears:
+            return x
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if self.narrow is None else flat.to(self.narrow)
+
+    def _base(self, number: int, flat: torch.Tensor, operands: _Operands, merged: torch.Tensor | None) -> torch.Tensor:
+        linear, base, bias = self.group.linears[number], operands.bases[number], operands.biases[number]
+        if linear.base == "given":
+            return base.reshape(-1, base.shape[-1])
+        weight = (base if linear.base == "linear" else base.t()) if merged is None else merged
+        return F.linear(flat, weight.to(flat.dtype), None if bias is None else bias.to(flat.dtype))
+
+    def _added(
+        self, number: int, result: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """result + scaling · h Bᵀ; what the group made itself is written over."""
+        if h.dtype != result.dtype:
+            return result.add((h @ b.t()).mul_(scaling).to(result.dtype))
+        if self.group.linears[number].base == "given":
+            return torch.addmm(result, h, b.t(), alpha=scaling)
+        return result.addmm_(h, b.t(), alpha=scaling)
+
+    def _draw(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """A mask for each lane that drops out: True where x stays."""
+        lanes = [lane for lane in self.lanes() if lane.p]
+        if self.group.dropout == "exact" or not lanes:
+            # In the dtype that nn.Dropout would see, whose masks these are.
+            return [torch.ops.aten.native_dropout(flat, lane.p, True)[1] for lane in lanes]
+        count = flat.numel()
+        draw = torch.empty(-(-len(lanes) * count // 4), dtype=torch.int64, device=flat.device).random_(-(2**63), None)
+        pieces = draw.view(torch.int16)[: len(lanes) * count].view(len(lanes), *flat.shape)
+        return [piece >= round(lane.p * 2**16) - 2**15 for piece, lane in zip(pieces, lanes, strict=True)]
+
+    def _stack(
+        self, operands: _Operands, terms: Sequence[tuple[int, int]], own: torch.Tensor
+    ) -> tuple[torch.Tensor, list[float]]:
+        """(A of all terms, one below the other; their scalings), in the dtype to compute in."""
+        factors = [operands.factors[number][place][0] for number, place in terms]
+        dtype = own.dtype if self.group.computes_narrow or self.narrow is not None else factors[0].dtype
+        factors = [a.to(dtype) for a in factors]
+        scalings = [self.group.linears[number].terms[place].scaling for number, place in terms]
+        return factors[0] if len(factors) == 1 else torch.cat(factors), scalings
+
+    def _merged(self, flat: torch.Tensor, operands: _Operands) -> list[torch.Tensor | None]:
+        """W + s · B A of each linear for which that takes fewer operations; None for the others.
+
+        6 T r (in + out) is what a term takes beside the weight, forward and backward; 4 T r (in + out) + 4 r in out on
+        it, since W + s · B A is built twice rather than kept.
+        """
+        found: list[torch.Tensor | None] = []
+        for linear, base, factors in zip(self.group.linears, operands.bases, operands.factors, strict=True):
+            if linear.base == "given" or not self.group.may_merge or not self._can_merge(flat, linear):
+                found.append(None)
+                continue
+            weight = base if linear.base == "linear" else base.t()
+            outs, ins = weight.shape
+            if len(flat) * (ins + outs) <= 2 * ins * outs:
+                found.append(None)
+                continue
+            for term, (a, b) in zip(linear.terms, factors, strict=True):
+                weight = torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=term.scaling)
+            found.append(weight)
+        return found
+
+    def _can_merge(self, flat: torch.Tensor, linear: Linear) -> bool:
+        """Not where W + s · B A would be rounded to 16 bits, nor where x is dropped out on one of the ways."""
+        is_wide = flat.dtype in (torch.float32, torch.float64) and self.narrow is None
+        return is_wide and not any(term.takes_dropout for term in linear.terms if any(self.rates))
+
+    def backward(
+        self,
+        operands: _Operands,
+        hidden: list[torch.Tensor],
+        masks: list[torch.Tensor],
+        grads: Sequence[torch.Tensor | None],
+        needs: Sequence[bool],
+    ) -> list[torch.Tensor | None]:
+        """Gradients of all operands that need one, in the order of the call's tensors."""
+        group = self.group
+        needed = _Operands.of(group, needs)
+        needs_inputs = any(needed.inputs)
+        inputs = operands.inputs
+        with torch.enable_grad() if needs_inputs and group.produce else nullcontext():
+            if needs_inputs and group.produce:
+                inputs = [
+                    t.detach().requires_grad_(need) if isinstance(t, torch.Tensor) else t
+                    for t, need in zip(inputs, needed.inputs, strict=True)
+                ]
+            x = self.produce(inputs)
+        flat = self._flat(x.detach())
+        outer = grads[-1] if group.gives_x else None
+        result, d_flat = self._of_linears(flat, operands, hidden, masks, grads, needed, needs_inputs)
+        dx = outer
+        if d_flat is not None:
+            dx = d_flat.to(x.dtype).reshape(x.shape) if outer is None else outer + d_flat.to(x.dtype).reshape(x.shape)
+        if group.produce is None:
+            return [dx if needed.inputs[0] else None, *result]
+        of_inputs: list[torch.Tensor | None] = [None] * group.inputs
+        wanted = [i for i, need in enumerate(needed.inputs) if need]
+        if wanted and dx is not None:
+            found = torch.autograd.grad(x, [inputs[i] for i in wanted], dx, allow_unused=True)
+            for place, gradient in zip(wanted, found, strict=True):
+                of_inputs[place] = gradient
+        return [*of_inputs, *result]
+
+    def _of_linears(
+        self,
+        flat: torch.Tensor,
+        operands: _Operands,
+        hidden: list[torch.Tensor],
+        masks: list[torch.Tensor],
+        grads: Sequence[torch.Tensor | None],
+        needed: _Operands,
+        needs_x: bool,
+    ) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
+        """(gradients of the linears' tensors, gradient of x)."""
+        rows = [None if g is None else g.reshape(len(flat), -1) for g in grads[: len(self.group.linears)]]
+        merged = self._merged(flat, operands)
+        of_factors: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        dx: torch.Tensor | None = None
+        for number, g in enumerate(rows):
+            weight = merged[number]
+            if g is not None and needs_x and self.group.linears[number].base != "given":
+                own = operands.bases[number]
+                weight = (own if self.group.linears[number].base == "linear" else own.t()) if weight is None else weight
+                dx = g @ weight.to(g.dtype) if dx is None else dx.addmm_(g, weight.to(g.dtype))
+        kept, drawn = iter(hidden), iter(masks)
+        for lane in self.lanes():
+            mask = next(drawn) if lane.p else None
+            own = flat if mask is None else _dropped(flat, mask, lane.p)
+            for terms, is_merged in (
+                ([t for t in lane.terms if merged[t[0]] is None], False),
+                ([t for t in lane.terms if merged[t[0]] is not None], True),
+            ):
+                if not terms:
+                    continue
+                stacked, scalings = self._stack(operands, terms, own)
+                own = own.to(stacked.dtype)
+                h = own @ stacked.t() if is_merged else next(kept)
+                dh, found = self._of_terms(rows, operands, terms, h, scalings, needed)
+                scaling = scalings[0]
+                if any(each != scaling for each in scalings):
+                    sizes = [len(operands.factors[n][t][0]) for n, t in terms]
+                    dh = dh * torch.repeat_interleave(dh.new_tensor(scalings), torch.tensor(sizes, device=dh.device))
+                    scaling = 1.0
+                if any(needed.factors[n][t][0] for n, t in terms):
+                    da = torch.addmm(stacked, dh.t(), own, beta=0, alpha=scaling)
+                    pieces = torch.split(da, [len(operands.factors[n][t][0]) for n, t in terms])
+                    for (place, (_, db)), piece in zip(list(found.items()), pieces, strict=True):
+                        a = operands.factors[place[0]][place[1]][0]
+                        found[place] = (piece.to(a.dtype) if needed.factors[place[0]][place[1]][0] else None, db)
+                of_factors |= found
+                if needs_x and not is_merged:
+                    dx = self._with_lane(dx, dh, stacked, scaling, mask, lane.p, flat.dtype)
+        result: list[torch.Tensor | None] = []
+        for number, (linear, g) in enumerate(zip(self.group.linears, rows, strict=True)):
+            result += self._of_base(number, g, grads[number], flat, operands, needed)
+            for each in range(len(linear.terms)):
+                result += of_factors.get((number, each), (None, None))
+        return result, dx
+
+    def _of_terms(
+        self,
+        rows: Sequence[torch.Tensor | None],
+        operands: _Operands,
+        terms: Sequence[tuple[int, int]],
+        h: torch.Tensor,
+        scalings: Sequence[float],
+        needed: _Operands,
+    ) -> tuple[torch.Tensor, dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]]]:
+        """(dh without scaling, of all terms side by side; {term: (None, dB)})."""
+        found: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        several = len(terms) > 1
+        dh = h.new_empty(h.shape) if several else h
+        start = 0
+        for (number, place), scaling in zip(terms, scalings, strict=True):
+            b = operands.factors[number][place][1]
+            wide = b.to(h.dtype)
+            stop = start + b.shape[1]
+            g = rows[number]
+            db = None
+            if g is None:
+                dh = dh if several else torch.zeros_like(h)
+                dh[:, start:stop] = 0
+            else:
+                g = g.to(h.dtype)
+                if several:
+                    torch.mm(g, wide, out=dh[:, start:stop])
+                else:
+                    dh = g @ wide
+                if needed.factors[number][place][1]:
+                    db = torch.addmm(wide, g.t(), h[:, start:stop], beta=0, alpha=scaling).to(b.dtype)
+            found[number, place] = (None, db)
+            start = stop
+        return dh, found
+
+    def _with_lane(
+        self,
+        dx: torch.Tensor | None,
+        dh: torch.Tensor,
+        stacked: torch.Tensor,
+        scaling: float,
+        mask: torch.Tensor | None,
+        p: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        if mask is None and dx is not None and dx.dtype == dh.dtype:
+            return dx.addmm_(dh, stacked, alpha=scaling)
+        through = torch.addmm(stacked[:1], dh, stacked, beta=0, alpha=scaling)
+        through = (through if mask is None else _dropped(through, mask, p)).to(dtype)
+        return through if dx is None else dx.add_(through)
+
+    def _of_base(
+        self,
+        number: int,
+        rows: torch.Tensor | None,
+        grad: torch.Tensor | None,
+        flat: torch.Tensor,
+        operands: _Operands,
+        needed: _Operands,
+    ) -> Iterator[torch.Tensor | None]:
+        """Gradients of W and bias, which are frozen as a rule, or of the result that was given."""
+        linear, base, bias = self.group.linears[number], operands.bases[number], operands.biases[number]
+        if linear.base == "given":
+            yield grad if needed.bases[number] else None
+        elif rows is None or not needed.bases[number]:
+            yield None
+        else:
+            yield (rows.t() @ flat if linear.base == "linear" else flat.t() @ rows).to(base.dtype)
+        if linear.has_bias:
+            assert bias is not None
+            yield rows.sum(0).to(bias.dtype) if rows is not None and needed.biases[number] else None
+
+
+def _dropped(x: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
+    """x where the mask is True, scaled up, and 0 elsewhere."""
+    dropped: torch.Tensor = torch.ops.aten.native_dropout_backward(x, mask, _scale(p))
+    return dropped
+
+
+class _Group(torch.autograd.Function):
+    """`_Call` for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Any) -> tuple[torch.Tensor, ...]:
+        results, hidden, masks = call.forward(_Operands.of(call.group, tensors))
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.counts = call, (len(tensors), len(hidden))
+        ctx.plain = [None if isinstance(t, torch.Tensor) else t for t in tensors]
+        given = _places_of_given(call.group)  # they are only added to, so backward needs none of their values
+        kept = (t if isinstance(t, torch.Tensor) and i not in given else None for i, t in enumerate(tensors))
+        ctx.save_for_backward(*kept, *hidden, *masks)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        call: _Call = ctx.call
+        count, lanes = ctx.counts
+        saved = ctx.saved_tensors
+        tensors = [plain if t is None else t for t, plain in zip(saved[:count], ctx.plain, strict=True)]
+        hidden, masks = list(saved[count : count + lanes]), list(saved[count + lanes :])
+        needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # the gradient will be differentiated itself
+            return None, *_differentiable(call, tensors, masks, grads, needs)
+        return None, *call.backward(_Operands.of(call.group, tensors), hidden, masks, grads, needs)
+
+
+def _places_of_given(group: Group) -> dict[int, int]:
+    """{place among the call's tensors: number of the linear} of those results that are given."""
+    found, at = {}, group.inputs
+    for number, linear in enumerate(group.linears):
+        if linear.base == "given":
+            found[at] = number
+        at += linear.operands
+    return found
+
+
+def _differentiable(
+    call: _Call, tensors: list[Any], masks: list[torch.Tensor], grads: Sequence[torch.Tensor | None], needs: Any
+) -> list[torch.Tensor | None]:
+    drawn: dict[tuple[int, int], _Dropping] = {}
+    at = iter(masks)
+    for lane in call.lanes():
+        mask = next(at) if lane.p else None
+        drawn |= dict.fromkeys(lane.terms, _Dropping(lane.p, mask))
+    places = [
+        (number, place)
+        for number, linear in enumerate(call.group.linears)
+        for place, term in enumerate(linear.terms)
+        if term.takes_dropout
+    ]
+    given = {place: grads[number] for place, number in _places_of_given(call.group).items()}
+    tensors = [0.0 if i in given else t for i, t in enumerate(tensors)]
+    with call._autocast(enabled=True):
+        results = _plain(call.group, _Operands.of(call.group, tensors), [drawn[place] for place in places])
+    pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None and y.requires_grad]
+    wanted = [i for i, need in enumerate(needs) if need and i not in given]
+    found = torch.autograd.grad(
+        [y for y, _ in pairs], [tensors[i] for i in wanted], [g for _, g in pairs], create_graph=True, allow_unused=True
+    )
+    result: list[torch.Tensor | None] = [given.get(i) for i in range(len(tensors))]
+    for place, gradient in zip(wanted, found, strict=True):
+        result[place] = gradient
+    return result

@@ -1,0 +1,81 @@
+"""What the rewrites hand to each other, and at the end to `graph.write_groups`: values about nodes of one graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class TermNodes:
+    """One adapter at one linear: B(A(drop(x))) · scaling.
+
+    Attributes:
+        a, b: the nodes that read A and B.
+        scaling: the factor.
+        dropout: name of the dropout module; None without.
+    """
+
+    a: fx.Node
+    b: fx.Node
+    scaling: float
+    dropout: str | None
+
+
+@dataclass(frozen=True)
+class LinearNodes:
+    """One adapted linear.
+
+    Attributes:
+        node: the op itself, whose result the terms add to.
+        total: the last sum, which the rest of the graph reads.
+        base: how the op's result comes: see `group_call.Linear`.
+        weight, bias: what it takes; None where the result is given.
+        terms: its adapters.
+        inside: nodes that only make `total` out of `node`.
+    """
+
+    node: fx.Node
+    total: fx.Node
+    base: str
+    weight: fx.Node | None
+    bias: fx.Node | None
+    terms: tuple[TermNodes, ...]
+    inside: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class GroupNodes:
+    """Linears of one x, and the cheap ops that make x.
+
+    Attributes:
+        x: what the linears read, or what the cheap ops give.
+        linears: see above.
+        chain: the cheap ops that are made again in the backward pass, in order; the last is x. Empty: x is kept.
+        inputs: what the chain reads.
+    """
+
+    x: fx.Node
+    linears: tuple[LinearNodes, ...]
+    chain: tuple[fx.Node, ...] = ()
+    inputs: tuple[fx.Node, ...] = field(default=())
+
+    @property
+    def nodes(self) -> set[fx.Node]:
+        """All that one call stands for."""
+        own = {node for linear in self.linears for node in (*linear.inside, linear.total)}
+        own |= {linear.node for linear in self.linears if linear.base != "given"}
+        own |= set(self.chain)
+        return own | {user for node in own for user in node.users if is_assertion(user)}
+
+
+def is_assertion(node: fx.Node) -> bool:
+    """What torch.export writes to say of which dtype a value was: no reader of it."""
+    return node.target is torch.ops.aten._assert_tensor_metadata.default
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """Whoever computes with the node's value."""
+    return [user for user in node.users if not is_assertion(user)]
