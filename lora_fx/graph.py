@@ -24,7 +24,9 @@ from .graph_module import ROLE, LoraGraphModule, record_of
 from .layouts import Part, without_start
 from .ops.use import dialect_of, operands_of
 from .paths import BatchedPath, LowRankPath, Role, RowsPath
-from .rewrites.groups import GroupNodes
+from .rewrites.groups import GroupNodes, is_assertion
+from .rewrites.normalization import NormalizationNodes, inverse_rms, normalize
+from .rewrites.shared_masks import MaskNodes, as_numbers
 
 _aten = torch.ops.aten
 
@@ -404,6 +406,37 @@ def write_groups(
         graph.erase_node(node)
 
 
+def write_normalizations(graph: fx.Graph, found: Sequence[NormalizationNodes]) -> None:
+    """`inverse_rms` and `normalize` in place of the ops of each."""
+    for each in found:
+        value = each.inside[0].meta.get("val"), each.result.meta.get("val")
+        with graph.inserting_before(each.result):
+            inverse = graph.call_function(inverse_rms, (each.h, each.eps))
+            result = graph.call_function(normalize, (each.h, inverse, each.eps))
+        inverse.meta["val"], result.meta["val"] = value
+        _replace(graph, each.result, result)
+        for node in each.inside:
+            _replace(graph, node, inverse)
+
+
+def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+    """Give the old node's readers the new one; what only asserts something about the old one goes with it."""
+    for user in list(old.users):
+        if is_assertion(user):
+            graph.erase_node(user)
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
+
+
+def write_masks(graph: fx.Graph, found: Sequence[MaskNodes]) -> None:
+    """Give attention ops the numbers that their boolean mask stands for."""
+    for each in found:
+        with graph.inserting_before(each.mask.next):
+            numbers = graph.call_function(as_numbers, (each.mask, each.dtype))
+        for user in each.users:
+            user.replace_input_with(each.mask, numbers)
+
+
 def _here(node: fx.Node | None) -> fx.Node:
     """A parameter, read at the insertion point; others are there already."""
     assert node is not None
@@ -598,4 +631,6 @@ __all__ = [
     "rebind_weight",
     "rename_reads",
     "write_groups",
+    "write_masks",
+    "write_normalizations",
 ]

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from .attributes import get_parameter
 from .copying import copy_graph
 from .errors import ConfigError, GraphError
-from .graph import write_groups
+from .graph import write_groups, write_masks, write_normalizations
 from .graph_module import LoraGraphModule, check_editable, checked_graph_module, copy_sharing_tensors, record_of
-from .rewrites import fused_sums, recomputation, shared_projection
+from .rewrites import fused_sums, normalization, recomputation, shared_masks, shared_projection
 from .rewrites.group_call import Group, Linear, Term, call_group
 from .rewrites.groups import GroupNodes
 
@@ -42,8 +43,9 @@ class Rewrites:
         """A rewritten copy of the graph: what `LoraGraphModule.recompile` compiles."""
         lowered = copy_graph(graph, {})
         lowered.owning_module = gm
-        groups = fused_sums.find(lowered, gm) if self.fuse else []
-        groups = shared_projection.merge(groups) if self.share else groups
+        write_normalizations(lowered, normalization.find(lowered) if self.recompute else ())
+        write_masks(lowered, shared_masks.find(lowered) if self.share else ())
+        groups = self.groups(lowered, gm)
         groups = recomputation.extend(groups, lowered, gm) if self.recompute else groups
         functions: dict[str, Callable[..., torch.Tensor]] = {}
 
@@ -53,6 +55,11 @@ class Rewrites:
         write_groups(lowered, groups, target_of)
         lowered.lint()
         return lowered
+
+    def groups(self, graph: fx.Graph, gm: LoraGraphModule) -> list[GroupNodes]:
+        """The adapted linears of a graph, those that are computed together in one group."""
+        groups = fused_sums.find(graph, gm) if self.fuse else []
+        return shared_projection.merge(groups) if self.share else groups
 
     def _described(self, group: GroupNodes, gives_x: bool, functions: dict[str, Callable[..., torch.Tensor]]) -> Group:
         linears = tuple(
@@ -114,9 +121,25 @@ def optimize(
     if not record_of(gm).adapters:
         raise GraphError("there is nothing to optimise: the graph has no adapter. inject(gm, config) adds one")
     result = copy_sharing_tensors(gm)
-    record_of(result).lowering = rewrites
+    record = record_of(result)
+    record.lowering = rewrites
+    for group in rewrites.groups(record.views.get(True, record.views.get(None, result.graph)), result):
+        _pack(result, group)
     result.recompile()
     return result
+
+
+def _pack(gm: LoraGraphModule, group: GroupNodes) -> None:
+    """Move a group's A and B, by value, into one piece of memory, where they are one matrix, and cast in one go."""
+    terms = [term for linear in group.linears for term in linear.terms]
+    parameters = [get_parameter(gm, str(node.target)) for node in (*(t.a for t in terms), *(t.b for t in terms))]
+    is_plain = all(type(p) is nn.Parameter and type(p.data) is torch.Tensor and not p.is_meta for p in parameters)
+    alike = {(p.dtype, p.device) for p in parameters}
+    if not is_plain or len(alike) > 1 or len(set(map(id, parameters))) < len(parameters):
+        return
+    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+    for parameter, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
+        parameter.data = part.view(parameter.shape)
 
 
 def _call_of(group: Group) -> Callable[..., Any]:

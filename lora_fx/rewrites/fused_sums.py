@@ -52,7 +52,7 @@ def _group(total: fx.Node, module: nn.Module) -> GroupNodes | None:
         x, term, between = found
         terms.insert(0, term)
         inside += [*between, *([node] if node is not total else [])]
-        if len(base.users) != 1:
+        if any(user is not node and user not in between for user in base.users):
             return None
         node = base
     if x is None or writer_of(x) is not None or any(dict(n.kwargs) for n in inside):

@@ -114,7 +114,7 @@ def call_group(group: Group, tensors: Sequence[Any], dropouts: Sequence[nn.Dropo
         dropouts: one for each term that takes one, in order.
     """
     rates = tuple(module.p if module.training else 0.0 for module in dropouts)
-    if _needs_plain_ops():
+    if needs_plain_ops():
         return _plain(group, _Operands.of(group, tensors), [_Dropping(p) for p in rates])
     device = next(t.device.type for t in tensors if isinstance(t, torch.Tensor))
     narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -125,7 +125,7 @@ def call_group(group: Group, tensors: Sequence[Any], dropouts: Sequence[nn.Dropo
     return call.forward(_Operands.of(group, tensors))[0]
 
 
-def _needs_plain_ops() -> bool:
+def needs_plain_ops() -> bool:
     """Compilers fuse and save better from plain ops; torch.func and forward-mode AD know their formulas."""
     return (
         torch.compiler.is_compiling()
@@ -220,6 +220,7 @@ class _Call:
         self, x: torch.Tensor, operands: _Operands
     ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor], list[torch.Tensor]]:
         flat = self._flat(x)
+        operands = self._narrowed(operands, flat)
         merged = self._merged(flat, operands)
         results = [
             self._base(number, flat, operands, weight)
@@ -232,12 +233,12 @@ class _Call:
             own = _dropped(flat, next(drawn), lane.p) if lane.p else flat
             if not terms:
                 continue
-            stacked, scalings = self._stack(operands, terms, own)
+            stacked, scalings = self._stack(operands, terms)
             h = own.to(stacked.dtype) @ stacked.t()
             hidden.append(h)
             start = 0
             for (number, place), scaling in zip(terms, scalings, strict=True):
-                b = operands.factors[number][place][1].to(h.dtype)
+                b = operands.factors[number][place][1]
                 part = h[:, start : start + b.shape[1]]
                 start += b.shape[1]
                 results[number] = self._added(number, results[number], part, b, scaling)
@@ -278,15 +279,27 @@ class _Call:
         pieces = draw.view(torch.int16)[: len(lanes) * count].view(len(lanes), *flat.shape)
         return [piece >= round(lane.p * 2**16) - 2**15 for piece, lane in zip(pieces, lanes, strict=True)]
 
-    def _stack(
-        self, operands: _Operands, terms: Sequence[tuple[int, int]], own: torch.Tensor
-    ) -> tuple[torch.Tensor, list[float]]:
-        """(A of all terms, one below the other; their scalings), in the dtype to compute in."""
+    def _narrowed(self, operands: _Operands, x: torch.Tensor) -> _Operands:
+        """The operands with A and B in the dtype to compute in; packed ones (see `optimize`) are cast in one go."""
+        wanted = x.dtype if self.group.computes_narrow or self.narrow is not None else None
+        flat = [t for factors in operands.factors for pair in factors for t in pair]
+        if wanted is None or all(t.dtype == wanted for t in flat):
+            return operands
+        piece = _joined(_packing_order(operands.factors))
+        if piece is None:
+            factors = [[(a.to(wanted), b.to(wanted)) for a, b in pairs] for pairs in operands.factors]
+        else:
+            factors = _unpacked(piece.to(wanted), operands.factors)
+        return replace(operands, factors=factors)
+
+    def _stack(self, operands: _Operands, terms: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, list[float]]:
+        """(A of all terms, one below the other; their scalings)."""
         factors = [operands.factors[number][place][0] for number, place in terms]
-        dtype = own.dtype if self.group.computes_narrow or self.narrow is not None else factors[0].dtype
-        factors = [a.to(dtype) for a in factors]
         scalings = [self.group.linears[number].terms[place].scaling for number, place in terms]
-        return factors[0] if len(factors) == 1 else torch.cat(factors), scalings
+        if len(factors) == 1:
+            return factors[0], scalings
+        piece = _joined(factors)
+        return torch.cat(factors) if piece is None else piece.view(-1, factors[0].shape[1]), scalings
 
     def _merged(self, flat: torch.Tensor, operands: _Operands) -> list[torch.Tensor | None]:
         """W + s · B A of each linear for which that takes fewer operations; None for the others.
@@ -362,6 +375,8 @@ class _Call:
     ) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
         """(gradients of the linears' tensors, gradient of x)."""
         rows = [None if g is None else g.reshape(len(flat), -1) for g in grads[: len(self.group.linears)]]
+        given, operands = operands, self._narrowed(operands, flat)
+        sink = _Sink.of(given, operands, needed)
         merged = self._merged(flat, operands)
         of_factors: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
         dx: torch.Tensor | None = None
@@ -381,24 +396,24 @@ class _Call:
             ):
                 if not terms:
                     continue
-                stacked, scalings = self._stack(operands, terms, own)
+                stacked, scalings = self._stack(operands, terms)
                 own = own.to(stacked.dtype)
                 h = own @ stacked.t() if is_merged else next(kept)
-                dh, found = self._of_terms(rows, operands, terms, h, scalings, needed)
+                dh, found = self._of_terms(rows, operands, terms, h, scalings, needed, sink)
                 scaling = scalings[0]
                 if any(each != scaling for each in scalings):
                     sizes = [len(operands.factors[n][t][0]) for n, t in terms]
                     dh = dh * torch.repeat_interleave(dh.new_tensor(scalings), torch.tensor(sizes, device=dh.device))
                     scaling = 1.0
                 if any(needed.factors[n][t][0] for n, t in terms):
-                    da = torch.addmm(stacked, dh.t(), own, beta=0, alpha=scaling)
+                    da = torch.addmm(stacked, dh.t(), own, beta=0, alpha=scaling, out=sink.of_a(terms))
                     pieces = torch.split(da, [len(operands.factors[n][t][0]) for n, t in terms])
                     for (place, (_, db)), piece in zip(list(found.items()), pieces, strict=True):
-                        a = operands.factors[place[0]][place[1]][0]
-                        found[place] = (piece.to(a.dtype) if needed.factors[place[0]][place[1]][0] else None, db)
+                        found[place] = (piece if needed.factors[place[0]][place[1]][0] else None, db)
                 of_factors |= found
                 if needs_x and not is_merged:
                     dx = self._with_lane(dx, dh, stacked, scaling, mask, lane.p, flat.dtype)
+        of_factors = sink.widened(of_factors, given)
         result: list[torch.Tensor | None] = []
         for number, (linear, g) in enumerate(zip(self.group.linears, rows, strict=True)):
             result += self._of_base(number, g, grads[number], flat, operands, needed)
@@ -414,6 +429,7 @@ class _Call:
         h: torch.Tensor,
         scalings: Sequence[float],
         needed: _Operands,
+        sink: _Sink,
     ) -> tuple[torch.Tensor, dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]]]:
         """(dh without scaling, of all terms side by side; {term: (None, dB)})."""
         found: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
@@ -422,7 +438,6 @@ class _Call:
         start = 0
         for (number, place), scaling in zip(terms, scalings, strict=True):
             b = operands.factors[number][place][1]
-            wide = b.to(h.dtype)
             stop = start + b.shape[1]
             g = rows[number]
             db = None
@@ -432,11 +447,12 @@ class _Call:
             else:
                 g = g.to(h.dtype)
                 if several:
-                    torch.mm(g, wide, out=dh[:, start:stop])
+                    torch.mm(g, b, out=dh[:, start:stop])
                 else:
-                    dh = g @ wide
+                    dh = g @ b
                 if needed.factors[number][place][1]:
-                    db = torch.addmm(wide, g.t(), h[:, start:stop], beta=0, alpha=scaling).to(b.dtype)
+                    out = sink.of_b((number, place))
+                    db = torch.addmm(b, g.t(), h[:, start:stop], beta=0, alpha=scaling, out=out)
             found[number, place] = (None, db)
             start = stop
         return dh, found
@@ -477,6 +493,95 @@ class _Call:
         if linear.has_bias:
             assert bias is not None
             yield rows.sum(0).to(bias.dtype) if rows is not None and needed.biases[number] else None
+
+
+def _packing_order(factors: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]) -> list[torch.Tensor]:
+    """In which order `optimize` puts a group's A and B into memory: all A, so that they are one matrix; then all B."""
+    return [a for pairs in factors for a, _ in pairs] + [b for pairs in factors for _, b in pairs]
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The memory of tensors that lie one behind the other, as one vector without a copy; None if they do not."""
+    first = tensors[0]
+    at = first.data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != at or not tensor.is_contiguous() or tensor.dtype != first.dtype:
+            return None
+        at += tensor.numel() * tensor.element_size()
+    start, size = first.storage_offset(), sum(tensor.numel() for tensor in tensors)
+    storage = first.untyped_storage()
+    if (start + size) * first.element_size() > storage.nbytes() or any(
+        tensor.untyped_storage().data_ptr() != storage.data_ptr() for tensor in tensors
+    ):
+        return None
+    return first.detach().as_strided((size,), (1,), start)
+
+
+def _unpacked(
+    flat: torch.Tensor, like: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
+) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Parts of a vector in the packing order, in the shapes of `like`."""
+    order = _packing_order(like)
+    parts = [part.view(t.shape) for part, t in zip(torch.split(flat, [t.numel() for t in order]), order, strict=True)]
+    count = sum(len(pairs) for pairs in like)
+    pairs = iter(zip(parts[:count], parts[count:], strict=True))
+    return [[next(pairs) for _ in each] for each in like]
+
+
+@dataclass
+class _Sink:
+    """Where gradients of A and B go: if they have to be cast, into one vector that is cast in one go.
+
+    Attributes:
+        flat: that vector, in the packing order; None where each gradient has its own memory.
+        parts: views of it.
+    """
+
+    flat: torch.Tensor | None
+    parts: list[list[tuple[torch.Tensor, torch.Tensor]]]
+
+    @classmethod
+    def of(cls, given: _Operands, narrowed: _Operands, needed: _Operands) -> _Sink:
+        is_cast = narrowed is not given and any(pairs for pairs in given.factors)
+        if not is_cast or not all(n for pairs in needed.factors for pair in pairs for n in pair):
+            return cls(None, [])
+        first = narrowed.factors[next(i for i, pairs in enumerate(given.factors) if pairs)][0][0]
+        size = sum(t.numel() for pairs in given.factors for pair in pairs for t in pair)
+        flat = first.new_zeros(size)  # a linear whose result nobody used leaves zeros
+        return cls(flat, _unpacked(flat, given.factors))
+
+    def of_a(self, terms: Sequence[tuple[int, int]]) -> torch.Tensor | None:
+        """Room for dA of some terms, one below the other."""
+        if self.flat is None:
+            return None
+        parts = [self.parts[number][place][0] for number, place in terms]
+        piece = _joined(parts)
+        return None if piece is None else piece.view(-1, parts[0].shape[1])
+
+    def of_b(self, term: tuple[int, int]) -> torch.Tensor | None:
+        """Room for dB of a term."""
+        return None if self.flat is None else self.parts[term[0]][term[1]][1]
+
+    def widened(
+        self, found: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]], given: _Operands
+    ) -> dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """The gradients in the dtypes of A and B."""
+        if self.flat is None:
+            return {place: _cast(pair, given.factors[place[0]][place[1]]) for place, pair in found.items()}
+        for (number, place), pair in found.items():
+            for gradient, part in zip(pair, self.parts[number][place], strict=True):
+                if gradient is not None and gradient.data_ptr() != part.data_ptr():
+                    part.copy_(gradient)
+        dtype = next(t.dtype for pairs in given.factors for pair in pairs for t in pair)
+        wide = _unpacked(self.flat.to(dtype), given.factors)
+        return {place: wide[place[0]][place[1]] for place in found}
+
+
+def _cast(
+    gradients: tuple[torch.Tensor | None, torch.Tensor | None], like: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    a, b = gradients
+    return (None if a is None else a.to(like[0].dtype)), (None if b is None else b.to(like[1].dtype))
 
 
 def _dropped(x: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch import fx, nn
 from ..attributes import get_attribute
 from ..ops.use import operands_of, writer_of
 from .groups import GroupNodes, readers
+from .normalization import normalize
 from .shared_projection import is_movable
 
 _aten = torch.ops.aten
@@ -28,7 +29,7 @@ _KEEP_OPERANDS = {
     _aten.mul.Tensor, _aten.div.Tensor, _aten.pow.Tensor_Scalar, _aten.silu.default, _aten.gelu.default,
     _aten.layer_norm.default, _aten.rms_norm.default, _aten.cos.default, _aten.sin.default,
     _aten.leaky_relu.default, _aten.hardtanh.default, _aten.mish.default, _aten.softplus.default,
-    _aten.hardswish.default, _aten.elu.default,
+    _aten.hardswish.default, _aten.elu.default, normalize,
 }  # fmt: skip
 _KEEP_RESULT = {
     _aten.rsqrt.default, _aten.sqrt.default, _aten.exp.default, _aten.tanh.default, _aten.sigmoid.default,
