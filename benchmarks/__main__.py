@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-SUBJECTS = ("injection", "folding", "training", "adapters", "export", "latency", "deployment", "reliability")
+SUBJECTS = ("injection", "folding", "training", "adapters", "export", "latency", "deployment", "reliability", "gpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

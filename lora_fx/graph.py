@@ -24,9 +24,9 @@ from .graph_module import ROLE, LoraGraphModule, record_of
 from .layouts import Part, without_start
 from .ops.use import dialect_of, operands_of
 from .paths import BatchedPath, LowRankPath, Role, RowsPath
+from .rewrites.attention_masks import MaskNodes, attend, look_at
 from .rewrites.groups import GroupNodes, is_assertion
 from .rewrites.normalization import NormalizationNodes, inverse_rms, normalize
-from .rewrites.shared_masks import MaskNodes, as_numbers
 
 _aten = torch.ops.aten
 
@@ -379,13 +379,9 @@ def write_groups(
     """
     inside = {node for group in groups for node in group.nodes}
     results: list[tuple[fx.Node, fx.Node]] = []
-    for group in groups:
+    for group, before in [(group, _place_of(group)) for group in groups]:
         own = group.nodes
         gives_x = bool(group.chain) and any(user not in own for user in group.x.users)
-        is_given = any(linear.base == "given" for linear in group.linears)
-        before = group.linears[0].total if is_given else group.x.next
-        while before.op == "placeholder":
-            before = before.next
         with graph.inserting_before(before):
             args: list[fx.Node] = list(group.inputs if group.chain else [group.x])
             for linear in group.linears:
@@ -429,12 +425,32 @@ def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
 
 
 def write_masks(graph: fx.Graph, found: Sequence[MaskNodes]) -> None:
-    """Give attention ops the numbers that their boolean mask stands for."""
+    """Look at each mask once, and give attention ops what was seen."""
     for each in found:
-        with graph.inserting_before(each.mask.next):
-            numbers = graph.call_function(as_numbers, (each.mask, each.dtype))
+        behind = each.mask.next
+        while behind.op == "placeholder":
+            behind = behind.next
+        with graph.inserting_before(behind):
+            verdict = graph.call_function(look_at, (each.mask,))
         for user in each.users:
-            user.replace_input_with(each.mask, numbers)
+            names = ("query", "key", "value", "", "dropout_p", "is_causal", "scale", "enable_gqa")
+            given = dict(zip(names, user.args, strict=False)) | dict(user.kwargs)
+            first = tuple(given.pop(name) for name in names[:3])
+            options = {name: value for name, value in given.items() if name not in ("", "attn_mask", "is_causal")}
+            with graph.inserting_before(user):
+                result = graph.call_function(attend, (verdict, *first), options)
+            result.meta["val"] = user.meta.get("val")
+            _replace(graph, user, result)
+
+
+def _place_of(group: GroupNodes) -> fx.Node:
+    """Before which node to write the call: as soon as x is there, or, if not all else can be read there, at the end."""
+    if any(not linear.is_movable for linear in group.linears):  # then it is the only one
+        return group.linears[0].total
+    before = group.x.next
+    while before.op == "placeholder":
+        before = before.next
+    return before
 
 
 def _here(node: fx.Node | None) -> fx.Node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from .copying import copy_graph
 from .errors import ConfigError, GraphError
 from .graph import write_groups, write_masks, write_normalizations
 from .graph_module import LoraGraphModule, check_editable, checked_graph_module, copy_sharing_tensors, record_of
-from .rewrites import fused_sums, normalization, recomputation, shared_masks, shared_projection
+from .rewrites import attention_masks, fused_sums, normalization, recomputation, shared_projection
 from .rewrites.group_call import Group, Linear, Term, call_group
 from .rewrites.groups import GroupNodes
 
@@ -29,11 +29,12 @@ class Rewrites:
     share: bool = True
     recompute: bool = True
     narrow: bool = True
+    masks: bool = True
     merge: bool = False
     dropout: Dropout = "exact"
 
     def __post_init__(self) -> None:
-        for name in ("fuse", "share", "recompute", "narrow", "merge"):
+        for name in ("fuse", "share", "recompute", "narrow", "masks", "merge"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.dropout not in ("exact", "cut", "shared"):
@@ -44,7 +45,7 @@ class Rewrites:
         lowered = copy_graph(graph, {})
         lowered.owning_module = gm
         write_normalizations(lowered, normalization.find(lowered) if self.recompute else ())
-        write_masks(lowered, shared_masks.find(lowered) if self.share else ())
+        write_masks(lowered, attention_masks.find(lowered) if self.masks else ())
         groups = self.groups(lowered, gm)
         groups = recomputation.extend(groups, lowered, gm) if self.recompute else groups
         functions: dict[str, Callable[..., torch.Tensor]] = {}
@@ -88,6 +89,7 @@ def optimize(
     share: bool = True,
     recompute: bool = True,
     narrow: bool = True,
+    masks: bool = True,
     merge: bool = False,
     dropout: Dropout = "exact",
 ) -> LoraGraphModule:
@@ -99,12 +101,15 @@ def optimize(
     Under torch.compile the plain operations are compiled, which inductor does better with.
 
     Args:
-        gm: an injected graph; it is untouched, tensors are shared.
+        gm: an injected graph; it is untouched, tensors are shared. (A and B of linears that are computed together move
+            into one piece of memory, with their values, in both.)
         fuse: scaling, second product and sum in one addmm per adapter, with a backward pass of their own.
         share: one product with A for all linears that read the same value.
         recompute: norms and activations are computed again in the backward pass, rather than kept.
         narrow: on a base of 16 bits, cast A and B to its dtype, rather than activations to theirs (PEFT does that, and
             keeps float32 copies).
+        masks: look at a boolean attention mask once in each step, and leave it out of every layer where it hides
+            nothing or only what is ahead, so that attention takes its fastest kernel.
         merge: build W + scaling · B @ A in each step where tokens are so many that it takes fewer operations. It moves
             more memory, and wins on few machines.
         dropout: "exact" draws the very masks that the plain graph draws; "cut" cuts independent masks from one
@@ -115,7 +120,7 @@ def optimize(
         ConfigError: for an argument of another kind.
         GraphError: if `gm` has no adapter, or is folded or batched.
     """
-    rewrites = Rewrites(fuse, share, recompute, narrow, merge, dropout)
+    rewrites = Rewrites(fuse, share, recompute, narrow, masks, merge, dropout)
     gm = checked_graph_module(gm)
     check_editable(gm)
     if not record_of(gm).adapters:
@@ -124,22 +129,25 @@ def optimize(
     record = record_of(result)
     record.lowering = rewrites
     for group in rewrites.groups(record.views.get(True, record.views.get(None, result.graph)), result):
-        _pack(result, group)
+        _pack((gm, result), group)
     result.recompile()
     return result
 
 
-def _pack(gm: LoraGraphModule, group: GroupNodes) -> None:
-    """Move a group's A and B, by value, into one piece of memory, where they are one matrix, and cast in one go."""
+def _pack(gms: Sequence[fx.GraphModule], group: GroupNodes) -> None:
+    """Move a group's A and B, by value, into one piece of memory, where all A are one matrix, and cast in one go."""
     terms = [term for linear in group.linears for term in linear.terms]
-    parameters = [get_parameter(gm, str(node.target)) for node in (*(t.a for t in terms), *(t.b for t in terms))]
+    names = [str(node.target) for node in (*(t.a for t in terms), *(t.b for t in terms))]
+    parameters = [get_parameter(gms[0], name) for name in names]
     is_plain = all(type(p) is nn.Parameter and type(p.data) is torch.Tensor and not p.is_meta for p in parameters)
-    alike = {(p.dtype, p.device) for p in parameters}
-    if not is_plain or len(alike) > 1 or len(set(map(id, parameters))) < len(parameters):
+    is_tied = len({p.data_ptr() for p in parameters}) < len(parameters)
+    if not is_plain or is_tied or len({(p.dtype, p.device) for p in parameters}) > 1:
         return
     flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-    for parameter, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
-        parameter.data = part.view(parameter.shape)
+    for name, part in zip(names, torch.split(flat, [p.numel() for p in parameters]), strict=True):
+        for gm in gms:  # they share tensors, and go on to
+            parameter = get_parameter(gm, name)
+            parameter.data = part.view(parameter.shape)
 
 
 def _call_of(group: Group) -> Callable[..., Any]:

@@ -144,7 +144,7 @@ class _Dropping:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.mask is None:
             return F.dropout(x, self.p, training=True) if self.p else x
-        return x * (self.mask.reshape(x.shape).to(x.dtype) * _scale(self.p))
+        return x * ((self.mask.reshape(x.shape) if self.mask.dim() else self.mask).to(x.dtype) * _scale(self.p))
 
 
 def _scale(p: float) -> float:
@@ -273,7 +273,12 @@ class _Call:
         lanes = [lane for lane in self.lanes() if lane.p]
         if self.group.dropout == "exact" or not lanes:
             # In the dtype that nn.Dropout would see, whose masks these are.
-            return [torch.ops.aten.native_dropout(flat, lane.p, True)[1] for lane in lanes]
+            return [
+                torch.ops.aten.native_dropout(flat, lane.p, True)[1]
+                if lane.p < 1
+                else flat.new_zeros((), dtype=torch.bool)
+                for lane in lanes
+            ]
         count = flat.numel()
         draw = torch.empty(-(-len(lanes) * count // 4), dtype=torch.int64, device=flat.device).random_(-(2**63), None)
         pieces = draw.view(torch.int16)[: len(lanes) * count].view(len(lanes), *flat.shape)

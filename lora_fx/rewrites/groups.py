@@ -45,6 +45,12 @@ class LinearNodes:
     terms: tuple[TermNodes, ...]
     inside: tuple[fx.Node, ...]
 
+    @property
+    def is_movable(self) -> bool:
+        """Whether all that it takes is x and what can be read anywhere, so that it can be computed as soon as x is."""
+        operands = [self.weight, self.bias, *(node for term in self.terms for node in (term.a, term.b))]
+        return self.base != "given" and all(node is None or node.op == "get_attr" for node in operands)
+
 
 @dataclass(frozen=True)
 class GroupNodes:

@@ -20,7 +20,6 @@ from ..attributes import get_attribute
 from ..ops.use import operands_of, writer_of
 from .groups import GroupNodes, readers
 from .normalization import normalize
-from .shared_projection import is_movable
 
 _aten = torch.ops.aten
 
@@ -66,7 +65,7 @@ def extend(groups: list[GroupNodes], graph: fx.Graph, module: nn.Module) -> list
 
 def _can_take(group: GroupNodes) -> bool:
     """The call stands where x does, so that whoever else reads x finds it."""
-    return all(is_movable(linear) for linear in group.linears)
+    return all(linear.is_movable for linear in group.linears)
 
 
 def _is_inside(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from .groups import GroupNodes, LinearNodes
+from .groups import GroupNodes
 
 
 def merge(groups: list[GroupNodes]) -> list[GroupNodes]:
@@ -18,14 +18,8 @@ def merge(groups: list[GroupNodes]) -> list[GroupNodes]:
         by_x.setdefault(group.x, []).append(group)
     result = []
     for x, members in by_x.items():
-        together = [member for member in members if all(is_movable(linear) for linear in member.linears)]
+        together = [member for member in members if all(linear.is_movable for linear in member.linears)]
         if len(together) > 1:
             result.append(GroupNodes(x, tuple(linear for member in together for linear in member.linears)))
         result += [member for member in members if len(together) < 2 or member not in together]
     return result
-
-
-def is_movable(linear: LinearNodes) -> bool:
-    """Whether all that it takes is x and what can be read anywhere."""
-    operands = [linear.weight, linear.bias, *(node for term in linear.terms for node in (term.a, term.b))]
-    return linear.base != "given" and all(node is None or node.op == "get_attr" for node in operands)

@@ -1,0 +1,423 @@
+"""optimize: the same values and gradients as the plain graph, everywhere; fewer kernels; nothing else changed."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import zoo
+from torch import fx, nn
+from torch.nn import functional as F
+from zoo import BY_NAME, STACK, bits, distance, injected, loss_of, randomise, run, traced
+
+import lora_fx
+from benchmarks.counters import OpCounter
+from lora_fx import ConfigError, GraphError
+from lora_fx.graph_module import record_of
+from lora_fx.rewrites.attention_masks import attend, look_at
+from lora_fx.rewrites.normalization import inverse_rms, normalize
+
+# Their norms compute in float32, whatever the model is in.
+NARROW_INSIDE = ("llama", "qwen3", "mixtral")
+TRACED = [case for case in BY_NAME.values() if "trace" in case.tracers]
+LLAMA, GPT2, BERT = BY_NAME["llama"], BY_NAME["gpt2"], BY_NAME["bert"]
+DEVICES = ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+])]  # fmt: skip
+
+
+def to(value: Any, device: str) -> Any:
+    return torch.utils._pytree.tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, value)
+
+
+def adapted(case: zoo.Case, dtype: torch.dtype = torch.float64, device: str = "cpu", **options: Any) -> Any:
+    gm = (
+        traced(case, "trace", dtype)
+        if device == "cpu"
+        else lora_fx.trace(case.model(dtype).to(device), *to(case.arguments(dtype), device))
+    )
+    return randomise(injected(case, copy.deepcopy(gm), **options)).train()
+
+
+def gradients(gm: Any, arguments: Any, seed: int = 5) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    gm.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    loss = loss_of(gm, arguments)
+    if not loss.requires_grad:
+        return loss, {}
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in gm.named_parameters() if p.grad is not None}
+
+
+def bound(case: zoo.Case, dtype: torch.dtype = torch.float64) -> float:
+    """Of a gradient's largest number. Rounding in one layer is multiplied by those behind it."""
+    if case.computes in (torch.bfloat16, torch.float16):
+        return 60 * torch.finfo(case.computes).eps
+    return 2e-5 if dtype == torch.float32 or case.name in NARROW_INSIDE else 1e-10
+
+
+def assert_alike(plain: Any, optimized: Any, arguments: Any, tolerance: float) -> None:
+    loss, wanted = gradients(plain, arguments)
+    again, found = gradients(optimized, arguments)
+    assert abs(float(loss - again)) <= tolerance * max(1.0, abs(float(loss)))
+    assert wanted.keys() == found.keys()
+    for name, gradient in wanted.items():
+        error = float((gradient - found[name]).abs().max())
+        assert error <= tolerance * max(float(gradient.abs().max()), 1e-3), name
+        assert found[name].dtype == gradient.dtype
+        assert found[name].shape == gradient.shape
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", TRACED, ids=str)
+def test_values_and_gradients_are_those_of_the_plain_graph(case: zoo.Case, device: str) -> None:
+    dtype = torch.float64 if torch.float64 in case.dtypes else torch.float32
+    if case.computes is not None:
+        dtype = torch.float32
+    plain = adapted(case, dtype, device)
+    optimized = lora_fx.optimize(plain)
+    arguments = to(case.arguments(dtype), device)
+    tolerance = bound(case, dtype)
+    if distance(run(plain, arguments), run(plain, arguments)) == 0:
+        assert distance(run(plain, arguments), run(optimized, arguments)) <= tolerance
+    assert_alike(plain, optimized, arguments, tolerance)
+    assert optimized.graph is not plain.graph
+    assert str(optimized.graph) == str(plain.graph)
+    assert_alike(plain.eval(), optimized.eval(), arguments, tolerance)
+    if False in record_of(plain).views:  # nothing is trained in that one
+        assert optimized.code == plain.code
+
+
+@pytest.mark.parametrize("off", ["fuse", "share", "recompute", "masks", "narrow"])
+@pytest.mark.parametrize("case", [LLAMA, GPT2, STACK], ids=str)
+def test_each_rewrite_can_be_left_out(case: zoo.Case, off: str) -> None:
+    plain = adapted(case)
+    optimized = lora_fx.optimize(plain, **{off: False})
+    assert_alike(plain, optimized, case.arguments(torch.float64), bound(case))
+
+
+@pytest.mark.parametrize("p", [0.25, 1.0])
+@pytest.mark.parametrize("case", [LLAMA, GPT2, BERT, STACK], ids=str)
+def test_dropout_drops_what_the_plain_graph_drops(case: zoo.Case, p: float) -> None:
+    plain = adapted(case, lora_dropout=p) if p < 1 else adapted(case, lora_dropout=0.5)
+    for module in plain.modules():
+        if isinstance(module, nn.Dropout) and p == 1:
+            module.p = 1.0
+    optimized = lora_fx.optimize(plain)
+    assert_alike(plain, optimized, case.arguments(torch.float64), bound(case))
+    assert lora_fx.optimize(plain, recompute=False).code != optimized.code
+
+
+@pytest.mark.parametrize("dropout", ["cut", "shared"])
+def test_other_masks_drop_as_often(dropout: Any) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(64, 32, bias=False)).eval()
+    gm = lora_fx.inject(
+        lora_fx.trace(model, (torch.randn(512, 64),)),
+        {"r": 64, "lora_alpha": 64, "lora_dropout": 0.3, "target_modules": ["0"]},
+    )
+    with torch.no_grad():
+        gm.get_parameter("0.lora_A.default.weight").copy_(torch.eye(64))
+        gm.get_parameter("0.lora_B.default.weight").copy_(torch.eye(64)[:32])
+        gm.get_parameter("0.weight").zero_()
+    optimized = lora_fx.optimize(gm.train(), dropout=dropout)
+    x = torch.rand(512, 64) + 1
+    kept = optimized(x) / x[:, :32]
+    assert torch.isclose(kept, torch.tensor(1 / 0.7)).logical_or(kept == 0).all()
+    assert abs(float((kept > 0).double().mean()) - 0.7) < 4 * (0.21 / kept.numel()) ** 0.5
+    optimized(x).sum().backward()  # y = Σ over what was kept: dB is Σ of A x there, and so in [0, …)
+    assert float(optimized.get_parameter("0.lora_B.default.weight").grad.min()) >= 0
+
+
+def test_shared_masks_are_shared() -> None:
+    plain = adapted(LLAMA, lora_dropout=0.5)
+    counts = {}
+    for dropout in ("exact", "cut", "shared"):
+        optimized, drawn = lora_fx.optimize(plain, dropout=dropout), []
+
+        def note(shape: Any, drawn: list[Any] = drawn) -> None:
+            drawn.append(shape)
+
+        with _Counting(note):
+            gradients(optimized, LLAMA.arguments(torch.float64))
+        counts[dropout] = len(drawn)
+    assert counts["exact"] == 15  # one for each adapter of two layers and a head
+    assert counts["cut"] == counts["shared"] == 9  # one for each value that some of them read
+
+
+class _Counting(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self, note: Any) -> None:
+        super().__init__()
+        self.note = note
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.native_dropout, torch.ops.aten.random_):
+            self.note(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("narrow", [True, False])
+def test_16_bit_bases_keep_no_float32(dtype: torch.dtype, narrow: bool) -> None:
+    """Within the dtype's rounding of the plain graph, whose adapters compute in float32."""
+    plain = adapted(LLAMA, dtype)
+    assert {p.dtype for p in lora_fx.lora_parameters(plain)} == {torch.float32}
+    optimized = lora_fx.optimize(plain, narrow=narrow)
+    assert_alike(plain, optimized, LLAMA.arguments(dtype), (60 if narrow else 20) * torch.finfo(dtype).eps)
+    kept = {}
+    for name, gm in (("plain", plain), ("optimized", optimized)):
+        storages: dict[int, torch.Tensor] = {}
+        known = {t.untyped_storage().data_ptr() for t in (*gm.parameters(), *gm.buffers())}
+
+        def keep(t: torch.Tensor, storages: Any = storages, known: Any = known) -> torch.Tensor:
+            if t.untyped_storage().data_ptr() not in known:
+                storages[t.untyped_storage().data_ptr()] = t.detach()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss_of(gm, LLAMA.arguments(dtype))
+        kept[name] = sum(t.untyped_storage().nbytes() for t in storages.values())
+    assert kept["optimized"] < 0.7 * kept["plain"]
+
+
+def test_autocast() -> None:
+    plain = adapted(LLAMA, torch.float32, lora_dropout=0.2)
+    optimized = lora_fx.optimize(plain)
+    arguments = LLAMA.arguments(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_alike(plain, optimized, arguments, 60 * torch.finfo(torch.bfloat16).eps)
+
+
+@torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+def test_gradients_of_gradients() -> None:
+    """Also through the normalizations, whose inverse carries no gradient of its own."""
+    results = []
+    plain = adapted(LLAMA, lora_dropout=0.2)
+    for gm in (plain, lora_fx.optimize(plain, masks=False)):
+        torch.manual_seed(4)
+        parameters = lora_fx.lora_parameters(gm)
+        first = torch.autograd.grad(loss_of(gm, LLAMA.arguments(torch.float64)), parameters, create_graph=True)
+        results.append(torch.autograd.grad(sum((g**2).sum() for g in first), parameters))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+
+
+def test_normalize() -> None:
+    h = torch.randn(3, 5, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda h: normalize(h, inverse_rms(h, 1e-5), 1e-5), h)
+    assert torch.autograd.gradgradcheck(lambda h: normalize(h, inverse_rms(h, 1e-5), 1e-5), h)
+
+
+def test_masks() -> None:
+    q = torch.randn(2, 3, 5, 7)
+    causal = torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5)
+    padded = causal.clone()
+    padded[1, :, :, 0] = False
+    padded[1, :, 0, 0] = True
+    for mask in (torch.ones(2, 1, 5, 5, dtype=torch.bool), causal, padded):
+        wanted = F.scaled_dot_product_attention(q, q, q, mask)
+        assert torch.allclose(attend(look_at(mask), q, q, q), wanted, atol=1e-6)
+    assert (look_at(causal).is_causal, look_at(causal).hides_nothing, look_at(padded).is_causal) == (True, False, False)
+    assert look_at(torch.ones(5, 5, dtype=torch.bool)).hides_nothing
+    assert not look_at(torch.ones(5, 4, dtype=torch.bool).tril()).is_causal
+
+
+def test_padded_rows() -> None:
+    plain = adapted(LLAMA)
+    args, kwargs = LLAMA.arguments(torch.float64)
+    ids = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    gm = lora_fx.trace(LLAMA.model(torch.float64), (), {"input_ids": ids, "attention_mask": mask, "use_cache": False})
+    plain = randomise(injected(LLAMA, gm)).train()
+    optimized = lora_fx.optimize(plain)
+    for each in (mask, torch.ones_like(mask)):
+        arguments = ((), {"input_ids": ids, "attention_mask": each, "use_cache": False})
+        assert_alike(plain, optimized, arguments, bound(LLAMA))
+
+
+@pytest.mark.parametrize("tokens", [3, 4000])
+def test_merged_where_that_is_cheaper(tokens: int) -> None:
+    model = nn.Sequential(nn.Linear(37, 41), nn.Tanh(), nn.Linear(41, 29)).double().eval()
+    gm = lora_fx.trace(model, (torch.randn(tokens, 37, dtype=torch.float64),))
+    plain = lora_fx.inject(gm, {"r": 8, "target_modules": ["0", "2"]}).train()
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(plain):
+            parameter.normal_()
+    optimized = lora_fx.optimize(plain, merge=True)
+    x = torch.randn(tokens, 37, dtype=torch.float64)
+    assert_alike(plain, optimized, ((x,), {}), 1e-9)
+    counts = []
+    for gm in (plain, optimized):
+        with OpCounter() as counter:
+            gm(x).square().sum().backward()
+        counts.append(counter.flops)
+    assert (counts[1] < counts[0]) == (tokens == 4000)
+
+
+def test_trained_bases_get_their_gradients() -> None:
+    plain = adapted(STACK)
+    for gm in (plain,):
+        gm.get_parameter("body.layers.1.up.weight").requires_grad_(True)
+        gm.get_parameter("body.layers.1.q_proj.bias").requires_grad_(True)
+    optimized = lora_fx.optimize(plain)
+    optimized.get_parameter("body.layers.1.up.weight").requires_grad_(True)
+    optimized.get_parameter("body.layers.1.q_proj.bias").requires_grad_(True)
+    assert_alike(plain, optimized, STACK.arguments(torch.float64), 1e-10)
+    assert "body.layers.1.up.weight" in gradients(optimized, STACK.arguments(torch.float64))[1]
+
+
+@pytest.mark.parametrize("tracer", ["symbolic", "export", "strict"])
+def test_other_tracers(tracer: str) -> None:
+    case = BY_NAME["mlp_no_bias"]
+    plain = randomise(injected(case, copy.deepcopy(traced(case, tracer, torch.float64))))
+    optimized = lora_fx.optimize(plain)
+    for mode in (True, False) if tracer == "symbolic" else (False,):
+        assert_alike(plain.train(mode), optimized.train(mode), case.arguments(torch.float64), 1e-12)
+
+
+def test_two_adapters_and_their_choice() -> None:
+    plain = injected(STACK, adapted(STACK), "second", r=5)
+    randomise(plain, "second")
+    optimized = lora_fx.optimize(plain)
+    arguments = STACK.arguments(torch.float64)
+    assert_alike(plain, optimized, arguments, 1e-10)
+    for chosen in ({"default": 0.5}, {"default": 1.5, "second": -1.0}):
+        lora_fx.set_adapters(plain, chosen)
+        lora_fx.set_adapters(optimized, chosen)
+        assert_alike(plain, optimized, arguments, 1e-10)
+        assert "lora_group" in optimized.code
+    with lora_fx.disable_adapters(optimized):
+        base = run(optimized, arguments)
+    assert distance(base, run(traced(STACK, "trace", torch.float64).train(), arguments)) < 1e-12
+    third = injected(STACK, optimized, "third", ["up"])
+    assert "lora_group" in third.train().code
+
+
+def test_nothing_else_is_changed(tmp_path: Path) -> None:
+    """Folded, saved, loaded, converted and copied as the plain graph is."""
+    plain = adapted(STACK, torch.float32)
+    before = {name: bits(t) for name, t in plain.state_dict().items()}
+    optimized = lora_fx.optimize(plain)
+    assert {name: bits(t) for name, t in optimized.state_dict().items()} == before
+    assert [p.data_ptr() for p in plain.parameters()] == [p.data_ptr() for p in optimized.parameters()]
+    for gm, name in ((plain, "plain"), (optimized, "optimized")):
+        lora_fx.save_adapter(gm, tmp_path / name)
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("plain", "optimized")]
+    assert files[0] == files[1]
+    folds = [lora_fx.fold(gm) for gm in (plain, optimized)]
+    assert [f.train(mode).code for f in folds for mode in (True, False)] == [
+        traced(STACK).train(mode).code for _ in folds for mode in (True, False)
+    ]
+    traced(STACK).eval()
+    arguments = STACK.arguments(torch.float32)
+    wanted = run(optimized.train(), arguments)
+    zoo.assert_same_bits(wanted, run(copy.deepcopy(optimized), arguments))
+    assert lora_fx.fold(optimized, inplace=True) is optimized
+    assert "lora_group" not in optimized.train().code
+    zoo.assert_same_bits(wanted, run(lora_fx.unfold(optimized).train(), arguments))
+    assert "lora_group" in optimized.code
+    assert_alike(
+        copy.deepcopy(plain).double(), copy.deepcopy(optimized).double(), STACK.arguments(torch.float64), 1e-10
+    )
+
+
+def test_packed_adapters_stay_parameters() -> None:
+    """What an optimizer, a swap, and a state dict do to them, they do."""
+    plain = adapted(LLAMA, torch.float32)
+    optimized = lora_fx.optimize(copy.deepcopy(plain))
+    arguments = LLAMA.arguments(torch.float32)
+    for gm in (plain, optimized):
+        optimizer = torch.optim.AdamW(lora_fx.lora_parameters(gm), lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(gm, arguments).backward()
+            optimizer.step()
+    for (name, a), b in zip(plain.named_parameters(), optimized.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4), name
+    optimized.load_state_dict(plain.state_dict())
+    assert_alike(plain, optimized, arguments, 1e-4)
+    with torch.no_grad():
+        parameter = lora_fx.lora_parameters(optimized)[0]
+        parameter.data = parameter.detach().clone()  # no longer beside the others
+    assert_alike(plain, optimized, arguments, 1e-4)
+
+
+@pytest.mark.parametrize("case", [LLAMA, STACK], ids=str)
+def test_compiled_in_one_graph(case: zoo.Case) -> None:
+    plain = adapted(case, torch.float32)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lora_fx.optimize(plain), fullgraph=True, backend=counter)
+    for seed in range(3):
+        arguments = case.arguments(torch.float32, seed)
+        loss, wanted = gradients(plain, arguments)
+        again, found = gradients(compiled, arguments)
+        assert abs(float(loss - again)) < 1e-4
+        assert all(torch.allclose(g, found[f"_orig_mod.{n}"], rtol=1e-3, atol=1e-4) for n, g in wanted.items())
+    assert counter.frame_count == 1
+
+
+def test_what_is_refused() -> None:
+    plain = adapted(STACK)
+    with pytest.raises(ConfigError, match=r"dropout='some' is unknown; choose 'exact', 'cut' or 'shared'"):
+        lora_fx.optimize(plain, dropout="some")
+    with pytest.raises(ConfigError, match="share=1 must be True or False"):
+        lora_fx.optimize(plain, share=1)
+    with pytest.raises(GraphError, match=r"has no adapter.*inject\(gm, config\)"):
+        lora_fx.optimize(traced(STACK))
+    with pytest.raises(GraphError, match="unfold"):
+        lora_fx.optimize(lora_fx.fold(copy.deepcopy(plain), inplace=True))
+    with pytest.raises(GraphError, match="not an fx graph|graph module|trace"):
+        lora_fx.optimize(STACK.model())
+
+
+class Shared(nn.Module):
+    """What the rewrites must not take: written into, read elsewhere, of other dtypes, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(7, 7) for _ in range(3))
+        self.scale = nn.Parameter(torch.rand(7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x * self.scale
+        e = torch.exp(h) * 0.5  # keeps its own result, so that h may be written into
+        h.mul_(1.5)
+        q = self.q(e)
+        k = self.k(h + 1) + self.k(e + 1)
+        n = k * torch.rsqrt(k.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.v(n) + n + q
+
+
+def test_values_that_are_written_into_or_read_elsewhere() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, dtype=torch.float64)
+    gm = lora_fx.trace(Shared().double(), (x,))
+    plain = lora_fx.inject(gm, {"r": 3, "target_modules": ["q", "k", "v"]}).train()
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(plain):
+            parameter.normal_()
+    assert_alike(plain, lora_fx.optimize(plain), ((x,), {}), 1e-11)
+
+
+def test_inputs_that_need_gradients() -> None:
+    plain = adapted(STACK)
+    results = []
+    for gm in (plain, lora_fx.optimize(plain)):
+        x = STACK.arguments(torch.float64)[0][0].requires_grad_()
+        results.append(torch.autograd.grad(gm(x).square().sum(), x)[0])
+    assert torch.allclose(*results, rtol=1e-10)
+
+
+def test_in_eval_and_without_gradients() -> None:
+    plain = adapted(LLAMA)
+    optimized = lora_fx.optimize(plain)
+    arguments = LLAMA.arguments(torch.float64)
+    with torch.no_grad():
+        assert distance(run(plain, arguments), run(optimized, arguments)) < 1e-12
+    assert fx.GraphModule in type(optimized).__mro__
