@@ -400,6 +400,9 @@ def write_groups(
         end.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
     for node in sorted(inside, reverse=True):
         graph.erase_node(node)
+    for node in graph.find_nodes(op="get_attr"):
+        if not node.users:  # to read it takes longer than anything else in Python here
+            graph.erase_node(node)
 
 
 def write_normalizations(graph: fx.Graph, found: Sequence[NormalizationNodes]) -> None:

@@ -155,7 +155,7 @@ class _Counting(torch.utils._python_dispatch.TorchDispatchMode):
         self.note = note
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.native_dropout, torch.ops.aten.random_):
+        if func.overloadpacket in (torch.ops.aten.bernoulli_, torch.ops.aten.random_):
             self.note(args[0].shape)
         return func(*args, **(kwargs or {}))
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class Group:
     computes_narrow: bool = True
     dropout: str = "exact"
     may_merge: bool = False
+    calls: dict[Any, _Call] = field(default_factory=dict, compare=False, repr=False)  # those that were made so far
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,10 @@ def call_group(group: Group, tensors: Sequence[Any], dropouts: Sequence[nn.Dropo
         return _plain(group, _Operands.of(group, tensors), [_Dropping(p) for p in rates])
     device = next(t.device.type for t in tensors if isinstance(t, torch.Tensor))
     narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    call = _Call(group, rates, narrow, device)
+    key = rates, narrow, device
+    call = group.calls.get(key)
+    if call is None:
+        call = group.calls[key] = _Call(group, *key)
     if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors):
         results: tuple[torch.Tensor, ...] = _Group.apply(call, *tensors)  # type: ignore[no-untyped-call]
         return results
@@ -144,7 +149,17 @@ class _Dropping:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.mask is None:
             return F.dropout(x, self.p, training=True) if self.p else x
-        return x * ((self.mask.reshape(x.shape) if self.mask.dim() else self.mask).to(x.dtype) * _scale(self.p))
+        return x * (self.mask.reshape(x.shape).to(x.dtype) * _scale(self.p))
+
+
+def _drawn_as_dropout_does(x: torch.Tensor, p: float) -> torch.Tensor:
+    """The mask that nn.Dropout would draw: with p = 1 it draws none, on a CPU it is `bernoulli_`'s, else a kernel's."""
+    if p == 1:
+        return torch.zeros_like(x, dtype=torch.bool)
+    if x.device.type == "cpu":
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+    mask: torch.Tensor = torch.ops.aten.native_dropout(x, p, True)[1]
+    return mask
 
 
 def _scale(p: float) -> float:
@@ -176,6 +191,7 @@ class _Call:
     rates: tuple[float, ...]
     narrow: torch.dtype | None
     device: str
+    _needed: dict[tuple[bool, ...], _Operands] = field(default_factory=dict, compare=False)
 
     def produce(self, inputs: Sequence[Any]) -> torch.Tensor:
         """x, as the model makes it: under autocast, if it is on."""
@@ -190,6 +206,7 @@ class _Call:
             return nullcontext()
         return torch.autocast(self.device, dtype=self.narrow, enabled=enabled)
 
+    @cached_property
     def lanes(self) -> list[_Lane]:
         """Which terms share a product with A."""
         rates = iter(self.rates)
@@ -228,12 +245,12 @@ class _Call:
         ]
         hidden, masks = [], self._draw(flat)
         drawn = iter(masks)
-        for lane in self.lanes():
+        for lane in self.lanes:
             terms = [(n, t) for n, t in lane.terms if merged[n] is None]
-            own = _dropped(flat, next(drawn), lane.p) if lane.p else flat
+            own = _dropped(flat, next(drawn)) if lane.p else flat
             if not terms:
                 continue
-            stacked, scalings = self._stack(operands, terms)
+            stacked, scalings = self._stack(operands, terms, lane.p)
             h = own.to(stacked.dtype) @ stacked.t()
             hidden.append(h)
             start = 0
@@ -270,15 +287,9 @@ class _Call:
 
     def _draw(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """A mask for each lane that drops out: True where x stays."""
-        lanes = [lane for lane in self.lanes() if lane.p]
+        lanes = [lane for lane in self.lanes if lane.p]
         if self.group.dropout == "exact" or not lanes:
-            # In the dtype that nn.Dropout would see, whose masks these are.
-            return [
-                torch.ops.aten.native_dropout(flat, lane.p, True)[1]
-                if lane.p < 1
-                else flat.new_zeros((), dtype=torch.bool)
-                for lane in lanes
-            ]
+            return [_drawn_as_dropout_does(flat, lane.p) for lane in lanes]
         count = flat.numel()
         draw = torch.empty(-(-len(lanes) * count // 4), dtype=torch.int64, device=flat.device).random_(-(2**63), None)
         pieces = draw.view(torch.int16)[: len(lanes) * count].view(len(lanes), *flat.shape)
@@ -287,8 +298,7 @@ class _Call:
     def _narrowed(self, operands: _Operands, x: torch.Tensor) -> _Operands:
         """The operands with A and B in the dtype to compute in; packed ones (see `optimize`) are cast in one go."""
         wanted = x.dtype if self.group.computes_narrow or self.narrow is not None else None
-        flat = [t for factors in operands.factors for pair in factors for t in pair]
-        if wanted is None or all(t.dtype == wanted for t in flat):
+        if wanted is None or all(t.dtype == wanted for pairs in operands.factors for pair in pairs for t in pair):
             return operands
         piece = _joined(_packing_order(operands.factors))
         if piece is None:
@@ -297,10 +307,12 @@ class _Call:
             factors = _unpacked(piece.to(wanted), operands.factors)
         return replace(operands, factors=factors)
 
-    def _stack(self, operands: _Operands, terms: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, list[float]]:
-        """(A of all terms, one below the other; their scalings)."""
+    def _stack(
+        self, operands: _Operands, terms: Sequence[tuple[int, int]], p: float
+    ) -> tuple[torch.Tensor, list[float]]:
+        """(A of all terms, one below the other; their scalings, with that of what dropout leaves in them)."""
         factors = [operands.factors[number][place][0] for number, place in terms]
-        scalings = [self.group.linears[number].terms[place].scaling for number, place in terms]
+        scalings = [self.group.linears[number].terms[place].scaling * _scale(p) for number, place in terms]
         if len(factors) == 1:
             return factors[0], scalings
         piece = _joined(factors)
@@ -312,6 +324,8 @@ class _Call:
         6 T r (in + out) is what a term takes beside the weight, forward and backward; 4 T r (in + out) + 4 r in out on
         it, since W + s · B A is built twice rather than kept.
         """
+        if not self.group.may_merge:
+            return [None] * len(self.group.linears)
         found: list[torch.Tensor | None] = []
         for linear, base, factors in zip(self.group.linears, operands.bases, operands.factors, strict=True):
             if linear.base == "given" or not self.group.may_merge or not self._can_merge(flat, linear):
@@ -338,11 +352,13 @@ class _Call:
         hidden: list[torch.Tensor],
         masks: list[torch.Tensor],
         grads: Sequence[torch.Tensor | None],
-        needs: Sequence[bool],
+        needs: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
         """Gradients of all operands that need one, in the order of the call's tensors."""
         group = self.group
-        needed = _Operands.of(group, needs)
+        needed = self._needed.get(needs)
+        if needed is None:
+            needed = self._needed[needs] = _Operands.of(group, needs)
         needs_inputs = any(needed.inputs)
         inputs = operands.inputs
         with torch.enable_grad() if needs_inputs and group.produce else nullcontext():
@@ -392,16 +408,16 @@ class _Call:
                 weight = (own if self.group.linears[number].base == "linear" else own.t()) if weight is None else weight
                 dx = g @ weight.to(g.dtype) if dx is None else dx.addmm_(g, weight.to(g.dtype))
         kept, drawn = iter(hidden), iter(masks)
-        for lane in self.lanes():
+        for lane in self.lanes:
             mask = next(drawn) if lane.p else None
-            own = flat if mask is None else _dropped(flat, mask, lane.p)
+            own = flat if mask is None else _dropped(flat, mask)
             for terms, is_merged in (
                 ([t for t in lane.terms if merged[t[0]] is None], False),
                 ([t for t in lane.terms if merged[t[0]] is not None], True),
             ):
                 if not terms:
                     continue
-                stacked, scalings = self._stack(operands, terms)
+                stacked, scalings = self._stack(operands, terms, lane.p)
                 own = own.to(stacked.dtype)
                 h = own @ stacked.t() if is_merged else next(kept)
                 dh, found = self._of_terms(rows, operands, terms, h, scalings, needed, sink)
@@ -417,7 +433,7 @@ class _Call:
                         found[place] = (piece if needed.factors[place[0]][place[1]][0] else None, db)
                 of_factors |= found
                 if needs_x and not is_merged:
-                    dx = self._with_lane(dx, dh, stacked, scaling, mask, lane.p, flat.dtype)
+                    dx = self._with_lane(dx, dh, stacked, scaling, mask, flat.dtype)
         of_factors = sink.widened(of_factors, given)
         result: list[torch.Tensor | None] = []
         for number, (linear, g) in enumerate(zip(self.group.linears, rows, strict=True)):
@@ -469,13 +485,12 @@ class _Call:
         stacked: torch.Tensor,
         scaling: float,
         mask: torch.Tensor | None,
-        p: float,
         dtype: torch.dtype,
     ) -> torch.Tensor:
         if mask is None and dx is not None and dx.dtype == dh.dtype:
             return dx.addmm_(dh, stacked, alpha=scaling)
         through = torch.addmm(stacked[:1], dh, stacked, beta=0, alpha=scaling)
-        through = (through if mask is None else _dropped(through, mask, p)).to(dtype)
+        through = (through if mask is None else _dropped(through, mask)).to(dtype)
         return through if dx is None else dx.add_(through)
 
     def _of_base(
@@ -507,27 +522,28 @@ def _packing_order(factors: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The memory of tensors that lie one behind the other, as one vector without a copy; None if they do not."""
-    first = tensors[0]
+    first, last = tensors[0], tensors[-1]
     at = first.data_ptr()
     for tensor in tensors:
-        if tensor.data_ptr() != at or not tensor.is_contiguous() or tensor.dtype != first.dtype:
+        if tensor.data_ptr() != at or tensor.dtype != first.dtype or not tensor.is_contiguous():
             return None
-        at += tensor.numel() * tensor.element_size()
-    start, size = first.storage_offset(), sum(tensor.numel() for tensor in tensors)
+        at += tensor.nbytes
     storage = first.untyped_storage()
-    if (start + size) * first.element_size() > storage.nbytes() or any(
-        tensor.untyped_storage().data_ptr() != storage.data_ptr() for tensor in tensors
-    ):
-        return None
-    return first.detach().as_strided((size,), (1,), start)
+    end = storage.data_ptr() + storage.nbytes()
+    if at > end or last.untyped_storage().data_ptr() != storage.data_ptr():
+        return None  # neighbours by chance
+    start = first.storage_offset()
+    return first.detach().as_strided(((at - first.data_ptr()) // first.element_size(),), (1,), start)
 
 
 def _unpacked(
     flat: torch.Tensor, like: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
 ) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     """Parts of a vector in the packing order, in the shapes of `like`."""
-    order = _packing_order(like)
-    parts = [part.view(t.shape) for part, t in zip(torch.split(flat, [t.numel() for t in order]), order, strict=True)]
+    parts, at = [], 0
+    for t in _packing_order(like):
+        parts.append(flat.as_strided(t.shape, (t.shape[1], 1), at))
+        at += t.numel()
     count = sum(len(pairs) for pairs in like)
     pairs = iter(zip(parts[:count], parts[count:], strict=True))
     return [[next(pairs) for _ in each] for each in like]
@@ -589,10 +605,9 @@ def _cast(
     return (None if a is None else a.to(like[0].dtype)), (None if b is None else b.to(like[1].dtype))
 
 
-def _dropped(x: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
-    """x where the mask is True, scaled up, and 0 elsewhere."""
-    dropped: torch.Tensor = torch.ops.aten.native_dropout_backward(x, mask, _scale(p))
-    return dropped
+def _dropped(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """x where the mask is True, and 0 elsewhere; what is left is scaled up along with the rest (`_Call._stack`)."""
+    return x * mask.view(torch.uint8)  # a product with numbers is faster than one with truth values on a CPU
 
 
 class _Group(torch.autograd.Function):
@@ -637,7 +652,7 @@ def _differentiable(
 ) -> list[torch.Tensor | None]:
     drawn: dict[tuple[int, int], _Dropping] = {}
     at = iter(masks)
-    for lane in call.lanes():
+    for lane in call.lanes:
         mask = next(at) if lane.p else None
         drawn |= dict.fromkeys(lane.terms, _Dropping(lane.p, mask))
     places = [
