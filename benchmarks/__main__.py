@@ -12,7 +12,18 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-SUBJECTS = ("injection", "folding", "training", "adapters", "export", "latency", "deployment", "reliability", "gpu")
+SUBJECTS = (
+    "injection",
+    "folding",
+    "training",
+    "adapters",
+    "export",
+    "latency",
+    "deployment",
+    "reliability",
+    "gpu",
+    "goals",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

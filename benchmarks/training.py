@@ -44,7 +44,7 @@ def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, .
     ]
     tables.append(_dora_table(workloads.llama(layers, hidden, tokens)))
     timed = workloads.llama(2, 256 if quick else 768, 128 if quick else 512)
-    return (*tables, _time_table(timed, rounds))
+    return (*tables, *(_time_table(timed, rounds, lora_dropout=p) for p in (0.0, 0.05)))
 
 
 def lora_step(model: nn.Module, workload: Workload) -> Step:
@@ -129,6 +129,7 @@ def check(peft_model: Any, injected: Any, workload: Workload) -> str:
 def _count_table(workload: Workload, *, lora_dropout: float) -> Table:
     peft_model, gm, injected = workloads.adapted_alike(workload, lora_dropout=lora_dropout)
     said = check(peft_model, injected, workload)  # in eval mode, where dropout does nothing
+    _check_optimized(injected, workload)
     base = workload.make()
     tokens = workload.inputs[1]["input_ids"].numel()
     for model in (base, peft_model, injected):
@@ -136,6 +137,7 @@ def _count_table(workload: Workload, *, lora_dropout: float) -> Table:
     counts = {
         "PEFT": count_step(peft_model, lora_step(peft_model, workload)),
         "lora_fx": count_step(injected, lora_step(injected, workload)),
+        **{name: count_step(gm, lora_step(gm, workload)) for name, gm in _optimized(injected, lora_dropout).items()},
         "floor": count_step(base, floor_step(base, workload)),
     }
     sites = _sites(gm, workload)
@@ -172,6 +174,34 @@ def _count_table(workload: Workload, *, lora_dropout: float) -> Table:
     )
 
 
+def _optimized(injected: Any, lora_dropout: float) -> dict[str, Any]:
+    """Optimised forms of a graph, in train mode, by the call that makes them."""
+    ways: list[dict[str, Any]] = [{}, {"recompute": False}]
+    ways += [{"dropout": "cut"}, {"dropout": "shared"}] if lora_dropout else []
+    return {
+        f"optimize({', '.join(f'{k}={v!r}' for k, v in way.items())})": lora_fx.optimize(injected, **way).train()
+        for way in ways
+    }
+
+
+def _check_optimized(injected: Any, workload: Workload) -> None:
+    """Loss and gradients of the optimised graph are the plain graph's, in train mode, under one seed."""
+    results = []
+    for model in (injected.train(), lora_fx.optimize(injected).train()):
+        torch.manual_seed(0)
+        loss = lora_step(model, workload)()
+        loss.backward()  # type: ignore[no-untyped-call]
+        results.append((loss.detach(), {name: p.grad for name, p in adapters_of(model).items()}))
+        model.zero_grad(set_to_none=True)
+    eps = 4096.0 if next(injected.parameters()).dtype == torch.float32 else 1e6
+    assert_same("the optimised loss", results[1][0], results[0][0], eps=eps)
+    for name, gradient in results[0][1].items():
+        found = results[1][1][name]
+        assert gradient is not None
+        assert found is not None
+        assert_same(f"the optimised gradient of {name}", found, gradient, eps=eps)
+
+
 def _dora_table(workload: Workload) -> Table:
     """DoRA: PEFT builds W + s · B @ A to take its norms; here they come from products of rank r."""
     peft_model, _, injected = workloads.adapted_alike(workload, use_dora=True)
@@ -192,8 +222,8 @@ def _dora_table(workload: Workload) -> Table:
     )
 
 
-def _time_table(workload: Workload, rounds: int) -> Table:
-    peft_model, _, injected = workloads.adapted_alike(workload)
+def _time_table(workload: Workload, rounds: int, *, lora_dropout: float) -> Table:
+    peft_model, _, injected = workloads.adapted_alike(workload, lora_dropout=lora_dropout)
     said = check(peft_model, injected, workload)
     base = workload.make()
     for model in (base, peft_model, injected):
@@ -202,17 +232,26 @@ def _time_table(workload: Workload, rounds: int) -> Table:
         "PEFT": lora_step(peft_model, workload),
         "PEFT again (control)": lora_step(peft_model, workload),
         "lora_fx": lora_step(injected, workload),
+        **{name: lora_step(gm, workload) for name, gm in _optimized(injected, lora_dropout).items()},
         "floor": floor_step(base, workload),
     }
     times = interleave({name: _backward(step) for name, step in steps.items()}, rounds)
+    floor = times.ratio("floor", "PEFT")
     rows = [
-        (name, 1e3 * times.median(name), times.ratio(name, "PEFT"), f"{times.spread(name):.0%}")
+        (
+            name,
+            1e3 * times.median(name),
+            times.ratio(name, "PEFT"),
+            (times.ratio(name, "PEFT") - floor) / (1 - floor),
+            f"{times.spread(name):.0%}",
+        )
         for name in times.seconds
     ]
     tokens = workload.inputs[1]["input_ids"].numel()
     return Table(
-        f"one training step, timed: {workload.name}, float32, {tokens} tokens ({rounds} rounds)",
-        ("model", "ms", "/ PEFT", "spread"),
+        f"one training step, timed: {workload.name}, float32, {tokens} tokens, lora_dropout {lora_dropout} "
+        f"({rounds} rounds)",
+        ("model", "ms", "/ PEFT", "cost above the floor / PEFT's", "spread"),
         tuple(rows),
         (f"checked first: {said}", "forward and backward; no optimizer step"),
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from . import optimization
 from .adapter_files import KEY_OF_BIAS, KEY_OF_MAGNITUDE, KEY_OF_ROWS, KEYS, KEYS_OF_LOOKUPS
 from .applications import Application, read_applications
 from .attributes import get_attribute, get_parameter, set_attribute
@@ -165,6 +166,7 @@ def inject(
     adapter_dtype: torch.dtype | None = None,
     calibration: Calibration | None = None,
     check: object = False,
+    optimize: bool = False,
 ) -> LoraGraphModule:
     """A new graph module with LoRA beside every target; `gm` and the model it came from are untouched.
 
@@ -179,6 +181,7 @@ def inject(
         calibration: from `lora_fx.calibrate`, for init_lora_weights="eva", "corda" and "lora_ga".
         check: see that the adapter has an effect, on the inputs that `trace` remembers (True), or on others; see
             `check_effect`.
+        optimize: `lora_fx.optimize` the result, with all that it does by itself.
 
     Raises:
         ConfigError, TargetError, GraphError: as `make_plan`, and as `check_effect`.
@@ -193,6 +196,7 @@ def inject(
         plan = make_plan(gm, config_or_plan)
     _check_calibration(plan.config, calibration)
     result = inject_new(gm, NewAdapter(adapter_name, plan, adapter_dtype, calibration))
+    result = optimization.optimize(result) if optimize else result
     if check is not False:
         check_effect(result, None if check is True else check, adapter_name=adapter_name)
     return result

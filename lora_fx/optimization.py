@@ -79,6 +79,7 @@ class Rewrites:
             computes_narrow=self.narrow,
             dropout=self.dropout,
             may_merge=self.merge,
+            tensor_input=next((i for i, n in enumerate(group.inputs) if _is_tensor(n)), 0),
         )
 
 
@@ -148,6 +149,10 @@ def _pack(gms: Sequence[fx.GraphModule], group: GroupNodes) -> None:
         for gm in gms:  # they share tensors, and go on to
             parameter = get_parameter(gm, name)
             parameter.data = part.view(parameter.shape)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return node.op == "get_attr" or isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _call_of(group: Group) -> Callable[..., Any]:

@@ -12,7 +12,19 @@ from torch import nn
 
 import lora_fx
 from benchmarks import __main__ as command
-from benchmarks import adapters, deployment, export, folding, gpu, injection, latency, reliability, training, workloads
+from benchmarks import (
+    adapters,
+    deployment,
+    export,
+    folding,
+    goals,
+    gpu,
+    injection,
+    latency,
+    reliability,
+    training,
+    workloads,
+)
 from benchmarks.checks import CheckFailed, assert_effect, assert_same, copy_adapter, require
 from benchmarks.counters import OpCounter, memory_of, node_visits, python_calls, saved_bytes
 from benchmarks.report import Table, as_json, machine
@@ -239,7 +251,7 @@ def test_command_runs_a_subject_and_reports_failed_checks(
 
 
 def test_subjects_are_the_files() -> None:
-    modules = (injection, folding, training, adapters, export, latency, deployment, reliability, gpu)
+    modules = (injection, folding, training, adapters, export, latency, deployment, reliability, gpu, goals)
     assert tuple(module.__name__.rpartition(".")[2] for module in modules) == command.SUBJECTS
     assert all(callable(module.measure) for module in modules)
 

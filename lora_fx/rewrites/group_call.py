@@ -74,6 +74,7 @@ class Group:
     computes_narrow: bool = True
     dropout: str = "exact"
     may_merge: bool = False
+    tensor_input: int = 0  # the number of an input that is a tensor
     calls: dict[Any, _Call] = field(default_factory=dict, compare=False, repr=False)  # those that were made so far
 
 
@@ -96,15 +97,20 @@ class _Operands:
 
     @classmethod
     def of(cls, group: Group, tensors: Sequence[Any]) -> _Operands:
-        found = cls(list(tensors[: group.inputs]), [], [], [])
+        # Loops rather than comprehensions here and below: each call of Python's takes as long as a small kernel.
+        bases, biases, factors = [], [], []
         at = group.inputs
         for linear in group.linears:
-            found.bases.append(tensors[at])
-            found.biases.append(tensors[at + 1] if linear.has_bias else None)
-            start = at + 1 + linear.has_bias
-            at += linear.operands
-            found.factors.append([(tensors[i], tensors[i + 1]) for i in range(start, at, 2)])
-        return found
+            bases.append(tensors[at])
+            at += 1
+            biases.append(tensors[at] if linear.has_bias else None)
+            at += linear.has_bias
+            pairs = []
+            for _ in linear.terms:
+                pairs.append((tensors[at], tensors[at + 1]))
+                at += 2
+            factors.append(pairs)
+        return cls(list(tensors[: group.inputs]), bases, biases, factors)
 
 
 def call_group(group: Group, tensors: Sequence[Any], dropouts: Sequence[nn.Dropout]) -> tuple[torch.Tensor, ...]:
@@ -115,16 +121,16 @@ def call_group(group: Group, tensors: Sequence[Any], dropouts: Sequence[nn.Dropo
         tensors: inputs; then, for each linear, its W and bias, or its result; and A and B of each term.
         dropouts: one for each term that takes one, in order.
     """
-    rates = tuple(module.p if module.training else 0.0 for module in dropouts)
+    rates = tuple([module.p if module.training else 0.0 for module in dropouts]) if dropouts else ()
     if needs_plain_ops():
         return _plain(group, _Operands.of(group, tensors), [_Dropping(p) for p in rates])
-    device = next(t.device.type for t in tensors if isinstance(t, torch.Tensor))
+    device = tensors[group.inputs if group.linears else group.tensor_input].device.type
     narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     key = rates, narrow, device
     call = group.calls.get(key)
     if call is None:
         call = group.calls[key] = _Call(group, *key)
-    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled():
         results: tuple[torch.Tensor, ...] = _Group.apply(call, *tensors)  # type: ignore[no-untyped-call]
         return results
     return call.forward(_Operands.of(group, tensors))[0]
@@ -198,13 +204,25 @@ class _Call:
         if self.group.produce is None:
             x: torch.Tensor = inputs[0]
             return x
-        with self._autocast(self.narrow is not None):
+        if self.narrow is None:
+            return self.group.produce(*inputs)
+        with self._autocast(enabled=True):
             return self.group.produce(*inputs)
 
     def _autocast(self, enabled: bool) -> Any:
         if self.narrow is None:
             return nullcontext()
         return torch.autocast(self.device, dtype=self.narrow, enabled=enabled)
+
+    @cached_property
+    def given(self) -> dict[int, int]:
+        """{place among the call's tensors: number of the linear} of those results that are given."""
+        found, at = {}, self.group.inputs
+        for number, linear in enumerate(self.group.linears):
+            if linear.base == "given":
+                found[at] = number
+            at += linear.operands
+        return found
 
     @cached_property
     def lanes(self) -> list[_Lane]:
@@ -230,6 +248,8 @@ class _Call:
     def forward(self, operands: _Operands) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor], list[torch.Tensor]]:
         """(results, h of each lane, the masks of those that have one)."""
         x = self.produce(operands.inputs)
+        if self.narrow is None:
+            return self._forward(x, operands)
         with self._autocast(enabled=False):
             return self._forward(x, operands)
 
@@ -239,10 +259,9 @@ class _Call:
         flat = self._flat(x)
         operands = self._narrowed(operands, flat)
         merged = self._merged(flat, operands)
-        results = [
-            self._base(number, flat, operands, weight)
-            for number, weight in zip(range(len(self.group.linears)), merged, strict=True)
-        ]
+        results = []
+        for number, weight in enumerate(merged):
+            results.append(self._base(number, flat, operands, weight))
         hidden, masks = [], self._draw(flat)
         drawn = iter(masks)
         for lane in self.lanes:
@@ -273,7 +292,9 @@ class _Call:
         if linear.base == "given":
             return base.reshape(-1, base.shape[-1])
         weight = (base if linear.base == "linear" else base.t()) if merged is None else merged
-        return F.linear(flat, weight.to(flat.dtype), None if bias is None else bias.to(flat.dtype))
+        if self.narrow is not None:
+            weight, bias = weight.to(flat.dtype), None if bias is None else bias.to(flat.dtype)
+        return F.linear(flat, weight, bias)
 
     def _added(
         self, number: int, result: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scaling: float
@@ -287,8 +308,10 @@ class _Call:
 
     def _draw(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """A mask for each lane that drops out: True where x stays."""
+        if not any(self.rates):
+            return []
         lanes = [lane for lane in self.lanes if lane.p]
-        if self.group.dropout == "exact" or not lanes:
+        if self.group.dropout == "exact":
             return [_drawn_as_dropout_does(flat, lane.p) for lane in lanes]
         count = flat.numel()
         draw = torch.empty(-(-len(lanes) * count // 4), dtype=torch.int64, device=flat.device).random_(-(2**63), None)
@@ -298,7 +321,16 @@ class _Call:
     def _narrowed(self, operands: _Operands, x: torch.Tensor) -> _Operands:
         """The operands with A and B in the dtype to compute in; packed ones (see `optimize`) are cast in one go."""
         wanted = x.dtype if self.group.computes_narrow or self.narrow is not None else None
-        if wanted is None or all(t.dtype == wanted for pairs in operands.factors for pair in pairs for t in pair):
+        if wanted is None:
+            return operands
+        for pairs in operands.factors:
+            for a, b in pairs:
+                if a.dtype != wanted or b.dtype != wanted:
+                    break
+            else:
+                continue
+            break
+        else:
             return operands
         piece = _joined(_packing_order(operands.factors))
         if piece is None:
@@ -618,9 +650,13 @@ class _Group(torch.autograd.Function):
         results, hidden, masks = call.forward(_Operands.of(call.group, tensors))
         ctx.set_materialize_grads(False)
         ctx.call, ctx.counts = call, (len(tensors), len(hidden))
-        ctx.plain = [None if isinstance(t, torch.Tensor) else t for t in tensors]
-        given = _places_of_given(call.group)  # they are only added to, so backward needs none of their values
-        kept = (t if isinstance(t, torch.Tensor) and i not in given else None for i, t in enumerate(tensors))
+        ctx.numbers = {i: t for i, t in enumerate(tensors[: call.group.inputs]) if not isinstance(t, torch.Tensor)}
+        kept = list(tensors)
+        for place in call.given:  # they are only added to, so backward needs none of their values
+            kept[place] = None
+        for place in range(call.group.inputs):
+            if not isinstance(kept[place], torch.Tensor):
+                kept[place] = None
         ctx.save_for_backward(*kept, *hidden, *masks)
         return results
 
@@ -629,22 +665,14 @@ class _Group(torch.autograd.Function):
         call: _Call = ctx.call
         count, lanes = ctx.counts
         saved = ctx.saved_tensors
-        tensors = [plain if t is None else t for t, plain in zip(saved[:count], ctx.plain, strict=True)]
+        tensors = list(saved[:count])
+        for place, number in ctx.numbers.items():
+            tensors[place] = number
         hidden, masks = list(saved[count : count + lanes]), list(saved[count + lanes :])
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # the gradient will be differentiated itself
             return None, *_differentiable(call, tensors, masks, grads, needs)
         return None, *call.backward(_Operands.of(call.group, tensors), hidden, masks, grads, needs)
-
-
-def _places_of_given(group: Group) -> dict[int, int]:
-    """{place among the call's tensors: number of the linear} of those results that are given."""
-    found, at = {}, group.inputs
-    for number, linear in enumerate(group.linears):
-        if linear.base == "given":
-            found[at] = number
-        at += linear.operands
-    return found
 
 
 def _differentiable(
@@ -661,7 +689,7 @@ def _differentiable(
         for place, term in enumerate(linear.terms)
         if term.takes_dropout
     ]
-    given = {place: grads[number] for place, number in _places_of_given(call.group).items()}
+    given = {place: grads[number] for place, number in call.given.items()}
     tensors = [0.0 if i in given else t for i, t in enumerate(tensors)]
     with call._autocast(enabled=True):
         results = _plain(call.group, _Operands.of(call.group, tensors), [drawn[place] for place in places])
