@@ -390,6 +390,27 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         "must be",
         "torch.float32",
     ),
+    "optimize's dropout": (
+        ConfigError,
+        lambda p: lora_fx.optimize(adapted(), dropout="some"),
+        "dropout='some'",
+        "is unknown",
+        "choose 'exact'",
+    ),
+    "optimize's switches": (
+        ConfigError,
+        lambda p: lora_fx.optimize(adapted(), fuse=1),
+        "fuse=1",
+        "must be",
+        "True or False",
+    ),
+    "nothing to optimise": (
+        GraphError,
+        lambda p: lora_fx.optimize(lora_fx.fold(adapted())),
+        "no adapter",
+        "the graph",
+        "inject(gm, config)",
+    ),
 }
 
 

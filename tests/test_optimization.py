@@ -81,6 +81,8 @@ def test_values_and_gradients_are_those_of_the_plain_graph(case: zoo.Case, devic
     plain = adapted(case, dtype, device)
     optimized = lora_fx.optimize(plain)
     arguments = to(case.arguments(dtype), device)
+    if device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
     tolerance = bound(case, dtype)
     if distance(run(plain, arguments), run(plain, arguments)) == 0:
         assert distance(run(plain, arguments), run(optimized, arguments)) <= tolerance
@@ -360,6 +362,50 @@ def test_compiled_in_one_graph(case: zoo.Case) -> None:
         assert abs(float(loss - again)) < 1e-4
         assert all(torch.allclose(g, found[f"_orig_mod.{n}"], rtol=1e-3, atol=1e-4) for n, g in wanted.items())
     assert counter.frame_count == 1
+
+
+def test_checkpointed_as_a_whole() -> None:
+    """Masks are drawn again from the same state, and are the same."""
+    plain = adapted(STACK, lora_dropout=0.4)
+    optimized = lora_fx.optimize(plain)
+    (x,), _ = STACK.arguments(torch.float64)
+    results = []
+    for run_it in (optimized, lambda x: torch.utils.checkpoint.checkpoint(optimized, x, use_reentrant=False)):
+        optimized.zero_grad()
+        torch.manual_seed(2)
+        run_it(x.clone().requires_grad_()).square().sum().backward()
+        results.append([p.grad.clone() for p in lora_fx.lora_parameters(optimized)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_functional_gradients() -> None:
+    plain = adapted(STACK)
+    optimized = lora_fx.optimize(plain)
+    (x,), _ = STACK.arguments(torch.float64)
+    names = [name for name, p in optimized.named_parameters() if p.requires_grad]
+    values = {name: optimized.get_parameter(name).detach() for name in names}
+
+    def loss(values: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(optimized, values, (x,)).square().sum()
+
+    both = torch.stack([x, 2 * x])
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, both)
+    for place, each in enumerate(both):
+        wanted = torch.autograd.grad(optimized(each).square().sum(), [optimized.get_parameter(name) for name in names])
+        for name, gradient in zip(names, wanted, strict=True):
+            assert torch.allclose(found[name][place], gradient, rtol=1e-9)
+
+
+def test_frozen_halves() -> None:
+    """LoRA-FA (arXiv 2308.03303): A stays."""
+    plain = adapted(LLAMA)
+    optimized = lora_fx.optimize(plain)
+    for gm in (plain, optimized):
+        for name, parameter in gm.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
+    assert_alike(plain, optimized, LLAMA.arguments(torch.float64), bound(LLAMA))
+    assert not any("lora_A" in name for name in gradients(optimized, LLAMA.arguments(torch.float64))[1])
 
 
 def test_what_is_refused() -> None:

@@ -245,7 +245,9 @@ def test_moving_to_meta_and_back_to_the_cpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in zoo.SMALL if "trace" in case.tracers])
-def test_the_laws_on_a_gpu(case: zoo.Case) -> None:
+def test_the_laws_on_a_gpu(case: zoo.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # on by default for convolutions
+
     def moved(value):
         return torch.utils._pytree.tree_map(lambda t: t.cuda() if isinstance(t, torch.Tensor) else t, value)
 

@@ -479,7 +479,7 @@ class Lookups(nn.Module):
         self.out = nn.Linear(7, 5)
 
     def forward(self, ids):
-        x = self.words(ids) * 2.5 + self.places(torch.arange(ids.shape[1])) + self.words(ids.flip(1))
+        x = self.words(ids) * 2.5 + self.places(torch.arange(ids.shape[1], device=ids.device)) + self.words(ids.flip(1))
         return self.out(torch.tanh(x))
 
 

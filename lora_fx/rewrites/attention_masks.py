@@ -60,6 +60,8 @@ def look_at(mask: torch.Tensor) -> Verdict:
     """One look for all layers; on a GPU the host waits for it."""
     if needs_plain_ops() or mask.is_meta or mask.dim() < 2:
         return Verdict(mask)
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return Verdict(mask)  # a replay would keep this call's verdict, and capturing forbids to wait for it
     queries, keys = mask.shape[-2:]
     verdicts = [mask.all()]
     if queries == keys:
