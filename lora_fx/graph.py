@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .layouts import Part, without_start
 from .ops.use import dialect_of, operands_of
 from .paths import BatchedPath, LowRankPath, Role, RowsPath
 from .rewrites.attention_masks import MaskNodes, attend, look_at
+from .rewrites.checkpointing import BlockNodes
 from .rewrites.groups import GroupNodes, is_assertion
 from .rewrites.normalization import NormalizationNodes, inverse_rms, normalize
 
@@ -391,6 +393,7 @@ def write_groups(
             terms = [term for linear in group.linears for term in linear.terms]
             args += [graph.get_attr(term.dropout) for term in terms if term.dropout is not None]
             call = graph.call_function(target_of(group, gives_x), tuple(args))
+            call.meta["nn_module_stack"] = group.x.meta.get("nn_module_stack", {})
             ends = [linear.total for linear in group.linears] + ([group.x] if gives_x else [])
             for place, end in enumerate(ends):
                 result = graph.call_function(operator.getitem, (call, place))
@@ -416,6 +419,31 @@ def write_normalizations(graph: fx.Graph, found: Sequence[NormalizationNodes]) -
         _replace(graph, each.result, result)
         for node in each.inside:
             _replace(graph, node, inverse)
+
+
+def write_blocks(
+    graph: fx.Graph, blocks: Sequence[BlockNodes], target_of: Callable[[BlockNodes], Callable[..., Any]]
+) -> None:
+    """One call in place of each layer, of what it reads; it gives a tuple of what is read behind it."""
+    for block in blocks:
+        with graph.inserting_before(block.nodes[-1].next):
+            # An earlier block may have given what this one reads.
+            inputs = list(dict.fromkeys(n for node in block.nodes for n in operands_of(node) if n not in block.nodes))
+            target = target_of(replace(block, inputs=tuple(inputs)))
+            call = graph.call_function(target, tuple(_here(node) for node in inputs))
+            results = [graph.call_function(operator.getitem, (call, place)) for place in range(len(block.outputs))]
+        for end, result in zip(block.outputs, results, strict=True):
+            result.meta["val"] = end.meta.get("val")
+            end.replace_all_uses_with(result, delete_user_cb=_is_outside(block.nodes))
+        for node in reversed(block.nodes):
+            graph.erase_node(node)
+    for node in graph.find_nodes(op="get_attr"):
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _is_outside(nodes: Collection[fx.Node]) -> Callable[[fx.Node], bool]:
+    return lambda node: node not in nodes
 
 
 def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
@@ -451,7 +479,7 @@ def _place_of(group: GroupNodes) -> fx.Node:
     if any(not linear.is_movable for linear in group.linears):  # then it is the only one
         return group.linears[0].total
     before = group.x.next
-    while before.op == "placeholder":
+    while before.op == "placeholder" or before.target == "_guards_fn":
         before = before.next
     return before
 
@@ -649,6 +677,7 @@ __all__ = [
     "insert_rows",
     "rebind_weight",
     "rename_reads",
+    "write_blocks",
     "write_groups",
     "write_masks",
     "write_normalizations",

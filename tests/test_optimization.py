@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,33 @@ def test_compiled_in_one_graph(case: zoo.Case) -> None:
         assert abs(float(loss - again)) < 1e-4
         assert all(torch.allclose(g, found[f"_orig_mod.{n}"], rtol=1e-3, atol=1e-4) for n, g in wanted.items())
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("case", [LLAMA, GPT2, BERT, BY_NAME["vit"], STACK, BY_NAME["mixtral"]], ids=str)
+def test_checkpointed_layers(case: zoo.Case, p: float) -> None:
+    plain = adapted(case, lora_dropout=p)
+    optimized = lora_fx.optimize(plain, checkpoint=True)
+    assert_alike(plain, optimized, case.arguments(torch.float64), bound(case))
+    layers = {"vit": 1, "mixtral": 0}.get(case.name, 2)  # mixtral's write into what they route with
+    assert len(set(re.findall(r"checkpointing_layer\w*", optimized.code))) == layers
+    assert_alike(
+        plain, lora_fx.optimize(plain, checkpoint=True, fuse=False), case.arguments(torch.float64), bound(case)
+    )
+
+
+def test_layers_below_the_first_adapter_are_run_once() -> None:
+    targets = [site for site in LLAMA.sites if ".layers.1." in site]
+    counts = {}
+    for checkpointed in (False, True):
+        gm = randomise(injected(LLAMA, copy.deepcopy(traced(LLAMA, "trace", torch.float64)), targets=targets)).train()
+        with OpCounter() as counter:
+            gradients(lora_fx.optimize(gm, checkpoint=checkpointed), LLAMA.arguments(torch.float64))
+        counts[checkpointed] = counter.flops
+    gm = adapted(LLAMA)
+    with OpCounter() as counter:
+        run(gm.train(), LLAMA.arguments(torch.float64))
+    assert counts[False] < counts[True] < counts[False] + 0.6 * counter.flops  # one of two layers, and no head
 
 
 def test_checkpointed_as_a_whole() -> None:
