@@ -37,7 +37,8 @@ class BlockNodes:
 
 def find(graph: fx.Graph) -> list[BlockNodes]:
     """Every layer of the before-condition."""
-    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    ends = ("placeholder", "get_attr", "output")
+    nodes = [node for node in graph.nodes if node.op not in ends and node.target != "_guards_fn"]
     spans: dict[str, tuple[int, int]] = {}
     for place, node in enumerate(nodes):
         name = _layer_of(node)
