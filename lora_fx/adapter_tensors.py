@@ -104,15 +104,15 @@ def normalised(key: TensorKey) -> str:
     return f"{key.path}.{key.end}".lstrip(".")
 
 
-def stacked_tensors(gm: fx.GraphModule, adapter: Adapter) -> Stacked:
-    """The tensors as PEFT has them, contiguous, on the CPU, none sharing storage with another."""
+def stacked_tensors(gm: fx.GraphModule, adapter: Adapter, *, shares: bool = False) -> Stacked:
+    """The tensors as PEFT has them, contiguous, on the CPU; unless it `shares`, none has another's memory."""
     doubled = doubled_keys(adapter.plan)
     named = dict(named_tensors(gm, adapter)) | _without_starts(gm, adapter) | _dense_kernels(gm, adapter)
     named |= _turned_copies(gm, adapter, named)
-    tensors = {
-        name: target.detach().cpu().contiguous().clone() * (0.5 if name in doubled else 1)
-        for name, target in named.items()
-    }
+    tensors = {name: target.detach().cpu().contiguous() for name, target in named.items()}
+    tensors |= {name: tensors[name] * 0.5 for name in tensors.keys() & doubled}
+    if not shares:
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     norms: dict[str, torch.Tensor] = {}
     for site in adapter.sites.values() if adapter.config.use_dora else ():
         if not isinstance(site.layout, Part):

@@ -90,4 +90,6 @@ def _weights(gm: fx.GraphModule, plan: Plan) -> Iterator[tuple[str, torch.Tensor
 def _spread(weight: torch.Tensor, count: int) -> torch.Tensor:
     """Up to `count` values, from the first to the last, in the order of the shape, on the CPU."""
     places = torch.from_numpy(places_of(weight.numel(), count))
+    if weight.is_contiguous():
+        return weight.view(-1)[places.to(weight.device)].cpu()
     return weight[torch.unravel_index(places.to(weight.device), weight.shape)].cpu().contiguous()

@@ -28,8 +28,8 @@ def stamp_of(gm: fx.GraphModule, adapter: Adapter) -> Stamp:
         r, lora_alpha, use_rslora: of its configuration.
     """
     try:
-        tensors = stacked_tensors(gm, adapter).tensors.values()
-        digest = digest_of(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors)
+        tensors = stacked_tensors(gm, adapter, shares=True).tensors.values()
+        digest = digest_of(tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in tensors)
     except LoraFxError:  # of what PEFT's form has no room for
         digest = None
     note = note_of_base(gm, adapter.plan)
