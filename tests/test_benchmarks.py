@@ -192,7 +192,7 @@ def test_python_calls_are_the_same_each_time() -> None:
 def test_lora_adds_the_closed_form_to_the_floor() -> None:
     workload = workloads.llama(1, 64, 8)
     tables = training._count_table(workload, lora_dropout=0.0)  # raises where the form does not hold
-    assert [row[0] for row in tables.rows] == ["PEFT", "lora_fx", "floor"]
+    assert [row[0] for row in tables.rows] == ["PEFT", "lora_fx", "optimize()", "optimize(recompute=False)", "floor"]
     assert tables.rows[1][2] == 1.0  # FLOPs / PEFT
 
 

@@ -90,7 +90,9 @@ def test_values_and_gradients_are_those_of_the_plain_graph(case: zoo.Case, devic
     assert_alike(plain, optimized, arguments, tolerance)
     assert optimized.graph is not plain.graph
     assert str(optimized.graph) == str(plain.graph)
-    assert_alike(plain.eval(), optimized.eval(), arguments, tolerance)
+    if not (device == "cuda" and case.name == "unread"):  # cuDNN differentiates an LSTM in train mode only
+        assert_alike(plain.eval(), optimized.eval(), arguments, tolerance)
+    plain.eval(), optimized.eval()
     if False in record_of(plain).views:  # nothing is trained in that one
         assert optimized.code == plain.code
 
