@@ -302,6 +302,18 @@ class LoraGraphModule(fx.GraphModule):
         del record.compiled[:-_KNOWN_GRAPHS]
         return code
 
+    def __reduce__(self) -> Any:
+        """Not to be pickled: fx would write one view's code, and read it again by running it.
+
+        Raises:
+            GraphError: always.
+        """
+        raise GraphError(
+            "a graph module of lora_fx is not pickled: a pickle runs code when it is read, and holds one mode only. "
+            "lora_fx.save_adapter(gm, directory) keeps what was trained, torch.save(gm.state_dict(), file) all else; "
+            "trace and inject make the graph again"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LoraGraphModule:
         result: LoraGraphModule = copy_graph_module(self, memo)
         for graph in record_of(result).views.values():

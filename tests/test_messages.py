@@ -390,6 +390,13 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         "must be",
         "torch.float32",
     ),
+    "pickled as a whole": (
+        GraphError,
+        lambda p: torch.save(adapted(), p / "whole.pt"),
+        "is not pickled",
+        "graph module",
+        "lora_fx.save_adapter",
+    ),
     "optimize's dropout": (
         ConfigError,
         lambda p: lora_fx.optimize(adapted(), dropout="some"),
