@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -336,6 +337,7 @@ def _add_adapter(gm: LoraGraphModule, new: NewAdapter) -> None:
     for target in new.plan.targets:
         owner = None if target.shares_with is None else sites[target.shares_with]
         sites[target.site.path] = _add_parameters(gm, by_path[target.site.whole_path][0], target, new, owner)
+    _pack(gm, by_path, sites.values())
     tokens = {rows.site.path: _add_rows(gm, by_path[rows.site.path][0], rows, new) for rows in new.plan.tokens}
     record = record_of(gm)
     rebased = tuple(name for name in record.originals if name not in known)
@@ -346,6 +348,27 @@ def _add_adapter(gm: LoraGraphModule, new: NewAdapter) -> None:
     record.reinsert = _insert_all
     _insert(gm, adapter, by_path)
     finish(gm)
+
+
+def _pack(gm: LoraGraphModule, by_path: dict[str, list[Application]], sites: Iterable[AdapterSite]) -> None:
+    """Put A and B of linears that read one value behind each other in memory, for `optimize` to take as one.
+
+    Now, while no other graph shares them: all A first, so that they are one matrix, then all B.
+    """
+    together: dict[tuple[fx.Node, torch.dtype, torch.device], list[AdapterSite]] = {}
+    for site in sites:
+        application = by_path[site.applied][-1]
+        if application.use.family.is_linear and not site.is_turned:
+            a = get_parameter(gm, site.lora_a)
+            together.setdefault((application.use.x, a.dtype, a.device), []).append(site)
+    for members in together.values():
+        names = [site.lora_a for site in members] + [site.lora_b for site in members]
+        parameters = [get_parameter(gm, name) for name in names]
+        if len({id(p) for p in parameters}) < len(parameters) or any(p.is_meta for p in parameters):
+            continue
+        flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+        for parameter, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
+            parameter.data = part.view(parameter.shape)
 
 
 def _insert(gm: LoraGraphModule, adapter: Adapter, by_path: dict[str, list[Application]]) -> None:

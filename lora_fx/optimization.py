@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from .attributes import get_parameter
 from .copying import copy_graph
 from .errors import ConfigError, GraphError
 from .graph import write_blocks, write_groups, write_masks, write_normalizations
 from .graph_module import LoraGraphModule, check_editable, checked_graph_module, copy_sharing_tensors, record_of
-from .rewrites import attention_masks, checkpointing, fused_sums, normalization, recomputation, shared_projection
+from .rewrites import (
+    attention_masks,
+    checkpointing,
+    fused_sums,
+    normalization,
+    random_order,
+    recomputation,
+    shared_projection,
+)
 from .rewrites.checkpointing import BlockNodes
 from .rewrites.group_call import Group, Linear, Term, call_group
 from .rewrites.groups import GroupNodes
+from .rewrites.memory import written_values
 
 Dropout = Literal["exact", "cut", "shared"]
 
@@ -46,10 +54,13 @@ class Rewrites:
         """A rewritten copy of the graph: what `LoraGraphModule.recompile` compiles."""
         lowered = copy_graph(graph, {})
         lowered.owning_module = gm
-        write_normalizations(lowered, normalization.find(lowered) if self.recompute else ())
-        write_masks(lowered, attention_masks.find(lowered) if self.masks else ())
-        groups = self.groups(lowered, gm)
-        groups = recomputation.extend(groups, lowered, gm) if self.recompute else groups
+        written = written_values(lowered, gm)
+        write_normalizations(lowered, normalization.find(lowered, written) if self.recompute else ())
+        write_masks(lowered, attention_masks.find(lowered, written) if self.masks else ())
+        groups = fused_sums.find(lowered, gm, written_values(lowered, gm)) if self.fuse else []
+        groups = shared_projection.merge(groups) if self.share else groups
+        groups = random_order.keep(groups, lowered) if self.dropout == "exact" else groups
+        groups = recomputation.extend(groups, lowered, gm, written_values(lowered, gm)) if self.recompute else groups
         functions: dict[str, Callable[..., torch.Tensor]] = {}
 
         def target_of(group: GroupNodes, gives_x: bool) -> Callable[..., Any]:
@@ -57,14 +68,9 @@ class Rewrites:
 
         write_groups(lowered, groups, target_of)
         if self.checkpoint:
-            write_blocks(lowered, checkpointing.find(lowered), _layer_of)
+            write_blocks(lowered, checkpointing.find(lowered, written_values(lowered, gm)), _layer_of)
         lowered.lint()
         return lowered
-
-    def groups(self, graph: fx.Graph, gm: LoraGraphModule) -> list[GroupNodes]:
-        """The adapted linears of a graph, those that are computed together in one group."""
-        groups = fused_sums.find(graph, gm) if self.fuse else []
-        return shared_projection.merge(groups) if self.share else groups
 
     def _described(self, group: GroupNodes, gives_x: bool, functions: dict[str, Callable[..., torch.Tensor]]) -> Group:
         linears = tuple(
@@ -107,8 +113,7 @@ def optimize(
     Under torch.compile the plain operations are compiled, which inductor does better with.
 
     Args:
-        gm: an injected graph; it is untouched, tensors are shared. (A and B of linears that are computed together move
-            into one piece of memory, with their values, in both.)
+        gm: an injected graph; it is untouched, tensors are shared.
         fuse: scaling, second product and sum in one addmm per adapter, with a backward pass of their own.
         share: one product with A for all linears that read the same value.
         recompute: norms and activations are computed again in the backward pass, rather than kept.
@@ -134,28 +139,9 @@ def optimize(
     if not record_of(gm).adapters:
         raise GraphError("there is nothing to optimise: the graph has no adapter. inject(gm, config) adds one")
     result = copy_sharing_tensors(gm)
-    record = record_of(result)
-    record.lowering = rewrites
-    for group in rewrites.groups(record.views.get(True, record.views.get(None, result.graph)), result):
-        _pack((gm, result), group)
+    record_of(result).lowering = rewrites
     result.recompile()
     return result
-
-
-def _pack(gms: Sequence[fx.GraphModule], group: GroupNodes) -> None:
-    """Move a group's A and B, by value, into one piece of memory, where all A are one matrix, and cast in one go."""
-    terms = [term for linear in group.linears for term in linear.terms]
-    names = [str(node.target) for node in (*(t.a for t in terms), *(t.b for t in terms))]
-    parameters = [get_parameter(gms[0], name) for name in names]
-    is_plain = all(type(p) is nn.Parameter and type(p.data) is torch.Tensor and not p.is_meta for p in parameters)
-    is_tied = len({p.data_ptr() for p in parameters}) < len(parameters)
-    if not is_plain or is_tied or len({(p.dtype, p.device) for p in parameters}) > 1:
-        return
-    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-    for name, part in zip(names, torch.split(flat, [p.numel() for p in parameters]), strict=True):
-        for gm in gms:  # they share tensors, and go on to
-            parameter = get_parameter(gm, name)
-            parameter.data = part.view(parameter.shape)
 
 
 def _layer_of(block: BlockNodes) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -497,3 +498,170 @@ def test_in_eval_and_without_gradients() -> None:
     with torch.no_grad():
         assert distance(run(plain, arguments), run(optimized, arguments)) < 1e-12
     assert fx.GraphModule in type(optimized).__mro__
+
+
+# What an attack found: each was wrong without a word, or failed, where the plain graph is right -------
+
+
+def by(forward: Any) -> nn.Module:
+    """A module of three linears with this forward."""
+    torch.manual_seed(0)
+    model = type("Model", (nn.Module,), {"forward": forward})()
+    for name in "abc":
+        model.add_module(name, nn.Linear(8, 8))
+    return model.double()
+
+
+def mask_that_is_written(self: Any, x: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[:, 3] = False
+    q = self.a(x)
+    return self.b(F.scaled_dot_product_attention(q, q, q, attn_mask=mask))
+
+
+def gated(self: Any, x: torch.Tensor) -> torch.Tensor:
+    u = self.a(x)
+    return self.c(F.silu(u) * self.b(u))
+
+
+def twice(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.a(x) * torch.sigmoid(self.a(x))
+
+
+def base_written_behind_a_chain(self: Any, x: torch.Tensor) -> torch.Tensor:
+    v = x * 1.5
+    t = F.silu(v[:, 1:])
+    v.mul_(2)
+    return self.a(t * torch.sigmoid(t))
+
+
+def base_written_before_the_op(self: Any, x: torch.Tensor) -> torch.Tensor:
+    v = x * 1.5
+    w = v[:, 1:]
+    v.mul_(2)
+    return self.a(w)
+
+
+def pieces_written(self: Any, x: torch.Tensor) -> torch.Tensor:
+    v, w = (x * 1.5).chunk(2, 1)
+    v.mul_(3)
+    w.mul_(2)
+    return self.a(v) + self.b(w)
+
+
+def others_draw_between(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return x + self.b(self.a(x)) + self.c(x)
+
+
+def model_draws_between(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.a(x) + self.b(F.dropout(x, 0.5, self.training)) + self.c(x)
+
+
+def turned(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.a(x.transpose(0, 1))
+
+
+def result_written(self: Any, x: torch.Tensor) -> torch.Tensor:
+    y = self.a(x)
+    y[:, 0] = 0
+    return self.b(F.relu_(y))
+
+
+ODD = [
+    mask_that_is_written, gated, twice, base_written_behind_a_chain, base_written_before_the_op, pieces_written,
+    others_draw_between, model_draws_between, turned, result_written,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("forward", ODD, ids=lambda f: f.__name__)
+def test_odd_graphs(forward: Any, dropout: float, create_graph: bool) -> None:
+    x = torch.randn(3, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    used = [name for name in "abc" if f"self.{name}(" in inspect.getsource(forward)]
+    gm = lora_fx.trace(by(forward), (x,))
+    plain = lora_fx.inject(gm, {"r": 2, "lora_dropout": dropout, "target_modules": used}).train()
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(plain):
+            parameter.normal_()
+    for options in ({}, {"share": False}, {"recompute": False}):
+        results = []
+        for each in (plain, lora_fx.optimize(plain, **options)):
+            torch.manual_seed(2)
+            with torch.no_grad():
+                without = each(x)
+            torch.manual_seed(2)
+            y = each(x)
+            found = torch.autograd.grad(y.square().sum(), lora_fx.lora_parameters(each), create_graph=create_graph)
+            results.append([without, y.detach(), *(g.detach() for g in found)])
+        for wanted, found in zip(*results, strict=True):
+            assert torch.allclose(wanted, found, rtol=1e-10, atol=1e-10 * float(wanted.abs().max()))
+
+
+def test_graphs_go_on_sharing() -> None:
+    first = adapted(LLAMA)
+    second = lora_fx.inject(first, {"r": 2, "target_modules": ["q_proj"]}, adapter_name="second")
+    graphs = [first, second, lora_fx.optimize(second), lora_fx.optimize(first), lora_fx.optimize(first, dropout="cut")]
+    name = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    assert len({gm.get_parameter(name).data_ptr() for gm in graphs}) == 1
+
+
+def test_adapters_that_read_one_value_are_one_matrix() -> None:
+    gm = injected(LLAMA, traced(LLAMA))
+    a = [
+        gm.get_parameter(f"model.layers.0.self_attn.{n}.lora_A.default.weight") for n in ("q_proj", "k_proj", "v_proj")
+    ]
+    assert [p.data_ptr() for p in a[1:]] == [p.data_ptr() + p.nbytes for p in a[:-1]]
+
+
+def test_float64_under_autocast_stays() -> None:
+    plain = adapted(STACK)
+    arguments = STACK.arguments(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_alike(plain, lora_fx.optimize(plain), arguments, 1e-10)
+
+
+def test_an_empty_batch() -> None:
+    x = torch.randn(4, 8, dtype=torch.float64)
+    gm = lora_fx.trace(nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 3)).double(), (x,))
+    plain = lora_fx.inject(gm, {"r": 2, "target_modules": ["0", "2"]}).train()
+    for each in (plain, lora_fx.optimize(plain)):
+        y = each(x[:0])
+        y.sum().backward()
+        assert y.shape == (0, 3)
+        assert all(not p.grad.any() for p in lora_fx.lora_parameters(each))
+
+
+def test_a_layer_whose_input_is_written_is_not_run_again() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8)) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = x * 1.0
+            for layer in self.layers:
+                y = layer(h)
+                h += y
+            return h
+
+    x = torch.randn(3, 8, dtype=torch.float64)
+    gm = lora_fx.trace(Layers().double(), (x,))
+    plain = lora_fx.inject(gm, {"r": 2, "target_modules": "all-linear"}).train()
+    results = []
+    for each in (plain, lora_fx.optimize(plain, checkpoint=True)):
+        with contextlib.suppress(
+            RuntimeError
+        ):  # autograd's own, where the plain graph may not be differentiated either
+            results.append(torch.autograd.grad(each(x).square().sum(), lora_fx.lora_parameters(each)))
+    assert len(results) in (0, 2)
+    for wanted, found in zip(*results, strict=True) if results else ():
+        assert torch.allclose(wanted, found, rtol=1e-10)
+
+
+def test_a_mask_of_too_many_dimensions_is_an_error() -> None:
+    q = torch.randn(3, 4, 8)
+    mask = torch.ones(5, 3, 4, 4, dtype=torch.bool)
+    for call in (lambda: F.scaled_dot_product_attention(q, q, q, mask), lambda: attend(look_at(mask), q, q, q)):
+        with pytest.raises(RuntimeError):
+            call()

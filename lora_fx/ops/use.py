@@ -166,16 +166,17 @@ _VIEWS = {
 def writer_of(node: fx.Node) -> fx.Node | None:
     """The first node that writes into the node's value, or into a view of it; None if it stays as it is."""
     for user in node.users:
-        if _writes(user, node):
+        if writes(user, node):
             return user
         if _views(user, node) and (writer := writer_of(user)) is not None:
             return writer
     return None
 
 
-def _writes(user: fx.Node, node: fx.Node) -> bool:
+def writes(user: fx.Node, node: fx.Node) -> bool:
+    """Whether `user` writes into what it takes as `node`."""
     if isinstance(user.target, torch._ops.OpOverload):
-        return any(info.is_write for info in _alias_infos(user, node))
+        return any(info.is_write for info in alias_infos(user, node))
     if node is user.kwargs.get("out"):
         return True
     if not user.args or user.args[0] is not node:
@@ -187,11 +188,11 @@ def _writes(user: fx.Node, node: fx.Node) -> bool:
 
 def _views(user: fx.Node, node: fx.Node) -> bool:
     if isinstance(user.target, torch._ops.OpOverload):
-        return bool(_alias_infos(user, node))
+        return bool(alias_infos(user, node))
     return user.target in _VIEWS and bool(user.args) and user.args[0] is node
 
 
-def _alias_infos(user: fx.Node, node: fx.Node) -> list[Any]:
+def alias_infos(user: fx.Node, node: fx.Node) -> list[Any]:
     """What the schema of an aten op says about the arguments that are, or hold, `node`."""
     assert isinstance(user.target, torch._ops.OpOverload)
     infos = []

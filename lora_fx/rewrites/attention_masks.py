@@ -1,8 +1,8 @@
 """Boolean attention masks, looked at once for all layers: left out where they hide nothing, or only what is ahead.
 
-Before: attention ops that take the same boolean mask. A traced graph has it as a tensor, where the model itself may
-have left it out for the fused kernels' sake, or because no row is padded. After: a call that looks at the mask, and
-attention ops that take its verdict: no mask, `is_causal`, or the numbers that each op would make of it for itself.
+Before: attention ops that take the same boolean mask, which nobody writes into. A traced graph has it as a tensor,
+where the model itself may have left it out for the fused kernels' sake, or because no row is padded. After: a call that
+looks at the mask, and attention ops that take its verdict: no mask, `is_causal`, or the numbers that each would make.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class MaskNodes:
     users: tuple[fx.Node, ...]
 
 
-def find(graph: fx.Graph) -> list[MaskNodes]:
+def find(graph: fx.Graph, written: set[fx.Node]) -> list[MaskNodes]:
     """Every mask of the before-condition."""
     users: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         mask: Any = argument(node, 3, "attn_mask") if node.target is _attention else None
-        value = mask.meta.get("val") if isinstance(mask, fx.Node) else None
+        value = mask.meta.get("val") if isinstance(mask, fx.Node) and mask not in written else None
         if value is not None and value.dtype == torch.bool and not argument(node, 5, "is_causal", False):
             users.setdefault(mask, []).append(node)
     return [MaskNodes(mask, tuple(found)) for mask, found in users.items()]
@@ -74,6 +74,8 @@ def look_at(mask: torch.Tensor) -> Verdict:
 def attend(verdict: Verdict, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
     """scaled_dot_product_attention with the mask of the verdict."""
     attention: Callable[..., Any] = torch.nn.functional.scaled_dot_product_attention
+    if verdict.mask.dim() > query.dim():  # an error, and a mask that is left out would hide it
+        return attention(query, key, value, verdict.mask, **options)
     if verdict.hides_nothing:
         return attention(query, key, value, **options)
     if verdict.is_causal and query.shape[-2] == key.shape[-2] > 1:

@@ -35,7 +35,7 @@ class BlockNodes:
     outputs: tuple[fx.Node, ...]
 
 
-def find(graph: fx.Graph) -> list[BlockNodes]:
+def find(graph: fx.Graph, written: set[fx.Node]) -> list[BlockNodes]:
     """Every layer of the before-condition."""
     ends = ("placeholder", "get_attr", "output")
     nodes = [node for node in graph.nodes if node.op not in ends and node.target != "_guards_fn"]
@@ -47,7 +47,7 @@ def find(graph: fx.Graph) -> list[BlockNodes]:
     found = []
     for name, (first, last) in spans.items():
         apart = all(last < a or b < first for other, (a, b) in spans.items() if other != name)
-        block = _block(name, nodes[first : last + 1]) if apart and last - first + 1 >= _FEWEST else None
+        block = _block(name, nodes[first : last + 1], written) if apart and last - first + 1 >= _FEWEST else None
         if block is not None:
             found.append(block)
     return found
@@ -62,11 +62,13 @@ def _layer_of(node: fx.Node) -> str | None:
     return match[1] if match else None
 
 
-def _block(name: str, nodes: list[fx.Node]) -> BlockNodes | None:
+def _block(name: str, nodes: list[fx.Node], written: set[fx.Node]) -> BlockNodes | None:
     if not all(_can_run_again(node) for node in nodes):
         return None
     inside = set(nodes)
     inputs = dict.fromkeys(operand for node in nodes for operand in operands_of(node) if operand not in inside)
+    if written.intersection((*inside, *inputs)):
+        return None
     outputs = [node for node in nodes if any(user not in inside for user in node.users)]
     return BlockNodes(name, tuple(nodes), tuple(inputs), tuple(outputs)) if outputs else None
 

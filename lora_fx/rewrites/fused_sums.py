@@ -1,7 +1,8 @@
 """scaling, second product and sum in one addmm.
 
 Before: `op(x) + scaling · linear(linear(drop(x), A), B)` as `graph.insert_low_rank_path` writes it, for one or more
-adapters; nothing else reads what lies between; nobody writes into x.
+adapters; nothing else reads what lies between; nobody writes into what
+the op takes or gives.
 After: one call for the op and all its adapters.
 """
 
@@ -15,19 +16,19 @@ from torch.nn import functional as F
 
 from ..attributes import get_attribute
 from ..graph_module import ROLE
-from ..ops.use import Dialect, dialect_of, writer_of
+from ..ops.use import Dialect, dialect_of, operands_of
 from ..paths import Role
 from .groups import GroupNodes, LinearNodes, TermNodes
 
 _aten = torch.ops.aten
 
 
-def find(graph: fx.Graph, module: nn.Module) -> list[GroupNodes]:
+def find(graph: fx.Graph, module: nn.Module, written: set[fx.Node]) -> list[GroupNodes]:
     """A group for each adapted linear whose LoRA nodes are those of the before-condition."""
     found = []
     for node in graph.nodes:
         if _is_sum(node) and not any(_is_sum(user) and user.args[0] is node for user in node.users):
-            group = _group(node, module)
+            group = _group(node, module, written)
             if group is not None:
                 found.append(group)
     return found
@@ -38,7 +39,7 @@ def _is_sum(node: fx.Node) -> bool:
     return isinstance(role, Role) and role.is_sum and not role.is_on_weight
 
 
-def _group(total: fx.Node, module: nn.Module) -> GroupNodes | None:
+def _group(total: fx.Node, module: nn.Module, written: set[fx.Node]) -> GroupNodes | None:
     terms: list[TermNodes] = []
     inside: list[fx.Node] = []
     node, x = total, None
@@ -55,9 +56,11 @@ def _group(total: fx.Node, module: nn.Module) -> GroupNodes | None:
         if any(user is not node and user not in between for user in base.users):
             return None
         node = base
-    if x is None or writer_of(x) is not None or any(dict(n.kwargs) for n in inside):
+    if x is None or any(dict(n.kwargs) for n in inside):
         return None
-    return GroupNodes(x, (_linear(node, total, x, tuple(terms), tuple(inside)),))
+    linear = _linear(node, total, x, tuple(terms), tuple(inside))
+    touched = {x, node, total, *inside, *operands_of(node), *(n for term in terms for n in (term.a, term.b))}
+    return None if touched & written else GroupNodes(x, (linear,))
 
 
 def _term(

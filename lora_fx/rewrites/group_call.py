@@ -126,6 +126,8 @@ def call_group(group: Group, tensors: Sequence[Any], dropouts: Sequence[nn.Dropo
         return _plain(group, _Operands.of(group, tensors), [_Dropping(p) for p in rates])
     device = tensors[group.inputs if group.linears else group.tensor_input].device.type
     narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if narrow is not None and any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tensors):
+        return _plain(group, _Operands.of(group, tensors), [_Dropping(p) for p in rates])  # which autocast leaves alone
     key = rates, narrow, device
     call = group.calls.get(key)
     if call is None:
@@ -262,7 +264,7 @@ class _Call:
         results = []
         for number, weight in enumerate(merged):
             results.append(self._base(number, flat, operands, weight))
-        hidden, masks = [], self._draw(flat)
+        hidden, masks = [], self._draw(x, flat)
         drawn = iter(masks)
         for lane in self.lanes:
             terms = [(n, t) for n, t in lane.terms if merged[n] is None]
@@ -278,19 +280,19 @@ class _Call:
                 part = h[:, start : start + b.shape[1]]
                 start += b.shape[1]
                 results[number] = self._added(number, results[number], part, b, scaling)
-        shaped = [y.reshape(*x.shape[:-1], -1) for y in results]
+        shaped = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in results]
         return (*shaped, x) if self.group.gives_x else tuple(shaped), hidden, masks
 
     def _flat(self, x: torch.Tensor) -> torch.Tensor:
         if not self.group.linears:
             return x
-        flat = x.reshape(-1, x.shape[-1])
-        return flat if self.narrow is None else flat.to(self.narrow)
+        flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not −1, which an empty batch leaves open
+        return flat if self.narrow is None or x.dtype == torch.float64 else flat.to(self.narrow)
 
     def _base(self, number: int, flat: torch.Tensor, operands: _Operands, merged: torch.Tensor | None) -> torch.Tensor:
         linear, base, bias = self.group.linears[number], operands.bases[number], operands.biases[number]
         if linear.base == "given":
-            return base.reshape(-1, base.shape[-1])
+            return base.reshape(base.shape[:-1].numel(), base.shape[-1])
         weight = (base if linear.base == "linear" else base.t()) if merged is None else merged
         if self.narrow is not None:
             weight, bias = weight.to(flat.dtype), None if bias is None else bias.to(flat.dtype)
@@ -306,13 +308,14 @@ class _Call:
             return torch.addmm(result, h, b.t(), alpha=scaling)
         return result.addmm_(h, b.t(), alpha=scaling)
 
-    def _draw(self, flat: torch.Tensor) -> list[torch.Tensor]:
+    def _draw(self, x: torch.Tensor, flat: torch.Tensor) -> list[torch.Tensor]:
         """A mask for each lane that drops out: True where x stays."""
         if not any(self.rates):
             return []
         lanes = [lane for lane in self.lanes if lane.p]
         if self.group.dropout == "exact":
-            return [_drawn_as_dropout_does(flat, lane.p) for lane in lanes]
+            # Over x as it lies in memory, which is the order that nn.Dropout draws in.
+            return [_drawn_as_dropout_does(x, lane.p).reshape(flat.shape) for lane in lanes]
         count = flat.numel()
         draw = torch.empty(-(-len(lanes) * count // 4), dtype=torch.int64, device=flat.device).random_(-(2**63), None)
         pieces = draw.view(torch.int16)[: len(lanes) * count].view(len(lanes), *flat.shape)
@@ -427,7 +430,7 @@ class _Call:
         needs_x: bool,
     ) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
         """(gradients of the linears' tensors, gradient of x)."""
-        rows = [None if g is None else g.reshape(len(flat), -1) for g in grads[: len(self.group.linears)]]
+        rows = [None if g is None else g.reshape(len(flat), g.shape[-1]) for g in grads[: len(self.group.linears)]]
         given, operands = operands, self._narrowed(operands, flat)
         sink = _Sink.of(given, operands, needed)
         merged = self._merged(flat, operands)
@@ -690,7 +693,8 @@ def _differentiable(
         if term.takes_dropout
     ]
     given = {place: grads[number] for place, number in call.given.items()}
-    tensors = [0.0 if i in given else t for i, t in enumerate(tensors)]
+    # An alias for each place: one tensor may stand at two, and one may be made from another in the graph around.
+    tensors = [0.0 if i in given else t.view_as(t) if isinstance(t, torch.Tensor) else t for i, t in enumerate(tensors)]
     with call._autocast(enabled=True):
         results = _plain(call.group, _Operands.of(call.group, tensors), [drawn[place] for place in places])
     pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None and y.requires_grad]

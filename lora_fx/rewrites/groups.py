@@ -35,6 +35,7 @@ class LinearNodes:
         weight, bias: what it takes; None where the result is given.
         terms: its adapters.
         inside: nodes that only make `total` out of `node`.
+        stays: it has to be computed where it is.
     """
 
     node: fx.Node
@@ -44,12 +45,15 @@ class LinearNodes:
     bias: fx.Node | None
     terms: tuple[TermNodes, ...]
     inside: tuple[fx.Node, ...]
+    stays: bool = False
 
     @property
     def is_movable(self) -> bool:
         """Whether all that it takes is x and what can be read anywhere, so that it can be computed as soon as x is."""
         operands = [self.weight, self.bias, *(node for term in self.terms for node in (term.a, term.b))]
-        return self.base != "given" and all(node is None or node.op == "get_attr" for node in operands)
+        return (
+            not self.stays and self.base != "given" and all(node is None or node.op == "get_attr" for node in operands)
+        )
 
 
 @dataclass(frozen=True)

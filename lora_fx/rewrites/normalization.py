@@ -32,9 +32,10 @@ class NormalizationNodes:
     eps: float
 
 
-def find(graph: fx.Graph) -> list[NormalizationNodes]:
+def find(graph: fx.Graph, written: set[fx.Node]) -> list[NormalizationNodes]:
     """Every place of the before-condition."""
-    return [found for node in graph.nodes if (found := _normalization(node)) is not None]
+    found = [each for node in graph.nodes if (each := _normalization(node)) is not None]
+    return [each for each in found if not written.intersection((each.h, each.result, *each.inside))]
 
 
 def _normalization(node: fx.Node) -> NormalizationNodes | None:

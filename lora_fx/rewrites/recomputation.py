@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from ..attributes import get_attribute
-from ..ops.use import operands_of, writer_of
+from ..ops.use import operands_of
 from .groups import GroupNodes, readers
 from .normalization import normalize
 
@@ -43,20 +43,20 @@ _CHEAP = _KEEP_OPERANDS | _KEEP_RESULT | _KEEP_NOTHING
 _ARITHMETIC = _KEEP_OPERANDS | _KEEP_RESULT
 
 
-def extend(groups: list[GroupNodes], graph: fx.Graph, module: nn.Module) -> list[GroupNodes]:
+def extend(groups: list[GroupNodes], graph: fx.Graph, module: nn.Module, written: set[fx.Node]) -> list[GroupNodes]:
     """The groups with the chains that make their x, and a group for each other chain that keeps much."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     carries = _carries_gradient(graph, module)
     taken: set[fx.Node] = {node for group in groups for node in group.nodes}
     result = []
     for group in groups:
-        chain, inputs = _best_chain(group.x, order, taken, carries) if _can_take(group) else ((), ())
+        chain, inputs = _best_chain(group.x, order, taken, carries, written) if _can_take(group) else ((), ())
         taken |= set(chain)
         result.append(GroupNodes(group.x, group.linears, chain, inputs))
     for node in reversed(graph.nodes):
         if node in taken or node.target not in _CHEAP or _is_inside(node):
             continue
-        chain, inputs = _best_chain(node, order, taken, carries)
+        chain, inputs = _best_chain(node, order, taken, carries, written)
         if sum(each.target in _ARITHMETIC for each in chain) > 1:
             taken |= set(chain)
             result.append(GroupNodes(node, (), chain, inputs))
@@ -74,7 +74,7 @@ def _is_inside(node: fx.Node) -> bool:
 
 
 def _best_chain(
-    x: fx.Node, order: dict[fx.Node, int], taken: set[fx.Node], carries: set[fx.Node]
+    x: fx.Node, order: dict[fx.Node, int], taken: set[fx.Node], carries: set[fx.Node], written: set[fx.Node]
 ) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
     """(nodes to make again, in order; what they read): nothing where nothing is gained."""
     region = _region(x, order, taken)
@@ -95,7 +95,7 @@ def _best_chain(
             best, least = count, size
     chain = sorted(latest_first[:best], key=order.__getitem__)
     inputs = tuple(_inputs(chain))
-    if not chain or any(writer_of(node) is not None for node in (*inputs, *chain)):
+    if not chain or written.intersection((*inputs, *chain)):
         return (), ()
     return tuple(chain), inputs
 
