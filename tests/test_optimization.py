@@ -647,7 +647,7 @@ def test_a_layer_whose_input_is_written_is_not_run_again() -> None:
 
     x = torch.randn(3, 8, dtype=torch.float64)
     gm = lora_fx.trace(Layers().double(), (x,))
-    plain = lora_fx.inject(gm, {"r": 2, "target_modules": "all-linear"}).train()
+    plain = lora_fx.inject(gm, {"r": 2, "target_modules": ["2"]}).train()  # so that nothing keeps h
     results = []
     for each in (plain, lora_fx.optimize(plain, checkpoint=True)):
         results.append(torch.autograd.grad(each(x).square().sum(), lora_fx.lora_parameters(each)))
