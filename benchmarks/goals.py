@@ -57,7 +57,8 @@ def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, .
     merged = _counts(small, merge=True)
     added = {name: merged[name].flops - merged["floor"].flops for name in ("PEFT", "optimized")}
     goal(2, "LoRA's own FLOPs / PEFT's at 4 T* tokens, merge=True", 0.75, added["optimized"] / added["PEFT"])
-    goal(27, "Python calls of a forward pass / PEFT", 0.5, _calls(workloads.llama(layers, 128, 16)))
+    for name, calls in _calls(workloads.llama(layers, 128, 16)).items():
+        goal(27, f"Python and C calls of a forward pass / PEFT, {name}", 0.5, calls)
     return (
         Table(
             f"goals: Llama, {layers} layers × {hidden}, {tokens} tokens where nothing else is said",
@@ -115,12 +116,12 @@ def _all_of_gpt2(layers: int, hidden: int, tokens: int) -> Workload:
     return replace(workloads.gpt2(layers, hidden, tokens), targets=("c_attn", "c_proj", "c_fc"), sites=4 * layers)
 
 
-def _calls(workload: Workload) -> float:
+def _calls(workload: Workload) -> dict[str, float]:
     peft_model, _, injected = workloads.adapted_alike(workload)
-    optimized = lora_fx.optimize(injected)
     args, kwargs = workload.inputs
-    calls = []
-    for model in (peft_model.train(), optimized.train()):
-        model(*args, **kwargs)
-        calls.append(python_calls(lambda model=model: model(*args, **kwargs)))  # type: ignore[misc]
-    return calls[1] / calls[0]
+    calls = {}
+    models = {"PEFT": peft_model, "injected": injected, "optimized": lora_fx.optimize(injected)}
+    for name, model in models.items():
+        model.train()(*args, **kwargs)
+        calls[name] = python_calls(lambda model=model: model(*args, **kwargs))  # type: ignore[misc]
+    return {name: count / calls["PEFT"] for name, count in calls.items() if name != "PEFT"}

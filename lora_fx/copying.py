@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .tensor_reads import PLACES
+
 Memo = dict[int, Any]
 
 # Of a graph module: made anew, or copied by hand below.
-_OWN = {"_modules", "_parameters", "_buffers", "_graph", "_compiled_views"}
+_OWN = {"_modules", "_parameters", "_buffers", "_graph", "_compiled_views", PLACES}
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",

@@ -27,6 +27,7 @@ from .copying import copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, 
 from .errors import GraphError, warn
 from .literals import find_dtype_literal, move_literals
 from .ops.use import operands_of
+from .tensor_reads import read, read_at_once
 
 if TYPE_CHECKING:
     from .injection import Adapter
@@ -280,7 +281,8 @@ class LoraGraphModule(fx.GraphModule):
         self.__dict__.pop("_compiled_views", None)
         record = self.__dict__.get("meta", {}).get(_META_KEY)
         if record is None:
-            return super().recompile()
+            with read_at_once(self, self._graph):
+                return super().recompile()
         mode = self.training if self.training in record.views else None
         record.views[mode] = self._graph
         written, lowering = _as_written(self._graph), record.lowering
@@ -295,12 +297,17 @@ class LoraGraphModule(fx.GraphModule):
         graph = self._graph
         self._graph = graph if lowering is None else lowering(self, graph)
         try:
-            code = super().recompile()
+            with read_at_once(self, self._graph):
+                code = super().recompile()
         finally:
             self._graph = graph
         record.compiled.append((written, lowering, self._compiled()))
         del record.compiled[:-_KNOWN_GRAPHS]
         return code
+
+    def _tensors_of(self, names: tuple[str, ...]) -> list[Any]:
+        """What the compiled code reads its tensors with."""
+        return read(self, names)
 
     def __reduce__(self) -> Any:
         """Not to be pickled: fx would write one view's code, and read it again by running it.

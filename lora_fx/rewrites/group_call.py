@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import _SingleLevelFunction
 from torch.nn import functional as F
 
 Tensors = Sequence[torch.Tensor]
@@ -80,10 +81,17 @@ class Group:
 
 @dataclass(frozen=True)
 class _Lane:
-    """Terms that multiply the same (dropped out) x: numbers of the linears, numbers of the terms, their masks."""
+    """Terms that multiply the same x, dropped out at one rate.
+
+    Attributes:
+        terms: (number of the linear, number of the term) of each.
+        p: the rate.
+        scalings: of each term, with that of what dropout leaves in them.
+    """
 
     terms: tuple[tuple[int, int], ...]
     p: float = 0.0
+    scalings: dict[tuple[int, int], float] = field(default_factory=dict, compare=False)
 
 
 @dataclass
@@ -97,20 +105,22 @@ class _Operands:
 
     @classmethod
     def of(cls, group: Group, tensors: Sequence[Any]) -> _Operands:
-        # Loops rather than comprehensions here and below: each call of Python's takes as long as a small kernel.
-        bases, biases, factors = [], [], []
+        # Loops and += rather than comprehensions and append, here and below: a call takes as long as a small kernel.
+        bases: list[torch.Tensor] = []
+        biases: list[torch.Tensor | None] = []
+        factors: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         at = group.inputs
         for linear in group.linears:
-            bases.append(tensors[at])
+            bases += [tensors[at]]
             at += 1
-            biases.append(tensors[at] if linear.has_bias else None)
+            biases += [tensors[at] if linear.has_bias else None]
             at += linear.has_bias
-            pairs = []
+            pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
             for _ in linear.terms:
-                pairs.append((tensors[at], tensors[at + 1]))
+                pairs += [(tensors[at], tensors[at + 1])]
                 at += 2
-            factors.append(pairs)
-        return cls(list(tensors[: group.inputs]), bases, biases, factors)
+            factors += [pairs]
+        return cls([*tensors[: group.inputs]], bases, biases, factors)
 
 
 def call_group(group: Group, tensors: Sequence[Any], dropouts: Sequence[nn.Dropout]) -> tuple[torch.Tensor, ...]:
@@ -133,7 +143,7 @@ def call_group(group: Group, tensors: Sequence[Any], dropouts: Sequence[nn.Dropo
     if call is None:
         call = group.calls[key] = _Call(group, *key)
     if torch.is_grad_enabled():
-        results: tuple[torch.Tensor, ...] = _Group.apply(call, *tensors)  # type: ignore[no-untyped-call]
+        results: tuple[torch.Tensor, ...] = _Group.apply(call, *tensors)  # type: ignore[attr-defined]
         return results
     return call.forward(_Operands.of(group, tensors))[0]
 
@@ -229,10 +239,10 @@ class _Call:
     @cached_property
     def lanes(self) -> list[_Lane]:
         """Which terms share a product with A."""
-        rates = iter(self.rates)
+        rates, linears = iter(self.rates), self.group.linears
         plain: list[tuple[int, int]] = []
         dropped: list[_Lane] = []
-        for number, linear in enumerate(self.group.linears):
+        for number, linear in enumerate(linears):
             for place, term in enumerate(linear.terms):
                 p = next(rates) if term.takes_dropout else 0.0
                 if p:
@@ -245,7 +255,11 @@ class _Call:
                 known = by_rate.get(lane.p, replace(lane, terms=()))
                 by_rate[lane.p] = replace(known, terms=known.terms + lane.terms)
             dropped = list(by_rate.values())
-        return [*([_Lane(tuple(plain))] if plain else []), *dropped]
+        lanes = [*([_Lane(tuple(plain))] if plain else []), *dropped]
+        return [
+            replace(lane, scalings={(n, t): linears[n].terms[t].scaling * _scale(lane.p) for n, t in lane.terms})
+            for lane in lanes
+        ]
 
     def forward(self, operands: _Operands) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor], list[torch.Tensor]]:
         """(results, h of each lane, the masks of those that have one)."""
@@ -260,31 +274,38 @@ class _Call:
     ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor], list[torch.Tensor]]:
         flat = self._flat(x)
         operands = self._narrowed(operands, flat)
-        merged = self._merged(flat, operands)
-        results = []
-        for number, weight in enumerate(merged):
-            results.append(self._base(number, flat, operands, weight))
-        hidden, masks = [], self._draw(x, flat)
+        merged = self._merged(flat, operands) if self.group.may_merge else ()
+        results: list[torch.Tensor] = []
+        for number in self._numbers:
+            results += [self._base(number, flat, operands, merged[number] if merged else None)]
+        hidden: list[torch.Tensor] = []
+        masks = self._draw(x, flat) if self.rates else []
         drawn = iter(masks)
         for lane in self.lanes:
-            terms = [(n, t) for n, t in lane.terms if merged[n] is None]
             own = _dropped(flat, next(drawn)) if lane.p else flat
+            terms = lane.terms if not merged else tuple([(n, t) for n, t in lane.terms if merged[n] is None])
             if not terms:
                 continue
-            stacked, scalings = self._stack(operands, terms, lane.p)
-            h = own.to(stacked.dtype) @ stacked.t()
-            hidden.append(h)
+            stacked = self._stack(operands, terms)
+            h = (own if own.dtype == stacked.dtype else own.to(stacked.dtype)) @ stacked.t()
+            hidden += [h]
             start = 0
-            for (number, place), scaling in zip(terms, scalings, strict=True):
+            for number, place in terms:
                 b = operands.factors[number][place][1]
                 part = h[:, start : start + b.shape[1]]
                 start += b.shape[1]
-                results[number] = self._added(number, results[number], part, b, scaling)
-        shaped = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in results]
-        return (*shaped, x) if self.group.gives_x else tuple(shaped), hidden, masks
+                results[number] = self._added(number, results[number], part, b, lane.scalings[number, place])
+        if x.dim() != 2:
+            for number in self._numbers:
+                results[number] = results[number].reshape(*x.shape[:-1], results[number].shape[-1])
+        return (*results, x) if self.group.gives_x else tuple(results), hidden, masks
+
+    @cached_property
+    def _numbers(self) -> range:
+        return range(len(self.group.linears))
 
     def _flat(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.group.linears:
+        if not self.group.linears or (x.dim() == 2 and self.narrow is None):
             return x
         flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not −1, which an empty batch leaves open
         return flat if self.narrow is None or x.dtype == torch.float64 else flat.to(self.narrow)
@@ -310,8 +331,6 @@ class _Call:
 
     def _draw(self, x: torch.Tensor, flat: torch.Tensor) -> list[torch.Tensor]:
         """A mask for each lane that drops out: True where x stays."""
-        if not any(self.rates):
-            return []
         lanes = [lane for lane in self.lanes if lane.p]
         if self.group.dropout == "exact":
             # Over x as it lies in memory, which is the order that nn.Dropout draws in.
@@ -342,16 +361,14 @@ class _Call:
             factors = _unpacked(piece.to(wanted), operands.factors)
         return replace(operands, factors=factors)
 
-    def _stack(
-        self, operands: _Operands, terms: Sequence[tuple[int, int]], p: float
-    ) -> tuple[torch.Tensor, list[float]]:
-        """(A of all terms, one below the other; their scalings, with that of what dropout leaves in them)."""
+    def _stack(self, operands: _Operands, terms: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """A of all terms, one below the other."""
+        if len(terms) == 1:
+            number, place = terms[0]
+            return operands.factors[number][place][0]
         factors = [operands.factors[number][place][0] for number, place in terms]
-        scalings = [self.group.linears[number].terms[place].scaling * _scale(p) for number, place in terms]
-        if len(factors) == 1:
-            return factors[0], scalings
         piece = _joined(factors)
-        return torch.cat(factors) if piece is None else piece.view(-1, factors[0].shape[1]), scalings
+        return torch.cat(factors) if piece is None else piece.view(-1, factors[0].shape[1])
 
     def _merged(self, flat: torch.Tensor, operands: _Operands) -> list[torch.Tensor | None]:
         """W + s · B A of each linear for which that takes fewer operations; None for the others.
@@ -359,11 +376,9 @@ class _Call:
         6 T r (in + out) is what a term takes beside the weight, forward and backward; 4 T r (in + out) + 4 r in out on
         it, since W + s · B A is built twice rather than kept.
         """
-        if not self.group.may_merge:
-            return [None] * len(self.group.linears)
         found: list[torch.Tensor | None] = []
         for linear, base, factors in zip(self.group.linears, operands.bases, operands.factors, strict=True):
-            if linear.base == "given" or not self.group.may_merge or not self._can_merge(flat, linear):
+            if linear.base == "given" or not self._can_merge(flat, linear):
                 found.append(None)
                 continue
             weight = base if linear.base == "linear" else base.t()
@@ -433,7 +448,7 @@ class _Call:
         rows = [None if g is None else g.reshape(len(flat), g.shape[-1]) for g in grads[: len(self.group.linears)]]
         given, operands = operands, self._narrowed(operands, flat)
         sink = _Sink.of(given, operands, needed)
-        merged = self._merged(flat, operands)
+        merged = self._merged(flat, operands) if self.group.may_merge else [None] * len(self.group.linears)
         of_factors: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
         dx: torch.Tensor | None = None
         for number, g in enumerate(rows):
@@ -452,7 +467,7 @@ class _Call:
             ):
                 if not terms:
                     continue
-                stacked, scalings = self._stack(operands, terms, lane.p)
+                stacked, scalings = self._stack(operands, terms), [lane.scalings[term] for term in terms]
                 own = own.to(stacked.dtype)
                 h = own @ stacked.t() if is_merged else next(kept)
                 dh, found = self._of_terms(rows, operands, terms, h, scalings, needed, sink)
@@ -645,21 +660,20 @@ def _dropped(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return x * mask.view(torch.uint8)  # a product with numbers is faster than one with truth values on a CPU
 
 
-class _Group(torch.autograd.Function):
-    """`_Call` for autograd."""
+class _Group(_SingleLevelFunction):
+    """`_Call` for autograd: a Function without the part that looks for torch.func, which `needs_plain_ops` has done."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Any) -> tuple[torch.Tensor, ...]:
         results, hidden, masks = call.forward(_Operands.of(call.group, tensors))
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.counts = call, (len(tensors), len(hidden))
-        ctx.numbers = {i: t for i, t in enumerate(tensors[: call.group.inputs]) if not isinstance(t, torch.Tensor)}
-        kept = list(tensors)
+        ctx.call, ctx.counts, ctx.numbers = call, (len(tensors), len(hidden)), {}
+        kept = [*tensors]
         for place in call.given:  # they are only added to, so backward needs none of their values
             kept[place] = None
         for place in range(call.group.inputs):
             if not isinstance(kept[place], torch.Tensor):
-                kept[place] = None
+                ctx.numbers[place], kept[place] = kept[place], None
         ctx.save_for_backward(*kept, *hidden, *masks)
         return results
 

@@ -1,0 +1,168 @@
+"""How a compiled graph reads its tensors: all in one go, out of the dictionaries that modules keep them in.
+
+fx writes `self.model.embed.weight` for each parameter, and each dot calls `nn.Module.__getattr__`: with adapters, that
+is more calls than there are kernels. The code that runs asks once instead; `gm.code`, which people read, stays fx's.
+Where each tensor lies is remembered with the way to it, and looked up again if a module on the way was exchanged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+
+# The attribute under which a graph module keeps its `Places`, by the names that are asked for.
+PLACES = "_tensor_places"
+
+_VARIABLE = "_tensors_of_self"
+_COUNTER = re.compile(r"# COUNTER: (\d+)\n")  # what fx writes before each node, and takes out again
+_READ = re.compile(rf"= {_VARIABLE}\[(\d+)\]")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where tensors lie, for as long as the modules on the way are the same.
+
+    Attributes:
+        root: the dictionary of submodules that the ways start from; each copy and replica has one of its own.
+        links: (a dictionary of submodules, a name, what stood there).
+        slots: (a dictionary of parameters or buffers, a name, attributes that would come first), one for each tensor;
+            None if one of them is kept in another way, as parametrized weights are.
+    """
+
+    root: dict[str, Any]
+    links: tuple[tuple[dict[str, Any], str, Any], ...]
+    slots: tuple[tuple[dict[str, Any], str, dict[str, Any]], ...] | None
+
+    @classmethod
+    def of(cls, gm: nn.Module, names: tuple[str, ...]) -> Places:
+        """Walk the way to each tensor."""
+        links: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        slots = []
+        for name in names:
+            *path, last = name.split(".")
+            owner: Any = gm
+            for part in path:
+                children = owner._modules
+                owner = children.get(part)
+                links[id(children), part] = children, part, owner
+                if not isinstance(owner, nn.Module):
+                    return cls(gm._modules, tuple(links.values()), None)
+            tensors = next((each for each in (owner._parameters, owner._buffers) if last in each), None)
+            if tensors is None:
+                return cls(gm._modules, tuple(links.values()), None)
+            slots.append((tensors, last, owner.__dict__))
+        return cls(gm._modules, tuple(links.values()), tuple(slots))
+
+    def values(self, gm: nn.Module) -> list[Any] | None:
+        """The tensors as they are now; None if a way, or how one of them is kept, is another. Loops, not calls."""
+        if self.slots is None or gm._modules is not self.root:
+            return None
+        try:
+            for children, part, child in self.links:
+                if children[part] is not child:
+                    return None
+            for _, name, attributes in self.slots:
+                if name in attributes:
+                    return None
+            return [tensors[name] for tensors, name, _ in self.slots]
+        except KeyError:
+            return None
+
+
+def read(gm: nn.Module, names: tuple[str, ...]) -> list[Any]:
+    """What attribute access gives for each of the dotted names."""
+    if _is_traced():
+        return _by_attributes(gm, names)
+    known = gm.__dict__.setdefault(PLACES, {})
+    values: list[Any] | None = known[names].values(gm) if names in known else None
+    if values is None:
+        known[names] = Places.of(gm, names)
+        values = known[names].values(gm)
+    return _by_attributes(gm, names) if values is None else values
+
+
+def _by_attributes(gm: nn.Module, names: tuple[str, ...]) -> list[Any]:
+    values = []
+    for name in names:
+        value: Any = gm
+        for part in name.split("."):
+            value = getattr(value, part)
+        values.append(value)
+    return values
+
+
+def _is_traced() -> bool:
+    """Compilers and tracers know a module's tensors by how they are read."""
+    return torch.compiler.is_compiling() or is_fx_symbolic_tracing() or torch._C._get_tracing_state() is not None
+
+
+@contextmanager
+def read_at_once(gm: fx.GraphModule, graph: fx.Graph) -> Iterator[None]:
+    """What `gm.recompile()` compiles in here reads the tensors of `graph` by one call of `gm._tensors_of`."""
+    nodes = _nodes_to_bind(gm, graph)
+    plain: list[str] = []
+
+    def transform(before: Callable[[list[str]], list[str]] | None) -> Callable[[list[str]], list[str]]:
+        return lambda body: _with_one_read(before(body) if before else body, nodes, plain)
+
+    if not nodes:
+        yield
+        return
+    with graph.on_generate_code(transform):
+        yield
+    if plain:
+        code = gm._code.replace(_header(nodes), "", 1)
+        gm._code = _READ.sub(lambda found: f"= {plain[int(found[1])]}", code)
+
+
+def _nodes_to_bind(gm: fx.GraphModule, graph: fx.Graph) -> dict[int, str]:
+    """{number of the node: name} of all tensors that are read; none if a module that is called may exchange them."""
+    found = {}
+    for number, node in enumerate(graph.nodes):
+        if node.name == _VARIABLE:
+            return {}
+        if node.op == "call_module" and not type(gm.get_submodule(str(node.target))).__module__.startswith("torch."):
+            return {}
+        if node.op == "get_attr" and _is_tensor(gm, str(node.target)):
+            found[number] = str(node.target)
+    return found
+
+
+def _is_tensor(gm: nn.Module, name: str) -> bool:
+    owner: Any = gm
+    *path, last = name.split(".")
+    for part in path:
+        owner = owner._modules.get(part) if isinstance(owner, nn.Module) else None
+    return isinstance(owner, nn.Module) and (last in owner._parameters or last in owner._buffers)
+
+
+def _header(nodes: dict[int, str]) -> str:
+    return f"{_VARIABLE} = self._tensors_of({tuple(nodes.values())!r}); "
+
+
+def _with_one_read(body: list[str], nodes: dict[int, str], plain: list[str]) -> list[str]:
+    """fx's lines with each read out of one list; `plain` gets what stood there. As it was, if fx writes otherwise."""
+    lines, number = list(body), -1
+    places = {number: place for place, number in enumerate(nodes)}
+    for at, line in enumerate(body):
+        counted = _COUNTER.fullmatch(line)
+        number = int(counted[1]) if counted else number
+        if counted or number not in places:
+            continue
+        name, is_read, source = line.partition(" = ")
+        place = places.pop(number)
+        if not is_read or place != len(plain):
+            break
+        plain.append(source)
+        lines[at] = f"{'' if place else _header(nodes)}{name} = {_VARIABLE}[{place}]"
+    if not places:
+        return lines
+    plain.clear()
+    return list(body)
