@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .init_options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
     from .injection import inject
     from .optimization import optimize
-    from .parameters import lora_parameters, print_trainable_parameters, trainable_parameters
+    from .parameters import flat_parameters, lora_parameters, print_trainable_parameters, trainable_parameters
     from .plan import Plan, make_plan
     from .sites import Site, find_all_linear_names, find_sites
     from .swapping import swap_adapter
@@ -73,7 +73,7 @@ _HOMES = {
     "init_options": ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"),
     "injection": ("inject",),
     "optimization": ("optimize",),
-    "parameters": ("lora_parameters", "print_trainable_parameters", "trainable_parameters"),
+    "parameters": ("flat_parameters", "lora_parameters", "print_trainable_parameters", "trainable_parameters"),
     "plan": ("Plan", "make_plan"),
     "sites": ("Site", "find_all_linear_names", "find_sites"),
     "switching": ("active_adapters", "delete_adapter", "disable_adapters", "set_adapters"),
@@ -119,6 +119,7 @@ __all__ = [
     "disable_adapters",
     "find_all_linear_names",
     "find_sites",
+    "flat_parameters",
     "fold",
     "fold_report",
     "inject",

@@ -22,7 +22,8 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn import functional as F
 
-from .attributes import get_attribute, set_attribute
+from .arena import lay_out
+from .attributes import get_attribute, get_parameter, set_attribute
 from .copying import copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, share_tensors
 from .errors import GraphError, warn
 from .literals import find_dtype_literal, move_literals
@@ -232,8 +233,13 @@ class LoraGraphModule(fx.GraphModule):
         dtypes = {p.dtype for p in self.parameters() if p.is_floating_point()}
         if any(fn(torch.empty(0, dtype=dtype, device=device)).dtype != dtype for dtype in dtypes):
             self._follow_dtype(new.dtype)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         record = record_of(self)
+        adapters = [[get_parameter(self, name) for name in adapter.memory] for adapter in record.adapters.values()]
+        places = [[parameter.data_ptr() for parameter in each] for each in adapters]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for parameters, before in zip(adapters, places, strict=True):
+            if all(p.data_ptr() != place for p, place in zip(parameters, before, strict=True)):  # nobody shares these
+                lay_out(parameters)
         record.originals = {name: fn(tensor) for name, tensor in record.originals.items()}
         for tensor in record.stashed.values():
             tensor.data = fn(tensor.data)

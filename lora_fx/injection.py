@@ -15,6 +15,7 @@ from torch import fx, nn
 from . import optimization
 from .adapter_files import KEY_OF_BIAS, KEY_OF_MAGNITUDE, KEY_OF_ROWS, KEYS, KEYS_OF_LOOKUPS
 from .applications import Application, read_applications
+from .arena import lay_out
 from .attributes import get_attribute, get_parameter, set_attribute
 from .checks import check_effect
 from .config import LoraConfig
@@ -134,6 +135,7 @@ class Adapter:
             it trains in full, and `rebased`.
         tokens: its rows of embeddings, by site path.
         rebased: those that it holds, frozen, in place of the base's (init_lora_weights="loftq").
+        memory: names of its A, B and the like, in the order in which they lie in memory (see arena.py).
     """
 
     name: str
@@ -142,6 +144,7 @@ class Adapter:
     trained: tuple[str, ...]
     tokens: dict[str, RowsSite] = field(default_factory=dict)
     rebased: tuple[str, ...] = ()
+    memory: tuple[str, ...] = ()
 
     @property
     def members(self) -> tuple[AdapterSite | RowsSite, ...]:
@@ -337,12 +340,13 @@ def _add_adapter(gm: LoraGraphModule, new: NewAdapter) -> None:
     for target in new.plan.targets:
         owner = None if target.shares_with is None else sites[target.shares_with]
         sites[target.site.path] = _add_parameters(gm, by_path[target.site.whole_path][0], target, new, owner)
-    _pack(gm, by_path, sites.values())
+    memory = _memory_order(gm, by_path, sites.values())
+    lay_out(get_parameter(gm, name) for name in memory)
     tokens = {rows.site.path: _add_rows(gm, by_path[rows.site.path][0], rows, new) for rows in new.plan.tokens}
     record = record_of(gm)
     rebased = tuple(name for name in record.originals if name not in known)
     trained = (*_train_in_full(gm, new.plan.trained), *rebased)
-    adapter = Adapter(new.name, new.plan, sites, trained, tokens, rebased)
+    adapter = Adapter(new.name, new.plan, sites, trained, tokens, rebased, memory)
     record.adapters[new.name] = adapter
     record.active[new.name] = 1.0
     record.reinsert = _insert_all
@@ -350,25 +354,21 @@ def _add_adapter(gm: LoraGraphModule, new: NewAdapter) -> None:
     finish(gm)
 
 
-def _pack(gm: LoraGraphModule, by_path: dict[str, list[Application]], sites: Iterable[AdapterSite]) -> None:
-    """Put A and B of linears that read one value behind each other in memory, for `optimize` to take as one.
-
-    Now, while no other graph shares them: all A first, so that they are one matrix, then all B.
-    """
+def _memory_order(
+    gm: LoraGraphModule, by_path: dict[str, list[Application]], sites: Iterable[AdapterSite]
+) -> tuple[str, ...]:
+    """The adapter's own tensors as they are to lie: of linears that read one value, all A, then all B; then others."""
     together: dict[tuple[fx.Node, torch.dtype, torch.device], list[AdapterSite]] = {}
+    names: dict[str, None] = {}
+    sites = list(sites)
     for site in sites:
         application = by_path[site.applied][-1]
         if application.use.family.is_linear and not site.is_turned:
             a = get_parameter(gm, site.lora_a)
             together.setdefault((application.use.x, a.dtype, a.device), []).append(site)
     for members in together.values():
-        names = [site.lora_a for site in members] + [site.lora_b for site in members]
-        parameters = [get_parameter(gm, name) for name in names]
-        if len({id(p) for p in parameters}) < len(parameters) or any(p.is_meta for p in parameters):
-            continue
-        flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-        for parameter, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
-            parameter.data = part.view(parameter.shape)
+        names |= dict.fromkeys([site.lora_a for site in members] + [site.lora_b for site in members])
+    return tuple(names | dict.fromkeys(name for site in sites for name in site.tensors.values()))
 
 
 def _insert(gm: LoraGraphModule, adapter: Adapter, by_path: dict[str, list[Application]]) -> None:

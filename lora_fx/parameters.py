@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
+from .arena import flatten
 from .attributes import get_attribute, get_parameter
 from .errors import AdapterError, closest
 from .graph_module import check_editable, checked_graph_module, record_of
@@ -34,6 +35,28 @@ def lora_parameters(gm: fx.GraphModule, adapter_name: str | None = None) -> list
     chosen = list(adapters.values()) if adapter_name is None else [find_adapter(gm, adapter_name)]
     unique = {id(p): p for adapter in chosen for p in _parameters_of(gm, adapter)}
     return list(unique.values())
+
+
+def flat_parameters(gm: fx.GraphModule, adapter_name: str | None = None) -> list[nn.Parameter]:
+    """What `lora_parameters` gives, with all A and B of an adapter as one vector: an optimizer's step is a few kernels.
+
+    The vector shares the memory of A and B, and its gradient is theirs; it is a parameter of the optimizer only, and
+    names, files and graphs know nothing of it. What an adapter trains in full stays as it is. Values and the states of
+    element-wise optimizers (SGD, Adam, AdamW and their like) are those of separate parameters; those that look at a
+    tensor as a whole (LAMB, Adafactor, Muon) see another tensor. An optimizer's state_dict() belongs to this form.
+
+    Args:
+        gm: an injected graph, on the device and in the dtype that it trains in.
+        adapter_name: one adapter's only; None for all.
+
+    Raises:
+        AdapterError: if the graph has no adapter, or none of that name. GraphError, when the gradient is asked for: if
+            only some of the parameters have one, or if they were moved or exchanged meanwhile.
+    """
+    wanted = {id(parameter) for parameter in lora_parameters(gm, adapter_name)}
+    named = {id(p): (name, p) for name, p in gm.named_parameters() if id(p) in wanted}
+    extra = [p for p in lora_parameters(gm, adapter_name) if id(p) not in named]  # of adapters that do not count
+    return flatten(dict(named.values()), gm) + extra
 
 
 def find_adapter(gm: fx.GraphModule, name: str) -> Adapter:

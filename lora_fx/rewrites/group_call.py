@@ -23,6 +23,8 @@ from torch import nn
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn import functional as F
 
+from ..arena import joined
+
 Tensors = Sequence[torch.Tensor]
 
 
@@ -354,7 +356,7 @@ class _Call:
             break
         else:
             return operands
-        piece = _joined(_packing_order(operands.factors))
+        piece = joined(_packing_order(operands.factors))
         if piece is None:
             factors = [[(a.to(wanted), b.to(wanted)) for a, b in pairs] for pairs in operands.factors]
         else:
@@ -367,7 +369,7 @@ class _Call:
             number, place = terms[0]
             return operands.factors[number][place][0]
         factors = [operands.factors[number][place][0] for number, place in terms]
-        piece = _joined(factors)
+        piece = joined(factors)
         return torch.cat(factors) if piece is None else piece.view(-1, factors[0].shape[1])
 
     def _merged(self, flat: torch.Tensor, operands: _Operands) -> list[torch.Tensor | None]:
@@ -566,24 +568,8 @@ class _Call:
 
 
 def _packing_order(factors: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]) -> list[torch.Tensor]:
-    """In which order `optimize` puts a group's A and B into memory: all A, so that they are one matrix; then all B."""
+    """In which order `inject` puts a group's A and B into memory: all A, so that they are one matrix; then all B."""
     return [a for pairs in factors for a, _ in pairs] + [b for pairs in factors for _, b in pairs]
-
-
-def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The memory of tensors that lie one behind the other, as one vector without a copy; None if they do not."""
-    first, last = tensors[0], tensors[-1]
-    at = first.data_ptr()
-    for tensor in tensors:
-        if tensor.data_ptr() != at or tensor.dtype != first.dtype or not tensor.is_contiguous():
-            return None
-        at += tensor.nbytes
-    storage = first.untyped_storage()
-    end = storage.data_ptr() + storage.nbytes()
-    if at > end or last.untyped_storage().data_ptr() != storage.data_ptr():
-        return None  # neighbours by chance
-    start = first.storage_offset()
-    return first.detach().as_strided(((at - first.data_ptr()) // first.element_size(),), (1,), start)
 
 
 def _unpacked(
@@ -626,7 +612,7 @@ class _Sink:
         if self.flat is None:
             return None
         parts = [self.parts[number][place][0] for number, place in terms]
-        piece = _joined(parts)
+        piece = joined(parts)
         return None if piece is None else piece.view(-1, parts[0].shape[1])
 
     def of_b(self, term: tuple[int, int]) -> torch.Tensor | None:

@@ -1,0 +1,172 @@
+"""One memory for all that an adapter trains: A and B of a group are one matrix, and all of them one vector.
+
+`inject` lays them out, while no other graph can share them. `optimize` takes A of several linears as one matrix, and
+`flat_parameters` gives the optimizer one parameter in place of hundreds. Both look at how the tensors lie before they
+assume it, so whoever moves a tensor loses speed and nothing else.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .errors import GraphError
+from .tensor_reads import read
+
+
+def lay_out(parameters: Iterable[nn.Parameter]) -> None:
+    """Move parameters that nobody else shares into one memory per dtype and device, in the order given."""
+    kinds: dict[tuple[torch.dtype, torch.device], dict[int, nn.Parameter]] = {}
+    for parameter in parameters:
+        if not parameter.is_meta and parameter.is_contiguous() and type(parameter) is nn.Parameter:
+            kinds.setdefault((parameter.dtype, parameter.device), {})[id(parameter)] = parameter
+    for members in (list(each.values()) for each in kinds.values()):
+        if joined(members) is None:
+            flat = torch.cat([member.detach().reshape(-1) for member in members])
+            for member, part in zip(members, torch.split(flat, [m.numel() for m in members]), strict=True):
+                member.data = part.view(member.shape)
+
+
+def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The memory of tensors that lie one behind the other, as one vector without a copy; None if they do not."""
+    first, last = tensors[0], tensors[-1]
+    at = first.data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != at or tensor.dtype != first.dtype or not tensor.is_contiguous():
+            return None
+        at += tensor.nbytes
+    storage = first.untyped_storage()
+    end = storage.data_ptr() + storage.nbytes()
+    if at > end or last.untyped_storage().data_ptr() != storage.data_ptr():
+        return None  # neighbours by chance
+    start = first.storage_offset()
+    return first.detach().as_strided(((at - first.data_ptr()) // first.element_size(),), (1,), start)
+
+
+class FlatParameter(nn.Parameter):
+    """Several parameters as one vector, for an optimizer: it shares their memory, and its gradient is theirs.
+
+    Made by `flat_parameters`. Where a member's gradient is None, so is this one's, or else GraphError is raised: an
+    optimizer leaves alone what has no gradient, which it cannot do with a part of a vector.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    members: tuple[nn.Parameter, ...]
+    _gm: weakref.ref[fx.GraphModule]
+    _names: tuple[str, ...]
+
+    @staticmethod
+    def over(members: Sequence[nn.Parameter], names: Sequence[str], gm: fx.GraphModule) -> FlatParameter:
+        """One parameter over parameters of `gm` that lie one behind the other."""
+        vector = joined(members)
+        assert vector is not None
+        flat: FlatParameter = torch.Tensor._make_subclass(FlatParameter, vector, True)
+        flat.members, flat._names, flat._gm = tuple(members), tuple(names), weakref.ref(gm)
+        return flat
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        """The members' gradients as one vector, of which theirs are parts from then on.
+
+        Raises:
+            GraphError: if members were moved or exchanged since, or only some of them have a gradient.
+        """
+        self._check_members()
+        gradients = [member.grad for member in self.members]
+        found = [gradient for gradient in gradients if gradient is not None]
+        if not found:
+            return None
+        if len(found) < len(gradients):
+            name = self._names[gradients.index(None)]
+            raise GraphError(
+                f"{name!r} has no gradient, while {len(found)} of {len(gradients)} have: optimizers leave such "
+                "parameters alone, which they cannot do with a part of a flat one. Give the optimizer "
+                "lora_fx.lora_parameters(gm) instead, or flat_parameters(gm, adapter_name) of the adapter that trains"
+            )
+        vector = joined(found)
+        if vector is None:
+            vector = torch.cat([gradient.reshape(-1) for gradient in found])
+            self._share_out(vector)
+        return vector
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        if value is None:
+            for member in self.members:
+                member.grad = None
+        else:
+            self._share_out(value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
+
+    def _share_out(self, vector: torch.Tensor) -> None:
+        for member, part in zip(self.members, torch.split(vector, [m.numel() for m in self.members]), strict=True):
+            member.grad = part.view(member.shape)
+
+    def _check_members(self) -> None:
+        gm, at = self._gm(), self.data_ptr()
+        try:
+            found = self.members if gm is None else read(gm, self._names)
+        except AttributeError:  # the adapter was deleted
+            found = [None] * len(self.members)
+        for name, member, own in zip(self._names, self.members, found, strict=True):
+            if own is not member or member.data_ptr() != at:
+                raise GraphError(
+                    f"{name!r} was moved, exchanged or deleted since flat_parameters(gm) was called (by .to(), "
+                    "load_state_dict(assign=True) or the like), so the optimizer would train what nobody reads. Call "
+                    "lora_fx.flat_parameters(gm) again, and make the optimizer anew"
+                )
+            at += member.nbytes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlatParameter:
+        raise GraphError("a flat parameter is not copied; call lora_fx.flat_parameters on the copy of the graph")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise GraphError("a flat parameter is not pickled; save the adapter, and optimizer.state_dict()")
+
+
+def flatten(named: dict[str, nn.Parameter], gm: fx.GraphModule) -> list[nn.Parameter]:
+    """The parameters, with one FlatParameter in place of each run that lies in one memory."""
+    order = {id(parameter): parameter.untyped_storage().data_ptr() for parameter in named.values()}
+    storages = dict.fromkeys(order.values())
+    rank = {storage: number for number, storage in enumerate(storages)}
+    ordered = sorted(named.items(), key=lambda item: (rank[order[id(item[1])]], item[1].storage_offset()))
+    runs: list[list[tuple[str, nn.Parameter]]] = []
+    for name, parameter in ordered:
+        if runs and _can_join(runs[-1][-1][1], parameter):
+            runs[-1].append((name, parameter))
+        else:
+            runs.append([(name, parameter)])
+    _watch_optimizers()
+    return [
+        run[0][1] if len(run) == 1 else FlatParameter.over([p for _, p in run], [n for n, _ in run], gm) for run in runs
+    ]
+
+
+def _can_join(before: nn.Parameter, parameter: nn.Parameter) -> bool:
+    plain = all(type(p) is nn.Parameter and p.requires_grad and not p.is_meta for p in (before, parameter))
+    return plain and joined([before, parameter]) is not None
+
+
+def _watch_optimizers() -> None:
+    if not _watching:
+        _watching.append(register_optimizer_step_post_hook(_count_versions))
+
+
+_watching: list[Any] = []
+
+
+def _count_versions(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """A step wrote the members, too: autograd has to know, or it would differentiate with values that are gone."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if isinstance(parameter, FlatParameter):
+                torch.autograd.graph.increment_version(parameter.members)

@@ -1,0 +1,223 @@
+"""A and B lie in one memory, and an optimizer that is given them as one parameter does what it would do with many."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_fx
+from lora_fx import GraphError
+from lora_fx.arena import FlatParameter
+
+
+class Model(nn.Module):
+    """Linears that share an input, a convolution, and an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 7)
+        self.query, self.key, self.out = nn.Linear(7, 5), nn.Linear(7, 5), nn.Linear(5, 3)
+        self.conv = nn.Conv1d(3, 3, 3, padding=1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        y = self.out(torch.tanh(self.query(x) * self.key(x)))
+        return self.conv(y.transpose(1, 2)).mean((1, 2))
+
+
+TOKENS = torch.arange(12).view(3, 4) % 11
+TARGETS = ["table", "query", "key", "out", "conv"]
+
+
+def _adapted(**fields: Any) -> lora_fx.LoraGraphModule:
+    torch.manual_seed(3)
+    gm = lora_fx.trace(Model(), (TOKENS,))
+    config = lora_fx.LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": TARGETS} | fields)
+    gm = lora_fx.inject(gm, config)
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(gm):
+            parameter.normal_(std=0.3)
+    return gm.train()
+
+
+def _train(gm: lora_fx.LoraGraphModule, optimizer: torch.optim.Optimizer, steps: int = 4) -> None:
+    for step in range(steps):
+        optimizer.zero_grad(set_to_none=step % 2 == 0)
+        for part in (1, 2):  # gradients add up
+            (gm(TOKENS + 0 * part) * part).square().sum().backward()
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 0.7)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True, "target_modules": ["query", "out"]}, {"bias": "all"}])
+@pytest.mark.parametrize(
+    "make", [torch.optim.AdamW, torch.optim.RMSprop, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)]
+)
+def test_training_is_the_same(make: Callable[..., Any], fields: dict[str, Any], optimize: bool) -> None:
+    each, flat = _adapted(**fields), _adapted(**fields)
+    if optimize:
+        each, flat = lora_fx.optimize(each), lora_fx.optimize(flat)
+    before = {name: value.clone() for name, value in each.named_parameters()}
+    _train(each, make(lora_fx.lora_parameters(each)))
+    vectors = lora_fx.flat_parameters(flat)
+    assert sum(isinstance(vector, FlatParameter) for vector in vectors) == 1
+    _train(flat, make(vectors))
+    found = dict(flat.named_parameters())
+    for name, value in each.named_parameters():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+        assert torch.equal(value, before[name]) != value.requires_grad
+
+
+def test_all_lie_in_one_memory() -> None:
+    gm = _adapted()
+    parameters = lora_fx.lora_parameters(gm)
+    (vector,) = lora_fx.flat_parameters(gm)
+    assert len(parameters) == 10
+    assert vector.numel() == sum(p.numel() for p in parameters)
+    assert {p.untyped_storage().data_ptr() for p in parameters} == {vector.data_ptr()}
+    a = gm.get_parameter("query.lora_A.default.weight")
+    assert gm.get_parameter("key.lora_A.default.weight").data_ptr() == a.data_ptr() + a.nbytes
+
+
+def test_a_step_takes_four_operations() -> None:
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            Counter.count += func.namespace == "aten" and func not in _FREE
+            return func(*args, **kwargs or {})
+
+    gm = _adapted()
+    optimizer = torch.optim.AdamW(lora_fx.flat_parameters(gm), fused=True)
+    _train(gm, optimizer)
+    optimizer.zero_grad()
+    gm(TOKENS).sum().backward()
+    with Counter():
+        optimizer.step()
+    assert 0 < Counter.count <= 4
+
+
+_aten = torch.ops.aten
+_FREE = (  # they touch no memory
+    _aten.as_strided.default, _aten.view.default, _aten.split_with_sizes.default, _aten.detach.default,
+    _aten._reshape_alias.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.alias.default,
+)  # fmt: skip
+
+
+def test_whoever_shares_the_tensors_sees_the_step(tmp_path: Path) -> None:
+    gm = _adapted()
+    optimized = lora_fx.optimize(gm)
+    before = gm(TOKENS)
+    _train(optimized, torch.optim.SGD(lora_fx.flat_parameters(optimized), lr=0.1))
+    assert not torch.allclose(gm(TOKENS), before)
+    lora_fx.save_adapter(gm, tmp_path / "adapter")
+    again = lora_fx.load_adapter(lora_fx.fold(gm), tmp_path / "adapter", integrity="ignored")
+    assert torch.equal(
+        again.get_parameter("out.lora_B.default.weight"), optimized.get_parameter("out.lora_B.default.weight")
+    )
+
+
+def test_moving_makes_a_new_memory() -> None:
+    gm = _adapted()
+    stale = torch.optim.SGD(lora_fx.flat_parameters(gm), lr=0.1)
+    gm.double()
+    gm(TOKENS).sum().backward()
+    with pytest.raises(GraphError, match=r"'query.lora_A.default.weight' was moved.*make the optimizer anew"):
+        stale.step()
+    (vector,) = lora_fx.flat_parameters(gm)
+    assert vector.dtype == torch.float64
+    before = gm(TOKENS)
+    torch.optim.SGD([vector], lr=0.1).step()
+    assert not torch.allclose(gm(TOKENS), before)
+
+
+def _assign(gm: lora_fx.LoraGraphModule) -> None:
+    gm.load_state_dict({name: value.clone() for name, value in gm.state_dict().items()}, assign=True)
+
+
+def _exchange(gm: lora_fx.LoraGraphModule) -> None:
+    layer = gm.get_submodule("query.lora_B.default")
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+
+
+def _delete(gm: lora_fx.LoraGraphModule) -> None:
+    del gm.get_submodule("out.lora_A.default").weight
+
+
+@pytest.mark.parametrize("change", [_assign, _exchange, _delete])
+def test_what_was_exchanged_is_not_trained_in_silence(change: Callable[[lora_fx.LoraGraphModule], None]) -> None:
+    gm = _adapted()
+    optimizer = torch.optim.SGD(lora_fx.flat_parameters(gm), lr=0.1)
+    gm(TOKENS).sum().backward()
+    change(gm)
+    with pytest.raises(GraphError, match="moved, exchanged or deleted"):
+        optimizer.step()
+
+
+def test_a_part_without_a_gradient_is_refused() -> None:
+    gm = _adapted()
+    (vector,) = lora_fx.flat_parameters(gm)
+    assert vector.grad is None
+    gm(TOKENS).sum().backward()
+    gm.get_parameter("out.lora_B.default.weight").grad = None
+    with pytest.raises(GraphError, match=r"'out.lora_B.default.weight' has no gradient, while 9 of 10 have"):
+        torch.optim.SGD([vector], lr=0.1).step()
+
+
+def test_two_adapters_are_two_vectors() -> None:
+    gm = lora_fx.inject(_adapted(), lora_fx.LoraConfig(r=3, target_modules=["out"]), adapter_name="other").train()
+    first, second = lora_fx.flat_parameters(gm)
+    assert len(lora_fx.flat_parameters(gm, "other")) == 1
+    gm = lora_fx.set_adapters(gm, {"other": 1.0})
+    optimizer = torch.optim.AdamW(lora_fx.flat_parameters(gm), lr=0.1, weight_decay=0.5)
+    before = [p.clone() for p in lora_fx.lora_parameters(gm, "default")]
+    _train(gm, optimizer)
+    assert all(torch.equal(p, b) for p, b in zip(lora_fx.lora_parameters(gm, "default"), before, strict=True))
+    assert first.numel() > second.numel()
+
+
+def test_autograd_knows_that_a_step_wrote() -> None:
+    gm = _adapted()
+    optimizer = torch.optim.SGD(lora_fx.flat_parameters(gm), lr=0.1)
+    loss = gm(TOKENS).square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_gradient_can_be_set() -> None:
+    gm = _adapted()
+    (vector,) = lora_fx.flat_parameters(gm)
+    vector.grad = torch.arange(float(vector.numel()))
+    a = gm.get_parameter("query.lora_A.default.weight")
+    assert a.grad is not None
+    assert torch.equal(a.grad.flatten(), torch.arange(float(a.numel())))
+    del vector.grad
+    assert a.grad is None
+
+
+def test_it_stays_where_it_belongs() -> None:
+    (vector,) = lora_fx.flat_parameters(_adapted())
+    with pytest.raises(GraphError, match="is not copied; call"):
+        copy.deepcopy(vector)
+    with pytest.raises(GraphError, match="is not pickled; save"):
+        pickle.dumps(vector)
+
+
+def test_a_copy_trains_by_itself() -> None:
+    gm = _adapted()
+    twin = copy.deepcopy(gm)
+    before = gm(TOKENS)
+    _train(twin, torch.optim.SGD(lora_fx.flat_parameters(twin), lr=0.1))
+    assert torch.equal(gm(TOKENS), before)
+    assert not torch.allclose(twin(TOKENS), before)
