@@ -24,8 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
 
-# Ops beside the views that compute nothing and move nothing; exported graphs hold the assertion, eager models do not.
-_FREE = {_aten._unsafe_view, _aten.lift_fresh, _aten._local_scalar_dense, _aten._assert_tensor_metadata}
+# Ops beside the views that compute nothing and move nothing: no kernel is launched for them. Exported graphs hold the
+# assertion, eager models do not.
+_FREE = {
+    _aten._unsafe_view, _aten.lift_fresh, _aten._local_scalar_dense, _aten._assert_tensor_metadata,
+    _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided,
+}  # fmt: skip
 
 
 def _matmul(m: int, k: int, n: int) -> int:

@@ -29,6 +29,7 @@ from .rewrites.attention_masks import MaskNodes, attend, look_at
 from .rewrites.checkpointing import BlockNodes
 from .rewrites.groups import GroupNodes, is_assertion
 from .rewrites.normalization import NormalizationNodes, inverse_rms, normalize
+from .rewrites.rotation import RotationNodes, rotate
 
 _aten = torch.ops.aten
 
@@ -419,6 +420,17 @@ def write_normalizations(graph: fx.Graph, found: Sequence[NormalizationNodes]) -
         _replace(graph, each.result, result)
         for node in each.inside:
             _replace(graph, node, inverse)
+
+
+def write_rotations(graph: fx.Graph, found: Sequence[RotationNodes]) -> None:
+    """`rotate` in place of the ops of each."""
+    for each in found:
+        with graph.inserting_before(each.result):
+            result = graph.call_function(rotate, (each.x, each.cos, each.sin))
+        result.meta["val"] = each.result.meta.get("val")
+        _replace(graph, each.result, result)
+        for node in each.inside:
+            _replace(graph, node, result)
 
 
 def write_blocks(

@@ -11,7 +11,7 @@ from torch import fx
 
 from .copying import copy_graph
 from .errors import ConfigError, GraphError
-from .graph import write_blocks, write_groups, write_masks, write_normalizations
+from .graph import write_blocks, write_groups, write_masks, write_normalizations, write_rotations
 from .graph_module import LoraGraphModule, check_editable, checked_graph_module, copy_sharing_tensors, record_of
 from .rewrites import (
     attention_masks,
@@ -20,6 +20,7 @@ from .rewrites import (
     normalization,
     random_order,
     recomputation,
+    rotation,
     shared_projection,
 )
 from .rewrites.checkpointing import BlockNodes
@@ -39,12 +40,13 @@ class Rewrites:
     recompute: bool = True
     narrow: bool = True
     masks: bool = True
+    rotations: bool = True
     merge: bool = False
     checkpoint: bool = False
     dropout: Dropout = "exact"
 
     def __post_init__(self) -> None:
-        for name in ("fuse", "share", "recompute", "narrow", "masks", "merge", "checkpoint"):
+        for name in ("fuse", "share", "recompute", "narrow", "masks", "rotations", "merge", "checkpoint"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.dropout not in ("exact", "cut", "shared"):
@@ -57,6 +59,7 @@ class Rewrites:
         written = written_values(lowered, gm)
         write_normalizations(lowered, normalization.find(lowered, written) if self.recompute else ())
         write_masks(lowered, attention_masks.find(lowered, written) if self.masks else ())
+        write_rotations(lowered, rotation.find(lowered, written_values(lowered, gm)) if self.rotations else ())
         groups = fused_sums.find(lowered, gm, written_values(lowered, gm)) if self.fuse else []
         groups = shared_projection.merge(groups) if self.share else groups
         groups = random_order.keep(groups, lowered) if self.dropout == "exact" else groups
@@ -101,6 +104,7 @@ def optimize(
     recompute: bool = True,
     narrow: bool = True,
     masks: bool = True,
+    rotations: bool = True,
     merge: bool = False,
     checkpoint: bool = False,
     dropout: Dropout = "exact",
@@ -121,6 +125,7 @@ def optimize(
             keeps float32 copies).
         masks: look at a boolean attention mask once in each step, and leave it out of every layer where it hides
             nothing or only what is ahead, so that attention takes its fastest kernel.
+        rotations: rotary position embeddings in three kernels each way, in place of seven and more.
         merge: build W + scaling · B @ A in each step where tokens are so many that it takes fewer operations. It moves
             more memory, and wins on few machines.
         checkpoint: keep only what each layer reads, and run it again in the backward pass (those behind the first
@@ -133,7 +138,7 @@ def optimize(
         ConfigError: for an argument of another kind.
         GraphError: if `gm` has no adapter, or is folded or batched.
     """
-    rewrites = Rewrites(fuse, share, recompute, narrow, masks, merge, checkpoint, dropout)
+    rewrites = Rewrites(fuse, share, recompute, narrow, masks, rotations, merge, checkpoint, dropout)
     gm = checked_graph_module(gm)
     check_editable(gm)
     if not record_of(gm).adapters:

@@ -20,8 +20,10 @@ import lora_fx
 from benchmarks.counters import OpCounter
 from lora_fx import ConfigError, GraphError
 from lora_fx.graph_module import record_of
+from lora_fx.rewrites import rotation
 from lora_fx.rewrites.attention_masks import attend, look_at
 from lora_fx.rewrites.normalization import inverse_rms, normalize
+from lora_fx.rewrites.rotation import rotate
 
 # Their norms compute in float32, whatever the model is in.
 NARROW_INSIDE = ("llama", "qwen3", "mixtral")
@@ -98,7 +100,7 @@ def test_values_and_gradients_are_those_of_the_plain_graph(case: zoo.Case, devic
         assert optimized.code == plain.code
 
 
-@pytest.mark.parametrize("off", ["fuse", "share", "recompute", "masks", "narrow"])
+@pytest.mark.parametrize("off", ["fuse", "share", "recompute", "masks", "narrow", "rotations"])
 @pytest.mark.parametrize("case", [LLAMA, GPT2, STACK], ids=str)
 def test_each_rewrite_can_be_left_out(case: zoo.Case, off: str) -> None:
     plain = adapted(case)
@@ -216,6 +218,62 @@ def test_normalize() -> None:
     h = torch.randn(3, 5, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda h: normalize(h, inverse_rms(h, 1e-5), 1e-5), h)
     assert torch.autograd.gradgradcheck(lambda h: normalize(h, inverse_rms(h, 1e-5), 1e-5), h)
+
+
+def test_rotate() -> None:
+    cos, sin = torch.randn(2, 1, 5, 6, dtype=torch.float64)[:, None]
+    x = torch.randn(3, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    first, second = x[..., :3], x[..., 3:]
+    wanted = x * cos + torch.cat((-second, first), -1) * sin
+    assert torch.allclose(rotate(x, cos, sin), wanted, rtol=1e-14)
+    assert torch.allclose(rotate(x.detach(), cos, sin), wanted, rtol=1e-14)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), x)
+    assert torch.autograd.gradgradcheck(lambda x: rotate(x, cos, sin), x)
+    trained = cos.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, c: rotate(x, c, sin), (x, trained))
+    wide = rotate(x[:1], cos.expand(4, 2, 5, 6), sin)  # the tables have the batch
+    assert torch.allclose(wide, wanted[:1].expand(4, 2, 5, 6), rtol=1e-14)
+
+
+class Rotary(nn.Module):
+    """A linear and what may pass for a rotary embedding: what each name says is other than the pattern."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear, self.kind = nn.Linear(6, 6), kind
+        self.register_buffer("cos", torch.rand(6))
+        self.register_buffer("sin", torch.rand(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, kind = self.linear(x), self.kind
+        first, second = x[..., :3], x[..., 3:]
+        if kind == "other halves":
+            first, second = second, first
+        if kind == "unequal":
+            first, second = x[..., :2], x[..., 2:]
+        if kind == "other value":
+            second = self.linear(x)[..., 3:]
+        turned = torch.cat((-second, first), 0 if kind == "other axis" else -1)
+        if kind == "other axis":
+            turned = torch.cat((turned[: len(x)], turned[len(x) :]), -1)
+        straight = (x + 1 if kind == "other x" else x) * self.cos
+        if kind == "commuted":
+            return (self.sin * turned + self.cos * x).sin()
+        result = straight + turned * self.sin
+        return result + turned if kind == "read twice" else result.sin()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["plain", "commuted", "other halves", "unequal", "other value", "other axis", "other x", "read twice"],
+)
+def test_only_rotations_are_taken_for_one(kind: str) -> None:
+    x = torch.randn(4, 6)
+    plain = randomise(lora_fx.inject(lora_fx.trace(Rotary(kind), (x,)), lora_fx.LoraConfig(target_modules=["linear"])))
+    optimized = lora_fx.optimize(plain.train())
+    assert_alike(plain, optimized, ((x,), {}), 1e-5)
+    found = rotation.find(plain.graph, set())
+    assert len(found) == (kind in ("plain", "commuted"))
 
 
 def test_masks() -> None:
