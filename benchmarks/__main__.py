@@ -23,6 +23,7 @@ SUBJECTS = (
     "reliability",
     "gpu",
     "goals",
+    "optimizer",
 )
 
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
+from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 
 import lora_fx
 
-from . import workloads
-from .counters import python_calls
+from . import adapters, folding, injection, optimizer, training, workloads
+from .counters import memory_of, python_calls
 from .report import Table
 from .training import Counts, check, count_step, floor_step, lora_step
 from .workloads import Workload
 
 
 def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, ...]:
-    """Counted goals; none of them depends on how busy the machine is."""
+    """What is counted, which does not depend on how busy the machine is; and what is timed, which does."""
+    return _counted(quick), _timed(quick, rounds)
+
+
+def _counted(quick: bool) -> Table:
     layers, hidden, tokens = (2, 128, 64) if quick else (12, 768, 256)
     rows: list[tuple[Any, ...]] = []
 
@@ -59,14 +67,104 @@ def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, .
     goal(2, "LoRA's own FLOPs / PEFT's at 4 T* tokens, merge=True", 0.75, added["optimized"] / added["PEFT"])
     for name, calls in _calls(workloads.llama(layers, 128, 16)).items():
         goal(27, f"Python and C calls of a forward pass / PEFT, {name}", 0.5, calls)
-    return (
-        Table(
-            f"goals: Llama, {layers} layers × {hidden}, {tokens} tokens where nothing else is said",
-            ("row", "what", "at most", "measured", "met"),
-            tuple(sorted(rows, key=lambda row: row[0])),
-            ("counted, not timed; lora_fx is `optimize(injected)`, whose gradients were checked against PEFT's first",),
-        ),
+    goal(8, "peak memory of forward and backward / PEFT", 0.72, _peaks(workloads.llama(layers, hidden, tokens)))
+    goal(14, "nodes that folding leaves, of a graph and of an .onnx", 0, sum(_nodes_left(quick)))
+    few, many = (workloads.linear_stack(sites) for sites in ((20, 80) if quick else (100, 400)))
+    visits = [injection.inject_visits(each, workloads.traced(each))[0] / each.sites for each in (few, many)]
+    goal(17, f"graph nodes visited per site, {many.sites} sites / {few.sites} sites", 1.05, visits[1] / visits[0])
+    for dtype, most in ((torch.float32, 0.0), (torch.bfloat16, 4.0)):
+        peak = _fold_peak(workloads.llama(2, hidden, 16, dtype=dtype)) / 2**20
+        goal(20, f"extra memory of a fold for good, MiB, {str(dtype).removeprefix('torch.')}", most, peak)
+    step = optimizer.step_table(workloads.llama(layers, 64, 8), 1)
+    goal(26, "kernels of an optimizer's step, 168 tensors", 4, step.rows[-1][1])
+    return Table(
+        f"goals: Llama, {layers} layers × {hidden}, {tokens} tokens where nothing else is said",
+        ("row", "what", "at most", "measured", "met"),
+        tuple(sorted(rows, key=lambda row: row[0])),
+        ("counted, not timed; lora_fx is `optimize(injected)`, whose gradients were checked against PEFT's first",),
     )
+
+
+def _timed(quick: bool, rounds: int | None) -> Table:
+    """Ratios of medians, in one process, interleaved; each subject checks its results before it times them."""
+    rounds = rounds or (3 if quick else 15)
+    layers, hidden, wide = (2, 128, 128) if quick else (12, 768, 2048)
+    rows: list[tuple[Any, ...]] = []
+
+    def goal(number: int, what: str, most: float, found: float) -> None:
+        rows.append((number, what, most, found, "yes" if found <= most else "no"))
+
+    trained = workloads.llama(2, hidden, 64 if quick else 512)
+    for number, most, p in ((11, 0.95, 0.0), (12, 0.93, 0.05)):
+        table = training.time_table(trained, rounds, lora_dropout=p)
+        dropout = f", lora_dropout {p}, dropout='cut'" if p else ""
+        name = "optimize(dropout='cut')" if p else "optimize()"
+        goal(number, f"step / PEFT{dropout} (floor {_cell(table, 'floor', 2):.2f})", most, _cell(table, name, 2))
+    llama = workloads.llama(layers, hidden, 16)
+    times = injection.inject_times(llama, workloads.traced(llama), rounds)
+    goal(16, "inject / PEFT, Llama", 1.0, times.ratio("lora_fx", "PEFT"))
+    goal(16, "inject, ms per linear, Llama", 1.2, 1e3 * times.median("lora_fx") / llama.sites)
+    nth = injection.nth_adapter_table(20 if quick else 200, rounds)
+    goal(17, "the third adapter / the first", 1.0, nth.rows[2][1] / nth.rows[0][1])
+    shapes = [(layers, hidden, torch.float32, 0.40), (2, wide, torch.float32, 0.15), (2, wide, torch.bfloat16, 0.12)]
+    for depth, size, dtype, most in shapes:
+        subject = folding.make_subject(workloads.llama(depth, size, 16, dtype=dtype))
+        times = folding.fold_times(subject, min(rounds, 7))
+        name, floor = "lora_fx.fold inplace, irreversible", times.ratio("floor: addmm only", "PEFT merge_and_unload")
+        what = (
+            f"fold for good / merge_and_unload, width {size}, {str(dtype).removeprefix('torch.')} (floor {floor:.2f})"
+        )
+        goal(19, what, most, times.ratio(name, "PEFT merge_and_unload"))
+    swap = adapters.swap_table(llama, rounds)
+    goal(24, "swap / set_peft_model_state_dict", 0.08, _cell(swap, "lora_fx, finite=True", 2))
+    goal(24, "swap, ms", 2.5, _cell(swap, "lora_fx, finite=True", 1))
+    mixed = adapters.batch_table(workloads.llama(2 if quick else 4, 256 if quick else 512, 2), rounds)
+    goal(25, "mixed batch of 8 adapters / PEFT", 0.45, _cell(mixed, "lora_fx, adapter_ids", 2))
+    step = optimizer.step_table(llama, rounds)
+    goal(26, "AdamW's step / PEFT's default", 0.20, step.rows[-1][3])
+    return Table(
+        f"goals that are timed ({rounds} rounds)",
+        ("row", "what", "at most", "measured", "met"),
+        tuple(rows),
+        (f"step: PEFT against itself reads {_cell(table, 'PEFT again (control)', 2):.2f}",),
+    )
+
+
+def _cell(table: Table, name: str, column: int) -> Any:
+    return next(row[column] for row in table.rows if row[0] == name)
+
+
+def _peaks(workload: Workload) -> float:
+    peft_model, _, injected = workloads.adapted_alike(workload)
+    peaks = []
+    for model in (peft_model.train(), lora_fx.optimize(injected).train()):
+        step = lora_step(model, workload)
+        step().backward()  # type: ignore[no-untyped-call]  # the gradients are there from here on
+        peaks.append(memory_of(lambda _, step=step: step().backward()).peak)  # type: ignore[misc]
+    return peaks[1] / peaks[0]
+
+
+def _nodes_left(quick: bool) -> tuple[int, int]:
+    """What a folded graph, and its .onnx, have more than the base's."""
+    import exporters
+
+    workload = workloads.bert(2, 64 if quick else 128)
+    _, gm, injected = workloads.adapted_alike(workload)
+    folded = lora_fx.fold(injected)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("base.onnx", "folded.onnx")]
+        for graph, path in zip((gm, folded), paths, strict=True):
+            exporters.export_onnx(graph.eval(), path)
+        counts = [len(onnx.load(path, load_external_data=False).graph.node) for path in paths]
+    return abs(len(folded.graph.nodes) - len(gm.graph.nodes)), abs(counts[1] - counts[0])
+
+
+def _fold_peak(workload: Workload) -> int:
+    _, _, injected = workloads.adapted_alike(workload)
+    lora_fx.fold(injected)  # what is cached on first use is no weight's cost
+    return memory_of(
+        lambda gm: lora_fx.fold(gm, inplace=True, reversible=False), prepare=lambda: copy.deepcopy(injected)
+    ).peak
 
 
 def _ratio(counts: dict[str, Counts], what: str) -> float:

@@ -26,7 +26,7 @@ def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, .
     """The tables of this subject."""
     sizes = QUICK_SITES if quick else SITES
     rounds = rounds or (3 if quick else 5)
-    return (_over_sites(sizes, rounds), _nth_adapter(50 if quick else 500, rounds))
+    return (_over_sites(sizes, rounds), nth_adapter_table(50 if quick else 500, rounds))
 
 
 def check(workload: Workload, gm: Any) -> str:
@@ -150,7 +150,7 @@ def _over_sites(sizes: tuple[int, ...], rounds: int) -> Table:
     )
 
 
-def _nth_adapter(sites: int, rounds: int) -> Table:
+def nth_adapter_table(sites: int, rounds: int) -> Table:
     workload = workloads.linear_stack(sites)
     gm = workloads.traced(workload)
     config = lora_fx.LoraConfig(**workload.fields())

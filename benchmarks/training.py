@@ -44,7 +44,7 @@ def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, .
     ]
     tables.append(_dora_table(workloads.llama(layers, hidden, tokens)))
     timed = workloads.llama(2, 256 if quick else 768, 128 if quick else 512)
-    return (*tables, *(_time_table(timed, rounds, lora_dropout=p) for p in (0.0, 0.05)))
+    return (*tables, *(time_table(timed, rounds, lora_dropout=p) for p in (0.0, 0.05)))
 
 
 def lora_step(model: nn.Module, workload: Workload) -> Step:
@@ -222,7 +222,7 @@ def _dora_table(workload: Workload) -> Table:
     )
 
 
-def _time_table(workload: Workload, rounds: int, *, lora_dropout: float) -> Table:
+def time_table(workload: Workload, rounds: int, *, lora_dropout: float) -> Table:
     peft_model, _, injected = workloads.adapted_alike(workload, lora_dropout=lora_dropout)
     said = check(peft_model, injected, workload)
     base = workload.make()

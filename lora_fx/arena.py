@@ -7,6 +7,7 @@ assume it, so whoever moves a tensor loses speed and nothing else.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -60,6 +61,9 @@ class FlatParameter(nn.Parameter):
     members: tuple[nn.Parameter, ...]
     _gm: weakref.ref[fx.GraphModule]
     _names: tuple[str, ...]
+    _sizes: tuple[int, ...]
+    _vector: torch.Tensor | None  # of gradients, as it was gathered last,
+    _parts: tuple[torch.Tensor, ...]  # and its parts, which the members were given
 
     @staticmethod
     def over(members: Sequence[nn.Parameter], names: Sequence[str], gm: fx.GraphModule) -> FlatParameter:
@@ -68,6 +72,7 @@ class FlatParameter(nn.Parameter):
         assert vector is not None
         flat: FlatParameter = torch.Tensor._make_subclass(FlatParameter, vector, True)
         flat.members, flat._names, flat._gm = tuple(members), tuple(names), weakref.ref(gm)
+        flat._vector, flat._parts, flat._sizes = None, (), tuple(member.nbytes for member in members)
         return flat
 
     @property
@@ -77,8 +82,11 @@ class FlatParameter(nn.Parameter):
         Raises:
             GraphError: if members were moved or exchanged since, or only some of them have a gradient.
         """
-        self._check_members()
         gradients = [member.grad for member in self.members]
+        is_known = self._parts and all(map(operator.is_, gradients, self._parts))
+        if is_known and self.members[-1].data_ptr() == self.data_ptr() + self.nbytes - self._sizes[-1]:
+            return self._vector
+        self._check_members()
         found = [gradient for gradient in gradients if gradient is not None]
         if not found:
             return None
@@ -89,27 +97,35 @@ class FlatParameter(nn.Parameter):
                 "parameters alone, which they cannot do with a part of a flat one. Give the optimizer "
                 "lora_fx.lora_parameters(gm) instead, or flat_parameters(gm, adapter_name) of the adapter that trains"
             )
-        vector = joined(found)
-        if vector is None:
-            vector = torch.cat([gradient.reshape(-1) for gradient in found])
-            self._share_out(vector)
+        memory = self._memory_to_reuse()
+        vector = torch.cat([gradient.reshape(-1) for gradient in found], out=memory)
+        self._share_out(vector)
         return vector
 
     @grad.setter
     def grad(self, value: torch.Tensor | None) -> None:
-        if value is None:
-            for member in self.members:
-                member.grad = None
-        else:
-            self._share_out(value)
+        if value is not None:
+            return self._share_out(value)
+        self._parts = ()
+        for member in self.members:
+            member.grad = None
 
     @grad.deleter
     def grad(self) -> None:
         self.grad = None
 
+    def _memory_to_reuse(self) -> torch.Tensor | None:
+        """The last vector, if nobody but this parameter has it, or a part of it, any more: new memory has a price."""
+        self._parts = ()
+        last, self._vector = self._vector, None
+        is_alone = last is not None and torch._C._storage_Use_Count(last.untyped_storage()._cdata) == 1 + 1
+        return last if is_alone else None
+
     def _share_out(self, vector: torch.Tensor) -> None:
-        for member, part in zip(self.members, torch.split(vector, [m.numel() for m in self.members]), strict=True):
-            member.grad = part.view(member.shape)
+        self._vector = vector
+        self._parts = torch._utils._unflatten_dense_tensors(vector, self.members)  # type: ignore[no-untyped-call]
+        for member, part in zip(self.members, self._parts, strict=True):
+            member.grad = part
 
     def _check_members(self) -> None:
         gm, at = self._gm(), self.data_ptr()
@@ -117,14 +133,14 @@ class FlatParameter(nn.Parameter):
             found = self.members if gm is None else read(gm, self._names)
         except AttributeError:  # the adapter was deleted
             found = [None] * len(self.members)
-        for name, member, own in zip(self._names, self.members, found, strict=True):
+        for name, member, own, size in zip(self._names, self.members, found, self._sizes, strict=True):
             if own is not member or member.data_ptr() != at:
                 raise GraphError(
                     f"{name!r} was moved, exchanged or deleted since flat_parameters(gm) was called (by .to(), "
                     "load_state_dict(assign=True) or the like), so the optimizer would train what nobody reads. Call "
                     "lora_fx.flat_parameters(gm) again, and make the optimizer anew"
                 )
-            at += member.nbytes
+            at += size
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlatParameter:
         raise GraphError("a flat parameter is not copied; call lora_fx.flat_parameters on the copy of the graph")

@@ -234,12 +234,9 @@ class LoraGraphModule(fx.GraphModule):
         if any(fn(torch.empty(0, dtype=dtype, device=device)).dtype != dtype for dtype in dtypes):
             self._follow_dtype(new.dtype)
         record = record_of(self)
-        adapters = [[get_parameter(self, name) for name in adapter.memory] for adapter in record.adapters.values()]
-        places = [[parameter.data_ptr() for parameter in each] for each in adapters]
+        places = _places(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for parameters, before in zip(adapters, places, strict=True):
-            if all(p.data_ptr() != place for p, place in zip(parameters, before, strict=True)):  # nobody shares these
-                lay_out(parameters)
+        _lay_out_moved(self, places)
         record.originals = {name: fn(tensor) for name, tensor in record.originals.items()}
         for tensor in record.stashed.values():
             tensor.data = fn(tensor.data)
@@ -331,8 +328,23 @@ class LoraGraphModule(fx.GraphModule):
         result: LoraGraphModule = copy_graph_module(self, memo)
         for graph in record_of(result).views.values():
             graph.owning_module = result
+        _lay_out_moved(result, _places(self))
         result.recompile()
         return result
+
+
+def _places(gm: fx.GraphModule) -> dict[str, int]:
+    """Where A and B of all adapters lie; a batched graph has them in stacks."""
+    adapters = record_of(gm).adapters.values() if record_of(gm).batched is None else ()
+    return {name: get_parameter(gm, name).data_ptr() for adapter in adapters for name in adapter.memory}
+
+
+def _lay_out_moved(gm: fx.GraphModule, before: dict[str, int]) -> None:
+    """Bring A and B of an adapter together again where all of them have new memory, which no other graph shares yet."""
+    for adapter in record_of(gm).adapters.values() if before else ():
+        parameters = {name: get_parameter(gm, name) for name in adapter.memory}
+        if all(parameter.data_ptr() != before[name] for name, parameter in parameters.items()):
+            lay_out(parameters.values())
 
 
 def record_of(gm: fx.GraphModule) -> GraphRecord:

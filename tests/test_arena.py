@@ -93,7 +93,7 @@ def test_a_step_takes_four_operations() -> None:
         count = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            Counter.count += func.namespace == "aten" and func not in _FREE
+            Counter.count += func.namespace == "aten" and not func.is_view
             return func(*args, **kwargs or {})
 
     gm = _adapted()
@@ -104,13 +104,6 @@ def test_a_step_takes_four_operations() -> None:
     with Counter():
         optimizer.step()
     assert 0 < Counter.count <= 4
-
-
-_aten = torch.ops.aten
-_FREE = (  # they touch no memory
-    _aten.as_strided.default, _aten.view.default, _aten.split_with_sizes.default, _aten.detach.default,
-    _aten._reshape_alias.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.alias.default,
-)  # fmt: skip
 
 
 def test_whoever_shares_the_tensors_sees_the_step(tmp_path: Path) -> None:
@@ -218,6 +211,7 @@ def test_a_copy_trains_by_itself() -> None:
     gm = _adapted()
     twin = copy.deepcopy(gm)
     before = gm(TOKENS)
-    _train(twin, torch.optim.SGD(lora_fx.flat_parameters(twin), lr=0.1))
+    (vector,) = lora_fx.flat_parameters(twin)
+    _train(twin, torch.optim.SGD([vector], lr=0.1))
     assert torch.equal(gm(TOKENS), before)
     assert not torch.allclose(twin(TOKENS), before)

@@ -21,6 +21,7 @@ from benchmarks import (
     gpu,
     injection,
     latency,
+    optimizer,
     reliability,
     training,
     workloads,
@@ -251,7 +252,7 @@ def test_command_runs_a_subject_and_reports_failed_checks(
 
 
 def test_subjects_are_the_files() -> None:
-    modules = (injection, folding, training, adapters, export, latency, deployment, reliability, gpu, goals)
+    modules = (injection, folding, training, adapters, export, latency, deployment, reliability, gpu, goals, optimizer)
     assert tuple(module.__name__.rpartition(".")[2] for module in modules) == command.SUBJECTS
     assert all(callable(module.measure) for module in modules)
 

@@ -85,9 +85,13 @@ def _span(half: fx.Node, size: int) -> tuple[int, int] | None:
     value = half.meta.get("val")
     if half.target is not _aten.slice.Tensor or half.kwargs or len(readers(half)) != 1 or value is None:
         return None
-    given, defaults = tuple(half.args), (None, 0, None, None, 1)
-    _, dim, start, stop, step = given + defaults[len(given) :]
-    if dim not in (-1, value.dim() - 1) or step != 1 or not all(type(each) in (int, type(None)) for each in given[2:4]):
+    defaults: tuple[Any, ...] = (None, 0, None, None, 1)
+    _, dim, start, stop, step = tuple(half.args) + defaults[len(half.args) :]
+    if (
+        dim not in (-1, value.dim() - 1)
+        or step != 1
+        or not all(type(each) in (int, type(None)) for each in (start, stop))
+    ):
         return None
     return start or 0, size if stop is None else min(stop, size)
 
