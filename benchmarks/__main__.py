@@ -1,4 +1,4 @@
-"""`python -m benchmarks [subject ...] [--quick] [--json FILE] [--rounds N]`."""
+"""`python -m benchmarks [subject ...] [--quick] [--json FILE] [--plots FOLDER] [--rounds N]`, or `lora-fx bench`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ SUBJECTS = (
     "gpu",
     "goals",
     "optimizer",
+    "curves",
 )
 
 
@@ -55,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"## {name}\n")
         print("\n\n".join(str(table) for table in results[name]))
         print(f"\n({name} took {time.perf_counter() - started:.0f} s)\n", flush=True)
+    if options.plots:
+        from .plots import draw
+
+        print("\n".join(f"written: {path}" for path in draw(results, options.plots)))
     if options.json:
         options.json.write_text(as_json(where, results), "utf-8")
     return status
@@ -67,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="small models, few rounds: two to three minutes for all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every table to FILE as well")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw what has a picture to FOLDER, as SVG")
     parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds of each timing; default by subject")
     return parser
 

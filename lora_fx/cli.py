@@ -1,4 +1,4 @@
-"""The command line: `lora-fx demo | inspect | fold | export | verify | doctor | onnx`.
+"""The command line: `lora-fx demo | inspect | fold | export | verify | doctor | bench | onnx`.
 
 Exit status: 0 ok, 2 usage, 3 bad input, 4 a check failed, 5 environment (a package, a GPU or disk space is
 missing), 1 anything else, which is a bug in lora_fx, and 130 interrupted. Results go to stdout, progress and
@@ -378,6 +378,40 @@ def doctor(as_json: Json = False) -> None:
         print(diagnosis)
     if not diagnosis.ok:
         raise OSError(f"broken: {', '.join(dict.fromkeys(finding.subject for finding in diagnosis.errors))}")
+
+
+@app.command()
+def bench(
+    subjects: Annotated[list[str] | None, typer.Argument(help="What to measure; none: everything.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small models, few rounds.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each timing; none: by subject.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every table to this file as well.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw what has a picture into this folder, as SVG.")] = None,
+) -> None:
+    """Measure lora_fx against PEFT and the floor. It takes a checkout, where `python -m benchmarks` is the same.
+
+    Examples: `lora-fx bench --quick`, `lora-fx bench training folding --json tables.json --plots pictures`
+    """
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "benchmarks" / "__main__.py").is_file():
+        raise OSError(
+            "the benchmarks are no part of the installed package; run pip install -e '.[bench]' in a checkout of the "
+            "repository, and this again"
+        )
+    sys.path.insert(0, str(checkout))
+    from benchmarks.__main__ import SUBJECTS
+    from benchmarks.__main__ import main as run_benchmarks
+
+    unknown = [name for name in subjects or () if name not in SUBJECTS]
+    if unknown:
+        raise typer.BadParameter(f"unknown subject {unknown[0]!r}; choose from {', '.join(SUBJECTS)}")
+    if plots is not None:
+        check_writable(plots)
+    arguments = [*(subjects or ()), *(["--quick"] if quick else []), *(["--rounds", str(rounds)] if rounds else [])]
+    for option, path in (("--json", json_file), ("--plots", plots)):
+        arguments += [] if path is None else [option, str(path)]
+    if run_benchmarks(arguments):
+        raise CheckFailedError("a subject's results are wrong, so it was not timed")
 
 
 def _check_runs_on(onnx: Path, provider: Provider) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import lora_fx
 from benchmarks import __main__ as command
 from benchmarks import (
     adapters,
+    curves,
     deployment,
     export,
     folding,
@@ -22,6 +24,7 @@ from benchmarks import (
     injection,
     latency,
     optimizer,
+    plots,
     reliability,
     training,
     workloads,
@@ -251,8 +254,36 @@ def test_command_runs_a_subject_and_reports_failed_checks(
     assert stopped.value.code == 2
 
 
+def test_curves_are_drawn(tmp_path: Path) -> None:
+    tables = tuple(
+        Table(f"over {axis}", (axis, "model", "kept / PEFT", "kernels / PEFT", "moved / PEFT", "time / PEFT"), tuple(
+            (value, name, 0.5, 0.5, 0.5, 0.9) for value in (2, 8) for name in ("PEFT", "inject", "optimize", "floor")
+        ))
+        for axis in ("r", "tokens")
+    )  # fmt: skip
+    (path,) = plots.draw({"curves": tables}, tmp_path / "pictures")
+    text = path.read_text()
+    assert all(word in text for word in ("optimize", "floor", "tokens", "kept bytes / PEFT"))
+    before = path.read_bytes()
+    assert plots.draw({"curves": tables}, tmp_path / "pictures")[0].read_bytes() == before
+    assert plots.draw({"gpu": ()}, tmp_path / "none") == []
+
+
 def test_subjects_are_the_files() -> None:
-    modules = (injection, folding, training, adapters, export, latency, deployment, reliability, gpu, goals, optimizer)
+    modules = (
+        injection,
+        folding,
+        training,
+        adapters,
+        export,
+        latency,
+        deployment,
+        reliability,
+        gpu,
+        goals,
+        optimizer,
+        curves,
+    )
     assert tuple(module.__name__.rpartition(".")[2] for module in modules) == command.SUBJECTS
     assert all(callable(module.measure) for module in modules)
 

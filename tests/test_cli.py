@@ -577,10 +577,23 @@ def test_a_terminal_sees_what_is_going_on(directories, tmp_path, monkeypatch) ->
         assert step in screen.getvalue()
 
 
-@pytest.mark.parametrize("command", ["", "demo", "inspect", "fold", "export", "verify", "doctor"])
+@pytest.mark.parametrize("command", ["", "demo", "inspect", "fold", "export", "verify", "doctor", "bench"])
 def test_help(command: str, monkeypatch, capsys) -> None:
     assert run(monkeypatch, *filter(None, [command]), "--help") == 0
     assert "--help" in capsys.readouterr().out
+
+
+def test_bench_runs_subjects_and_refuses_what_is_none(tmp_path, monkeypatch, capsys) -> None:
+    files = ("--json", tmp_path / "tables.json", "--plots", tmp_path / "pictures")
+    assert run(monkeypatch, "bench", "optimizer", "--quick", "--rounds", 1, *files) == 0
+    assert "flat_parameters" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "tables.json").read_text())["subjects"]) == ["optimizer"]
+    assert (tmp_path / "pictures" / "once.svg").read_text().startswith("<?xml")
+    assert run(monkeypatch, "bench", "speed") == 2
+    assert "choose from injection" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "lora_fx" / "cli.py"))
+    assert run(monkeypatch, "bench") == 5
+    assert "in a checkout" in capsys.readouterr().err
 
 
 def test_the_command_line_starts_without_torch() -> None:
