@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# Elements of one block. A GPU has no use for small ones, and each would cost it a launch.
+# float32 numbers of one block. A GPU has no use for small ones, and each would cost it a launch.
 _BLOCK, _GPU_BLOCK = 1 << 18, 1 << 28
 
 # Losses below this share of the delta are told by their upper bound instead of being measured.
@@ -195,7 +195,8 @@ def norm_if_finite(weight: torch.Tensor, deltas: Sequence[AnyDelta]) -> float | 
 def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, torch.Tensor]]:
     """(matrix, rows, those rows in `dtype`): views of the weight if it is of that dtype, else one buffer throughout."""
     count, rows, columns = weight.shape
-    most = max(1, (_BLOCK if weight.device.type == "cpu" else _GPU_BLOCK) // max(1, columns))
+    elements = (_BLOCK if weight.device.type == "cpu" else _GPU_BLOCK) * 4 // dtype.itemsize
+    most = max(1, elements // max(1, columns))
     # Blocks of about one size: kernels for a few rows left over sum in an order of their own, and lose digits.
     step = max(1, -(-rows // -(-rows // most))) if rows else 1
     buffer = None if weight.dtype == dtype or not count else torch.empty_like(weight[0, :step], dtype=dtype)
