@@ -3,9 +3,12 @@
     python tests/mutation.py lora_fx/sites.py lora_fx/folding.py          # all mutants of these files
     python tests/mutation.py lora_fx/plan.py --every 10 --json out.json   # each tenth
 
-The tests run once, to learn which of them call which function. Then each mutant has a forked process, in which the
-function's code is exchanged, so that nothing is imported or traced again. Prints the survivors, for a person to kill
-with a test or to explain: texts of messages, annotations and `__str__` are not changed.
+The tests are collected and run once, to learn which of them call which function, themselves or by what they take from
+a fixture or a cache. Then each mutant has a forked process, in which the function's code is exchanged and the tests
+run again, so that nothing is imported anew. No result of the unchanged function waits there: fixtures have been torn
+down, what lora_fx remembers is forgotten, and so are the caches of tests whose values the function had a part in; the
+others, such as traced graphs, stay. Prints the survivors, for a person to kill with a test or to explain in
+mutation_equivalents.toml: texts of messages, annotations and `__str__` are not changed.
 """
 
 from __future__ import annotations
@@ -13,16 +16,17 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import copy
+import functools
+import gc
 import importlib
-import io
 import json
 import os
 import signal
 import sys
 import time
+import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
@@ -31,6 +35,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+EQUIVALENTS = ROOT / "tests" / "mutation_equivalents.toml"
 TESTS = (
     "sites", "plan", "plan_checks", "matching", "merging", "folding", "checks", "tokens_and_ties", "parts", "aliasing",
     "config", "injection",
@@ -53,25 +58,41 @@ class Mutant:
     function: str
     line: int
     change: str
-    tree: ast.Module
+    code: CodeType
 
     @property
     def at(self) -> str:
         """file:line."""
-        return f"{self.file.removeprefix(f'{ROOT}/')}:{self.line}"
+        return f"{self.module}:{self.line}"
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """What it is called in the table of equivalents, which no line that is added elsewhere changes."""
+        return self.module, self.function, self.change
+
+    @property
+    def module(self) -> str:
+        """The file from the root of the repository."""
+        return self.file.removeprefix(f"{ROOT}/")
 
 
 def mutants(file: Path) -> Iterator[Mutant]:
-    """All changes of a file's functions."""
+    """All changes of a file's functions. One that a function has several times is numbered from the second on."""
     tree = ast.parse(file.read_text())
     for function, path in _functions(tree, ()):
+        seen: Counter[str] = Counter()
         if path[-1] in ("__str__", "__repr__", "_repr_html_"):
             continue
         for node, apply, what in _changes(function):
             before = ast.unparse(node) if not isinstance(node, ast.stmt) else ast.unparse(node).partition("\n")[0]
+            change = f"{what}: {before[:90]}"
+            seen[change] += 1
             undo = apply()
-            yield Mutant(str(file), ".".join(path), node.lineno, f"{what}: {before[:90]}", copy.deepcopy(tree))
+            code = code_of(tree, str(file), ".".join(path))
             undo()
+            yield Mutant(
+                str(file), ".".join(path), node.lineno, change + f" ({seen[change]})" * (seen[change] > 1), code
+            )
 
 
 def _functions(node: ast.AST, path: tuple[str, ...]) -> Iterator[tuple[ast.FunctionDef, tuple[str, ...]]]:
@@ -202,62 +223,180 @@ def function_of(module: Any, path: str) -> FunctionType:
     return found
 
 
+# What remembers ---------------------------------------------------------------------------------------
+
+Key = tuple[str, str]  # file, function
+_Cache = functools._lru_cache_wrapper  # what functools.cache gives
+
+
+def caches_under(folder: Path) -> dict[Key, Any]:
+    """Every functools cache of the modules in a folder, by the function that it stands before."""
+    found: dict[Key, Any] = {}
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file is None or folder not in Path(file).parents:
+            continue
+        for owner in (module, *(each for each in vars(module).values() if isinstance(each, type))):
+            for each in vars(owner).values():
+                if isinstance(each, _Cache):
+                    code = getattr(each.__wrapped__, "__code__", None)  # none of a class
+                    key = (code.co_filename, code.co_qualname) if code else (file, each.__wrapped__.__qualname__)
+                    found[key] = each
+    return found
+
+
+def forget(caches: Iterable[Any]) -> None:
+    """Empty caches."""
+    for cache in caches:
+        cache.cache_clear()
+
+
+def forget_memos() -> None:
+    """Empty the memos that graph modules carry, wherever they are kept."""
+    from lora_fx.graph_module import GraphRecord
+
+    gc.unfreeze()  # what conftest.py froze is not listed otherwise
+    for each in gc.get_objects():
+        if type(each) is GraphRecord:
+            each.compiled.clear()
+            each.selections.clear()
+    gc.freeze()
+
+
 # Running tests ----------------------------------------------------------------------------------------
 
 
-class Calls:
-    """A pytest plugin: which test calls which functions, and how long it takes."""
+class Session:
+    """A pytest plugin: learns which test depends on which functions, then calls `work`, which runs some again."""
 
-    def __init__(self, files: list[str]) -> None:
+    def __init__(self, files: list[str], work: Callable[[Session], None]) -> None:
         self._files = set(files)
-        self.tests: dict[tuple[str, str], dict[str, float]] = {}
+        self._work = work
+        self._noted: list[set[Key]] = []  # by the test, the fixtures and the caches that are at work
+        self._filling: list[FrameType] = []  # of the caches among them
+        self._fixtures: dict[object, set[Key]] = {}
+        self._failed: list[str] = []
+        self._caches: dict[Key, Any] = {}
+        self._parts: dict[Key, set[Key]] = {}  # a cache of the tests → the functions that its values are made by
+        self._items: dict[str, Any] = {}
+        self.tests: dict[Key, dict[str, float]] = {}  # function → the tests that depend on it, with their seconds
+        self.at_import: set[Key] = set()
+        self.error: BaseException | None = None
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
-        seen: set[tuple[str, str]] = set()
+    def pytest_collection(self) -> Iterator[None]:
+        with self._noting(self.at_import):
+            return (yield)
 
-        def note(frame: FrameType, event: str, _: object) -> None:
-            if event == "call" and frame.f_code.co_filename in self._files:
-                name = frame.f_code.co_qualname.partition(".<locals>")[0]
-                seen.add((frame.f_code.co_filename, name))
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: Any) -> bool:
+        try:
+            self._items = {item.nodeid: item for item in session.items}
+            self._caches = caches_under(ROOT / "tests")
+            for item, following in _with_next(session.items):
+                self._learn(item, following)
+            assert session.items, "no test was found"
+            assert not self._failed, f"tests fail without a change: {self._failed}"
+            forget(caches_under(ROOT / "lora_fx").values())
+            forget_memos()
+            self._work(self)
+        except BaseException as error:  # for main, which has the terminal
+            self.error = error
+        return True
 
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self._failed.append(report.nodeid)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
+        with self._noting(self._fixtures.setdefault(fixturedef, set())):
+            return (yield)
+
+    def _learn(self, item: Any, following: Any) -> None:
+        # What is made by the functions is made by each test that needs it, and so found to be.
+        forget(caches_under(ROOT / "lora_fx").values())
+        forget(self._caches[key] for key, made_by in self._parts.items() if made_by)
+        seen: set[Key] = set()
         started = time.perf_counter()
-        sys.setprofile(note)
-        try:
-            result = yield
-        finally:
-            sys.setprofile(None)
+        with self._noting(seen):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        seconds = time.perf_counter() - started
+        for definitions in item._fixtureinfo.name2fixturedefs.values():
+            seen.update(*(self._fixtures.get(each, ()) for each in definitions))
         for key in seen:
-            self.tests.setdefault(key, {})[item.nodeid] = time.perf_counter() - started
-        return result
+            self.tests.setdefault(key, {})[item.nodeid] = seconds
 
-
-def run_tests(arguments: list[str], *plugins: object) -> int:
-    """pytest in this process, silently."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *arguments], list(plugins)))
-
-
-def verdict(mutant: Mutant, tests: list[str], seconds: float) -> str:
-    """killed, survived, or timeout; in a process of its own."""
-    child = os.fork()
-    if child == 0:
-        status = 1
+    @contextlib.contextmanager
+    def _noting(self, seen: set[Key]) -> Iterator[None]:
+        """Add the functions that are called meanwhile."""
+        self._noted.append(seen)
+        sys.setprofile(self._note)
         try:
-            signal.alarm(int(seconds))
-            module = importlib.import_module(mutant.file.removeprefix(f"{ROOT}/").removesuffix(".py").replace("/", "."))
-            function = function_of(module, mutant.function)
-            try:
-                function.__code__ = code_of(mutant.tree, mutant.file, mutant.function)
-            except ValueError:  # other free variables: it is no function that could stand there
-                os._exit(3)
-            status = run_tests(tests)
+            yield
         finally:
-            os._exit(0 if status == 0 else 1)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return "timeout"
-    return {0: "survived", 3: "impossible"}.get(os.WEXITSTATUS(status), "killed")
+            assert self._noted.pop() is seen
+            if not self._noted:
+                sys.setprofile(None)
+
+    def _note(self, frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event == "return" and self._filling and self._filling[-1] is frame:
+            self._filling.pop()
+            self._noted.pop()
+        if event != "call":
+            return
+        if code.co_filename in self._files:
+            for noted in self._noted:
+                noted.add((code.co_filename, code.co_qualname.partition(".<locals>")[0]))
+        elif (key := (code.co_filename, code.co_qualname)) in self._caches:
+            self._filling.append(frame)
+            self._noted.append(self._parts.setdefault(key, set()))
+
+    def verdict(self, mutant: Mutant | None, key: Key, names: list[str], seconds: float) -> str:
+        """What the tests say of a mutant, or of the unchanged function; in a process of its own."""
+        child = os.fork()
+        if child == 0:
+            status = _BROKEN
+            try:
+                signal.alarm(int(seconds) + 1)
+                forget(self._caches[cache] for cache, made_by in self._parts.items() if key in made_by)
+                is_possible = mutant is None or _exchange(mutant)
+                status = (_SURVIVED if self._pass(names) else _KILLED) if is_possible else _IMPOSSIBLE
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            return "timeout" if os.WTERMSIG(status) == signal.SIGALRM else "killed"
+        assert os.WEXITSTATUS(status) != _BROKEN, f"the runner failed at {mutant or key}"
+        return _VERDICTS[os.WEXITSTATUS(status)]
+
+    def _pass(self, names: list[str]) -> bool:
+        """Whether those tests pass; the first that does not is the last that runs."""
+        self._failed.clear()
+        for item, following in _with_next([self._items[name] for name in names]):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self._failed:
+                return False
+        return True
+
+
+def _with_next(items: list[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(items, [*items[1:], None], strict=True)
+
+
+_SURVIVED, _KILLED, _IMPOSSIBLE, _BROKEN = 0, 1, 3, 70
+_VERDICTS = {_SURVIVED: "survived", _KILLED: "killed", _IMPOSSIBLE: "impossible"}
+
+
+def _exchange(mutant: Mutant) -> bool:
+    """Put the mutant's code in place; False where it has other free variables: it could not stand there."""
+    module = importlib.import_module(mutant.module.removesuffix(".py").replace("/", "."))
+    try:
+        function_of(module, mutant.function).__code__ = mutant.code
+    except ValueError:
+        return False
+    return True
 
 
 def chosen(tests: dict[str, float], module: str, seconds: float) -> list[str]:
@@ -277,6 +416,106 @@ def chosen(tests: dict[str, float], module: str, seconds: float) -> list[str]:
     return kept
 
 
+# The table of changes that change nothing -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Equivalent:
+    """Why a change gives the same result for every input, and of which kind it is."""
+
+    kind: str
+    why: str
+
+
+def equivalents() -> dict[tuple[str, str, str], Equivalent]:
+    """{(file, function, change): why}."""
+    table = tomllib.loads(EQUIVALENTS.read_text())["equivalent"]
+    return {
+        (each["file"], each["function"], change): Equivalent(each["kind"], each["why"])
+        for each in table
+        for change in each["changes"]
+    }
+
+
+# The command ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """A mutant and what became of it."""
+
+    at: str
+    function: str
+    change: str
+    verdict: str
+    tests: int
+
+    @property
+    def is_dead(self) -> bool:
+        """A test notices."""
+        return self.verdict in ("killed", "timeout")
+
+
+def mutate(
+    files: Iterable[str],
+    *,
+    every: int = 1,
+    part: tuple[int, int] = (0, 1),
+    seconds: float = 20,
+    tests: Iterable[str] = TESTS,
+    select: Callable[[Mutant], bool] = lambda mutant: True,
+    tell: Callable[[Mutant, Found], None] = lambda mutant, found: None,
+) -> list[Found]:
+    """Run the tests on the mutants of files, in parts of a whole: each `every`-th, and of those the part n of m.
+
+    Raises:
+        AssertionError: if the tests fail without a change, or if a function is called as they are imported.
+    """
+    paths = [str((ROOT / file).resolve()) for file in files]
+    suites = [str(f) for name in tests for f in [ROOT / "tests" / f"test_{name}.py"] if f.is_file()]
+    wanted = [m for path in paths for m in mutants(Path(path)) if select(m)][::every][part[0] :: part[1]]
+    found: list[Found] = []
+
+    def work(session: Session) -> None:
+        survived: dict[Key, bool] = {}
+        names: dict[Key, list[str]] = {}
+        for mutant in wanted:
+            key = (mutant.file, mutant.function)
+            known = session.tests.get(key, {})
+            names[key] = chosen(known, Path(mutant.file).stem, seconds)
+            limit = 3 * sum(known[name] for name in names[key]) + 20
+            what = session.verdict(mutant, key, names[key], limit) if known else "not called"
+            found.append(Found(mutant.at, mutant.function, mutant.change, what, len(names[key])))
+            survived[key] = survived.get(key, False) or what == "survived"
+            tell(mutant, found[-1])
+        # Where every change was noticed, are the tests content without one?
+        for key in (key for key, has in survived.items() if not has and names[key]):
+            assert session.verdict(None, key, names[key], 600) == "survived", f"{key}: {names[key]} fail as they are"
+
+    session = Session(paths, work)
+    pytest.main(["-q", "-s", "--tb=no", "-p", "no:cacheprovider", *suites], [session])
+    if session.error is not None:
+        raise session.error
+    imported = session.at_import & {(m.file, m.function) for m in wanted}
+    assert not imported, f"called while the tests are imported, which is not done again: {imported}"
+    return found
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[Any]:
+    """Nothing is printed but what is written to the stream that this gives."""
+    with os.fdopen(os.dup(1), "w") as out, Path(os.devnull).open("w") as nothing:
+        kept = [os.dup(number) for number in (1, 2)]
+        for number in (1, 2):
+            os.dup2(nothing.fileno(), number)
+        try:
+            yield out
+        finally:
+            for number, file in zip((1, 2), kept, strict=True):
+                os.dup2(file, number)
+                os.close(file)
+
+
 def main() -> None:
     """Mutate files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -291,39 +530,39 @@ def main() -> None:
     options = parser.parse_args()
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    files = [str((ROOT / file).resolve()) for file in options.files]
-    suites = [str(f) for name in options.tests for f in [ROOT / "tests" / f"test_{name}.py"] if f.is_file()]
-    calls = Calls(files)
-    assert run_tests(suites, calls) == 0, "the tests fail without a mutant"
-    part, parts = map(int, options.part.split("/"))
-    every = [m for file in files for m in mutants(Path(file)) if options.function in m.function][:: options.every]
+    known = equivalents()
+    again = None
     if options.again:
-        survivors = {
-            tuple(each.values())[:3] for each in json.loads(options.again.read_text()) if not _dead(each["verdict"])
-        }
-        every = [m for m in every if (m.at, m.function, m.change) in survivors]
-    found: list[dict[str, Any]] = []
-    for mutant in every[part::parts]:
-        tests = chosen(calls.tests.get((mutant.file, mutant.function), {}), Path(mutant.file).stem, options.seconds)
-        what = verdict(mutant, tests, 5 * options.seconds + 30) if tests else "not called"
-        found.append(
-            {
-                "at": mutant.at,
-                "function": mutant.function,
-                "change": mutant.change,
-                "verdict": what,
-                "tests": len(tests),
-            }
-        )
-        if not _dead(what):
-            print(f"{what}: {mutant.at} {mutant.function}: {mutant.change}", flush=True)
+        before = [Found(**each) for each in json.loads(options.again.read_text())]
+        again = {(each.at.partition(":")[0], each.function, each.change) for each in before if not each.is_dead}
+
+    def is_wanted(mutant: Mutant) -> bool:
+        return options.function in mutant.function and (again is None or mutant.name in again)
+
+    written: list[Found] = []
+    counts: Counter[str] = Counter()
+
+    def tell(mutant: Mutant, found: Found) -> None:
+        written.append(found)
+        same = known.get(mutant.name)
+        what = found.verdict
+        if same is not None:
+            what = "wrongly called equivalent" if found.is_dead else "equivalent"
+        counts[what] += 1
+        if not found.is_dead or same is not None:
+            reason = f": {same.why}" if same else ""
+            print(f"{what}{reason}: {found.at} {found.function}: {found.change}", file=out, flush=True)
         if options.json:
-            options.json.write_text(json.dumps(found, indent=1))
-    print(f"{len(found)} mutants: {dict(Counter(each['verdict'] for each in found))}")
+            options.json.write_text(json.dumps([vars(each) for each in written], indent=1))
 
-
-def _dead(verdict: str) -> bool:
-    return verdict in ("killed", "timeout")
+    with _silent() as out:
+        part, parts = map(int, options.part.split("/"))
+        mutate(
+            options.files, every=options.every, part=(part, parts), seconds=options.seconds, tests=options.tests,
+            select=is_wanted, tell=tell,
+        )  # fmt: skip
+    explained = counts["killed"] + counts["timeout"] + counts["impossible"] + counts["equivalent"]
+    print(f"{len(written)} mutants: {dict(counts)}; {len(written) - explained} unexplained")
 
 
 if __name__ == "__main__":
