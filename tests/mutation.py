@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
@@ -48,6 +48,9 @@ _SWAPS: dict[type, type] = {
     ast.Mod: ast.FloorDiv, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr, ast.MatMult: ast.Add, ast.Pow: ast.Mult,
     ast.Break: ast.Continue, ast.Continue: ast.Break,
 }  # fmt: skip
+
+
+Key = tuple[str, str]  # file, function
 
 
 @dataclass(frozen=True)
@@ -223,25 +226,41 @@ def function_of(module: Any, path: str) -> FunctionType:
     return found
 
 
+def noting(file: str, note: Callable[[Key], None]) -> Callable[[], None]:
+    """Let each function of a file say at each call that it is called; returns what takes that back."""
+    module = importlib.import_module(file.removeprefix(f"{ROOT}/").removesuffix(".py").replace("/", "."))
+    tree, kept = ast.parse(Path(file).read_text()), []
+    for node, path in list(_functions(tree, ())):
+        name = ".".join(path)
+        node.body.insert(0, ast.parse(f"{_NOTE}({(file, name)!r})").body[0])
+        function, code = function_of(module, name), code_of(tree, file, name)
+        kept.append((function, function.__code__))
+        function.__code__ = code
+    setattr(module, _NOTE, note)
+
+    def undo() -> None:
+        for function, code in kept:
+            function.__code__ = code
+
+    return undo
+
+
+_NOTE = "_note_of_mutation"
+
+
 # What remembers ---------------------------------------------------------------------------------------
 
-Key = tuple[str, str]  # file, function
 _Cache = functools._lru_cache_wrapper  # what functools.cache gives
 
 
-def caches_under(folder: Path) -> dict[Key, Any]:
-    """Every functools cache of the modules in a folder, by the function that it stands before."""
-    found: dict[Key, Any] = {}
+def caches_under(folder: str) -> list[Any]:
+    """Every functools cache of the modules in a folder."""
+    found = []
     for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if file is None or folder not in Path(file).parents:
+        if not str(getattr(module, "__file__", None)).startswith(str(ROOT / folder)):
             continue
         for owner in (module, *(each for each in vars(module).values() if isinstance(each, type))):
-            for each in vars(owner).values():
-                if isinstance(each, _Cache):
-                    code = getattr(each.__wrapped__, "__code__", None)  # none of a class
-                    key = (code.co_filename, code.co_qualname) if code else (file, each.__wrapped__.__qualname__)
-                    found[key] = each
+            found.extend(each for each in list(vars(owner).values()) if isinstance(each, _Cache))
     return found
 
 
@@ -270,14 +289,14 @@ class Session:
     """A pytest plugin: learns which test depends on which functions, then calls `work`, which runs some again."""
 
     def __init__(self, files: list[str], work: Callable[[Session], None]) -> None:
-        self._files = set(files)
+        undo = [noting(file, self._note) for file in files]
+        self._undo = lambda: [each() for each in undo]
         self._work = work
-        self._noted: list[set[Key]] = []  # by the test, the fixtures and the caches that are at work
-        self._filling: list[FrameType] = []  # of the caches among them
+        self._noted: list[set[Key]] = []  # by the test, and the fixtures that are set up
         self._fixtures: dict[object, set[Key]] = {}
         self._failed: list[str] = []
-        self._caches: dict[Key, Any] = {}
-        self._parts: dict[Key, set[Key]] = {}  # a cache of the tests → the functions that its values are made by
+        self._caches: dict[CodeType, Any] = {}
+        self._parts: dict[CodeType, set[Key]] = {}  # what a cache of tests is before → which functions it calls
         self._items: dict[str, Any] = {}
         self.tests: dict[Key, dict[str, float]] = {}  # function → the tests that depend on it, with their seconds
         self.at_import: set[Key] = set()
@@ -292,12 +311,15 @@ class Session:
     def pytest_runtestloop(self, session: Any) -> bool:
         try:
             self._items = {item.nodeid: item for item in session.items}
-            self._caches = caches_under(ROOT / "tests")
+            self._caches = {
+                c.__wrapped__.__code__: c for c in caches_under("tests") if isinstance(c.__wrapped__, FunctionType)
+            }
             for item, following in _with_next(session.items):
                 self._learn(item, following)
+            self._undo()
             assert session.items, "no test was found"
             assert not self._failed, f"tests fail without a change: {self._failed}"
-            forget(caches_under(ROOT / "lora_fx").values())
+            forget(caches_under("lora_fx"))
             forget_memos()
             self._work(self)
         except BaseException as error:  # for main, which has the terminal
@@ -315,8 +337,8 @@ class Session:
 
     def _learn(self, item: Any, following: Any) -> None:
         # What is made by the functions is made by each test that needs it, and so found to be.
-        forget(caches_under(ROOT / "lora_fx").values())
-        forget(self._caches[key] for key, made_by in self._parts.items() if made_by)
+        forget(caches_under("lora_fx"))
+        forget(self._caches[code] for code in self._parts)
         seen: set[Key] = set()
         started = time.perf_counter()
         with self._noting(seen):
@@ -331,27 +353,19 @@ class Session:
     def _noting(self, seen: set[Key]) -> Iterator[None]:
         """Add the functions that are called meanwhile."""
         self._noted.append(seen)
-        sys.setprofile(self._note)
         try:
             yield
         finally:
             assert self._noted.pop() is seen
-            if not self._noted:
-                sys.setprofile(None)
 
-    def _note(self, frame: FrameType, event: str, _: object) -> None:
-        code = frame.f_code
-        if event == "return" and self._filling and self._filling[-1] is frame:
-            self._filling.pop()
-            self._noted.pop()
-        if event != "call":
-            return
-        if code.co_filename in self._files:
-            for noted in self._noted:
-                noted.add((code.co_filename, code.co_qualname.partition(".<locals>")[0]))
-        elif (key := (code.co_filename, code.co_qualname)) in self._caches:
-            self._filling.append(frame)
-            self._noted.append(self._parts.setdefault(key, set()))
+    def _note(self, key: Key) -> None:
+        for noted in self._noted:
+            noted.add(key)
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code in self._caches:
+                self._parts.setdefault(frame.f_code, set()).add(key)
+            frame = frame.f_back
 
     def verdict(self, mutant: Mutant | None, key: Key, names: list[str], seconds: float) -> str:
         """What the tests say of a mutant, or of the unchanged function; in a process of its own."""
@@ -360,7 +374,7 @@ class Session:
             status = _BROKEN
             try:
                 signal.alarm(int(seconds) + 1)
-                forget(self._caches[cache] for cache, made_by in self._parts.items() if key in made_by)
+                forget(self._caches[code] for code, made_by in self._parts.items() if key in made_by)
                 is_possible = mutant is None or _exchange(mutant)
                 status = (_SURVIVED if self._pass(names) else _KILLED) if is_possible else _IMPOSSIBLE
             finally:
