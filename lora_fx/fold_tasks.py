@@ -201,10 +201,16 @@ def _untied_name(gm: LoraGraphModule, task: FoldTask, own: str, *, is_taken: boo
     name = f"{own}_folded"
     if get_attribute(gm, name) is not None:
         raise FoldError(f"untying {own!r} needs the name {name!r}, which is taken; rename it in the model")
-    still_there = [a.name for a in record_of(gm).adapters.values() if any(s.applied == own for s in a.sites.values())]
-    if own in task.paths and still_there:  # its site is named after it
+    still_there = [a.name for a in record_of(gm).adapters.values() if not _places(a).isdisjoint(task.paths)]
+    if still_there:  # their site is named after the weight
         raise FoldError(
             f"folding would untie {own!r} under the name {name!r}, where {', '.join(map(repr, still_there))} would "
             "not find it; fold all adapters at once"
         )
     return name
+
+
+def _places(adapter: Adapter) -> set[str]:
+    """The sites whose weights it adds to."""
+    readers = (path for rows in adapter.tokens.values() for path in rows.readers)
+    return {site.applied for site in adapter.sites.values()}.union(readers)
