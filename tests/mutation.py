@@ -414,12 +414,12 @@ def _exchange(mutant: Mutant) -> bool:
 
 
 def chosen(tests: dict[str, float], module: str, seconds: float) -> list[str]:
-    """As many as there is time for: those of a file named like the module first, then the quickest of each kind."""
+    """As many as there is time for: those of files named like the module first, then the quickest of each kind."""
     order, kinds = [], set[str]()
     for name in sorted(tests, key=lambda name: tests[name]):
         kind, file = name.partition("[")[0], name.partition("::")[0].rpartition("test_")[2]
-        is_own = file[:4] == module[:4]
-        order.append((not is_own, kind in kinds, name))
+        is_own = file.startswith(module[:4])
+        order.append((not is_own, not is_own and kind in kinds, name))
         kinds.add(kind)
     kept: list[str] = []
     for _, _, name in sorted(order, key=lambda each: each[:2]):
