@@ -73,20 +73,22 @@ def assert_folds(gm: fx.GraphModule, base: nn.Module, **options: Any) -> lora_fx
 @pytest.mark.parametrize(
     ("aliases", "readers", "twins"),
     [
-        (("own",), (), ()),
-        (("own", "twin"), (), ()),  # both are adapted
-        (("own", "twin"), ("twin",), ("twin",)),
-        (("twin", "own", "other"), ("own",), ("twin", "other")),
-        (("own",), ("own",), ("own",)),  # read twice under one name
-        (("own",), ("over", "own"), ("over",)),  # a view of some of its elements
+        ("own.weight", "", ""),
+        ("own.weight twin", "", ""),  # both are adapted
+        ("own.weight twin", "twin", "twin"),
+        ("twin own.weight other", "own.weight", "twin other"),
+        ("own.weight second third.weight twin", "twin", "twin"),  # three of four are adapted together
+        ("own.weight", "own.weight", "own.weight"),  # read twice under one name
+        ("own.weight", "over own.weight", "over"),  # a view of some of its elements
     ],
 )
-def test_what_a_weight_is_untied_from(
-    aliases: tuple[str, ...], readers: tuple[str, ...], twins: tuple[str, ...]
-) -> None:
-    terms = tuple(BiasTerm(None, 1.0, name) for name in ("own", "another"))  # type: ignore[arg-type]
-    task = FoldTask(("path",), terms, "attribute", aliases, readers)
-    assert (task.tensor, task.twins) == ("own", twins)
+def test_what_a_weight_is_untied_from(aliases: str, readers: str, twins: str) -> None:
+    terms = tuple(BiasTerm(None, 1.0, name) for name in ("own.weight", "another"))  # type: ignore[arg-type]
+    paths = ("own", "second", "third")
+    task = FoldTask(paths, terms, "attribute", tuple(aliases.split()), tuple(readers.split()))
+    assert (task.tensor, task.twins) == ("own.weight", tuple(twins.split()))
+    root = FoldTask(("",), (BiasTerm(None, 1.0, "w"),), "w", ("w", "weight", "t"), ("t",))  # type: ignore[arg-type]
+    assert root.twins == ("t",)
 
 
 def three_names(order: str) -> dict[str, nn.Module]:
@@ -126,10 +128,12 @@ def test_of_a_weight_with_three_names_each_reader_gets_its_own(targets: str, by_
     folded = assert_folds(moved(gm, target_modules=list(targets)), model)
     assert torch.equal(model.a.weight, before)
     (site,) = lora_fx.fold_report(folded).sites
-    assert bool(site.untied_from) == (len(targets) < 3)
-    if len(targets) == 3:
-        assert set(folded.state_dict()) == set(gm.state_dict())
-        assert folded.a.weight is folded.b.weight is folded.c.weight
+    assert sorted(site.untied_from) == [f"{name}.weight" for name in "abc" if name not in targets]
+    assert set(folded.state_dict()) == set(gm.state_dict())
+    assert {n for n, p in folded.named_parameters(remove_duplicate=False) if torch.equal(p, before)} == {
+        f"{name}.weight" for name in "abc" if name not in targets
+    }
+    assert len({id(parameter) for parameter in folded.parameters()}) == (1 if len(targets) == 3 else 2)
 
 
 @pytest.mark.parametrize("by_function", ["", "a"])
@@ -137,7 +141,9 @@ def test_of_a_weight_with_three_names_each_reader_gets_its_own(targets: str, by_
 def test_of_a_weight_with_three_names_each_site_gets_its_own_sum(targets: str, by_function: str) -> None:
     model, gm = symbolic(read(by_function), **three_names("abc"))
     patterns = {name: 1 + rank for rank, name in enumerate(targets)}
-    assert_folds(moved(gm, target_modules=list(targets), rank_pattern=patterns), model)
+    folded = assert_folds(moved(gm, target_modules=list(targets), rank_pattern=patterns), model)
+    assert set(folded.state_dict()) == set(gm.state_dict())
+    assert len(list(folded.parameters())) == 3
     one, two = targets[0], targets[1]
     both = moved(moved(gm, target_modules=[one], adapter_name="one"), target_modules=[two], r=1, adapter_name="two")
     assert_folds(both, model)
@@ -163,6 +169,28 @@ def test_weights_that_overlap_without_being_the_same_are_folded_apart() -> None:
             fold(moved(gm, target_modules=[target]), inplace=True)
 
 
+def test_what_lies_over_a_weight_and_is_not_read_stays_what_it_is() -> None:
+    storage = torch.randn(7, 4)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.unread = nn.Parameter(storage[:4]), nn.Parameter(storage[3:])
+
+        def forward(self, x):
+            return F.linear(x, self.q)
+
+    model = Model().eval()
+    gm = lora_fx.trace(model, X)
+    before = storage.clone()
+    folded = assert_folds(moved(gm, target_modules=["q"]), model)
+    assert torch.equal(folded.get_parameter("unread"), before[3:])
+    assert lora_fx.fold_report(folded).sites[0].untied_from == ()
+    fold(moved(gm, target_modules=["q"]), inplace=True)
+    torch.testing.assert_close(model(X), folded(X))
+    assert torch.equal(model.unread[1:], before[4:])
+
+
 def test_a_weight_that_something_else_reads_under_its_name_gets_another() -> None:
     model, gm = symbolic(lambda self, x: F.linear(x, self.w) + beside(self.w), w=nn.Parameter(torch.randn(4, 4)))
     folded = assert_folds(moved(gm, target_modules=["w"]), model)
@@ -172,6 +200,46 @@ def test_a_weight_that_something_else_reads_under_its_name_gets_another() -> Non
     _, gm = symbolic(lambda self, x: F.linear(x, self.w) + beside(self.w) + self.w_folded, **parts)
     with pytest.raises(FoldError, match="untying 'w' needs the name 'w_folded', which is taken; rename it"):
         fold(moved(gm, target_modules=["w"]))
+
+
+def test_a_read_of_a_weight_whose_module_is_adapted_reads_another_name_of_it() -> None:
+    model, gm = symbolic(lambda self, x: self.b(self.a(x).tanh()) + beside(self.a.weight), **three_names("ab"))
+    for target in "ab":
+        assert set(assert_folds(moved(gm, target_modules=[target]), model).state_dict()) == set(gm.state_dict())
+    for parts, targets in ((three_names("ab"), "ab"), (three_names("a") | {"b": nn.Linear(4, 4)}, "a")):
+        _, gm = symbolic(lambda self, x: self.b(self.a(x).tanh()) + beside(self.a.weight), **parts)
+        adapted = moved(gm, target_modules=list(targets), rank_pattern={"a": 1})
+        with pytest.raises(FoldError, match="would untie 'a.weight' from what else reads it .* its module reads it by"):
+            fold(adapted)
+
+
+def test_a_module_that_is_not_adapted_reads_the_base_by_its_own_name() -> None:
+    """Here, an LSTM, of whose weight a function makes a linear."""
+
+    def forward(self, x):
+        linear = F.linear(x, self.one.weight_ih_l0)
+        return linear + self.one(x)[0] + self.two(x)[0] + beside(self.one.weight_ih_l0)
+
+    one, two = nn.LSTM(4, 1), nn.LSTM(4, 1)
+    for other in (one, two):
+        other.weight_ih_l0 = one.weight_ih_l0
+        model, gm = symbolic(forward, one=one, two=other)
+        folded = assert_folds(moved(gm, target_modules=["one.weight_ih_l0"]), model)
+        assert set(folded.state_dict()) - set(gm.state_dict()) == {"one.weight_ih_l0_folded"}
+        read = [p for name, p in folded.named_parameters(remove_duplicate=False) if name.endswith("weight_ih_l0")]
+        assert all(torch.equal(parameter, one.weight_ih_l0) for parameter in read)
+
+
+def test_a_linear_and_a_function_of_the_same_weight_are_untied_from_a_third() -> None:
+    parts = {"lstm": nn.LSTM(4, 1), "fc": nn.Linear(4, 4)}
+    parts["fc"].weight = parts["lstm"].weight_ih_l0
+    model, gm = symbolic(
+        lambda self, x: self.lstm(self.fc(F.linear(x, self.lstm.weight_ih_l0)))[0] + beside(self.fc.weight), **parts
+    )
+    adapted = moved(gm, target_modules=["fc", "lstm.weight_ih_l0"], rank_pattern={"fc": 1})
+    folded = assert_folds(adapted, model)
+    assert set(folded.state_dict()) - set(gm.state_dict()) == {"lstm.weight_ih_l0_folded"}
+    assert torch.equal(folded.lstm.weight_ih_l0, model.fc.weight)
 
 
 def test_one_of_two_adapters_is_folded_if_the_other_finds_its_site_afterwards() -> None:
@@ -209,15 +277,18 @@ def test_in_place_refuses_what_would_change_with_the_weight() -> None:
     assert_folds(moved(gm, target_modules=["fc"]), model)
     _, gm = symbolic(lambda self, x: self.fc(x) + x @ self.other, **parts)
     adapted = moved(gm, target_modules=["fc"])
+    adapted.register_buffer("x", fc.weight.detach())  # which no node reads, though an input has its name
     wanted = adapted(X)
     torch.testing.assert_close(fold(adapted, inplace=True)(X), wanted)
 
 
 def test_in_place_needs_elements_that_have_memory_each() -> None:
-    spread, single = torch.randn(1, 4).expand(3, 4), torch.as_strided(torch.randn(4), (1, 4), (0, 1))
-    _, gm = symbolic(lambda self, x: F.linear(x, self.w), w=nn.Parameter(spread))
-    with pytest.raises(FoldError, match="cannot write 'w': its elements overlap in memory"):
-        fold(moved(gm, target_modules=["w"]), inplace=True)
+    for rows in (2, 3):
+        spread = nn.Parameter(torch.randn(1, 4).expand(rows, 4))
+        _, gm = symbolic(lambda self, x: F.linear(x, self.w), w=spread)
+        with pytest.raises(FoldError, match="cannot write 'w': its elements overlap in memory"):
+            fold(moved(gm, target_modules=["w"]), inplace=True)
+    single = torch.as_strided(torch.randn(4), (1, 4), (0, 1))
     model, gm = symbolic(lambda self, x: F.linear(x, self.w), w=nn.Parameter(single))
     adapted = moved(gm, target_modules=["w"])
     wanted = adapted(X)
