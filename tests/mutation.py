@@ -1,7 +1,12 @@
 """Mutation testing: change one thing in a function, and see whether a test that calls it notices.
 
     python tests/mutation.py lora_fx/sites.py lora_fx/folding.py          # all mutants of these files
-    python tests/mutation.py lora_fx/plan.py --every 10 --json out.json   # each tenth
+    python tests/mutation.py lora_fx/plan.py --every 10                   # each tenth
+
+All of a module, with more tests for what is left after the quick ones, and a record that the benchmarks print:
+
+    python tests/mutation.py lora_fx/plan.py --seconds 5 --json quick.json
+    python tests/mutation.py lora_fx/plan.py --seconds 40 --again quick.json --record
 
 The tests are collected and run once, to learn which of them call which function, themselves or by what they take from
 a fixture or a cache. Then each mutant has a forked process, in which the function's code is exchanged and the tests
@@ -18,6 +23,7 @@ import ast
 import contextlib
 import functools
 import gc
+import hashlib
 import importlib
 import json
 import os
@@ -35,10 +41,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-EQUIVALENTS = ROOT / "tests" / "mutation_equivalents.toml"
+EQUIVALENTS, RECORD = (ROOT / "tests" / f"mutation_{name}" for name in ("equivalents.toml", "record.json"))
 TESTS = (
-    "sites", "plan", "plan_checks", "matching", "merging", "folding", "checks", "tokens_and_ties", "parts", "aliasing",
-    "config", "injection",
+    "sites", "plan", "plan_checks", "matching", "merging", "folding", "fold_tasks", "fold_terms", "checks",
+    "tokens_and_ties", "parts", "aliasing", "config", "injection",
 )  # fmt: skip
 
 _SWAPS: dict[type, type] = {
@@ -51,6 +57,7 @@ _SWAPS: dict[type, type] = {
 
 
 Key = tuple[str, str]  # file, function
+Name = tuple[str, str, str]  # file, function, change: lines that are added elsewhere do not change it
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,8 @@ class Mutant:
         return f"{self.module}:{self.line}"
 
     @property
-    def name(self) -> tuple[str, str, str]:
-        """What it is called in the table of equivalents, which no line that is added elsewhere changes."""
+    def name(self) -> Name:
+        """What it is called in the table of equivalents."""
         return self.module, self.function, self.change
 
     @property
@@ -433,22 +440,21 @@ def chosen(tests: dict[str, float], module: str, seconds: float) -> list[str]:
 # The table of changes that change nothing -------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Equivalent:
-    """Why a change gives the same result for every input, and of which kind it is."""
-
-    kind: str
-    why: str
-
-
-def equivalents() -> dict[tuple[str, str, str], Equivalent]:
-    """{(file, function, change): why}."""
+def equivalents() -> dict[Name, str]:
+    """{mutant: why it gives the same result for every input, with the kind of the reason before it}."""
     table = tomllib.loads(EQUIVALENTS.read_text())["equivalent"]
     return {
-        (each["file"], each["function"], change): Equivalent(each["kind"], each["why"])
+        (each["file"], each["function"], change): f"{each['kind']}: {each['why']}"
         for each in table
         for change in each["changes"]
     }
+
+
+def _check_table(known: Iterable[Name], files: list[str]) -> None:
+    """No entry stays when the change that it explains is gone."""
+    mutated = {file.removeprefix(f"{ROOT}/") for file in files}
+    gone = {name for name in known if name[0] in mutated} - {m.name for file in files for m in mutants(Path(file))}
+    assert not gone, f"{EQUIVALENTS.name} explains changes that cannot be made any more; take them out: {gone}"
 
 
 # The command ------------------------------------------------------------------------------------------
@@ -465,30 +471,43 @@ class Found:
     tests: int
 
     @property
+    def file(self) -> str:
+        """Where it is, from the root of the repository."""
+        return self.at.rpartition(":")[0]
+
+    @property
+    def name(self) -> Name:
+        """As of the mutant."""
+        return self.file, self.function, self.change
+
+    @property
     def is_dead(self) -> bool:
-        """A test notices."""
-        return self.verdict in ("killed", "timeout")
+        """A test notices, or it is no function."""
+        return self.verdict in ("killed", "timeout", "impossible")
 
 
-def mutate(
-    files: Iterable[str],
-    *,
-    every: int = 1,
-    part: tuple[int, int] = (0, 1),
-    seconds: float = 20,
-    tests: Iterable[str] = TESTS,
-    select: Callable[[Mutant], bool] = lambda mutant: True,
-    tell: Callable[[Mutant, Found], None] = lambda mutant, found: None,
-) -> list[Found]:
-    """Run the tests on the mutants of files, in parts of a whole: each `every`-th, and of those the part n of m.
+def counts_of(found: Iterable[Found]) -> Counter[str]:
+    """How many mutants there are, how many of each verdict, and how many live unexplained or die explained."""
+    counts, known = Counter({"mutants": 0, "killed": 0, "equivalent": 0, "unexplained": 0}), equivalents()
+    for each in found:
+        counts["mutants"] += 1
+        is_explained = each.is_dead != (each.name in known)
+        counts[each.verdict if each.is_dead and is_explained else "equivalent" if is_explained else "unexplained"] += 1
+    return counts
+
+
+def digest_of(file: str | Path) -> str:
+    """sha256 of a file, by which a record is known to be of it."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def mutate(wanted: list[Mutant], seconds: float, tests: Iterable[str], tell: Callable[[Found], None]) -> None:
+    """Run tests on mutants, for each as many as there are seconds for.
 
     Raises:
         AssertionError: if the tests fail without a change, or if a function is called as they are imported.
     """
-    paths = [str((ROOT / file).resolve()) for file in files]
     suites = [str(f) for name in tests for f in [ROOT / "tests" / f"test_{name}.py"] if f.is_file()]
-    wanted = [m for path in paths for m in mutants(Path(path)) if select(m)][::every][part[0] :: part[1]]
-    found: list[Found] = []
 
     def work(session: Session) -> None:
         survived: dict[Key, bool] = {}
@@ -499,20 +518,18 @@ def mutate(
             names[key] = chosen(known, Path(mutant.file).stem, seconds)
             limit = 3 * sum(known[name] for name in names[key]) + 20
             what = session.verdict(mutant, key, names[key], limit) if known else "not called"
-            found.append(Found(mutant.at, mutant.function, mutant.change, what, len(names[key])))
+            tell(Found(mutant.at, mutant.function, mutant.change, what, len(names[key])))
             survived[key] = survived.get(key, False) or what == "survived"
-            tell(mutant, found[-1])
         # Where every change was noticed, are the tests content without one?
         for key in (key for key, has in survived.items() if not has and names[key]):
             assert session.verdict(None, key, names[key], 600) == "survived", f"{key}: {names[key]} fail as they are"
 
-    session = Session(paths, work)
+    session = Session(sorted({mutant.file for mutant in wanted}), work)
     pytest.main(["-q", "-s", "--tb=no", "-p", "no:cacheprovider", *suites], [session])
     if session.error is not None:
         raise session.error
     imported = session.at_import & {(m.file, m.function) for m in wanted}
     assert not imported, f"called while the tests are imported, which is not done again: {imported}"
-    return found
 
 
 @contextlib.contextmanager
@@ -536,47 +553,45 @@ def main() -> None:
     parser.add_argument("files", nargs="+")
     parser.add_argument("--every", type=int, default=1, help="only each n-th mutant")
     parser.add_argument("--seconds", type=float, default=20, help="of tests for a mutant, the quickest first")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write what became of each mutant to this file")
     parser.add_argument("--part", default="0/1", help="which part of the mutants, for several processes: 0/2, 1/2")
-    parser.add_argument("--again", type=Path, help="only the survivors in what --json wrote")
+    parser.add_argument("--again", type=Path, help="only the survivors in what --json wrote; the others are taken over")
+    parser.add_argument("--record", action="store_true", help=f"note the counts in {RECORD.name}")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="names of test files")
     parser.add_argument("--function", default="", help="only functions whose name contains this")
     options = parser.parse_args()
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    part, parts = map(int, options.part.split("/"))
+    before = [Found(**each) for each in json.loads(options.again.read_text())] if options.again else []
+    dead = {each.name: each for each in before if each.is_dead}
+    files = [str((ROOT / file).resolve()) for file in options.files]
+    every = [m for f in files for m in mutants(Path(f)) if options.function in m.function]
+    every = every[:: options.every][part::parts]
     known = equivalents()
-    again = None
-    if options.again:
-        before = [Found(**each) for each in json.loads(options.again.read_text())]
-        again = {(each.at.partition(":")[0], each.function, each.change) for each in before if not each.is_dead}
+    _check_table(known, files)
+    written: list[Found] = [dead[m.name] for m in every if m.name in dead]
 
-    def is_wanted(mutant: Mutant) -> bool:
-        return options.function in mutant.function and (again is None or mutant.name in again)
-
-    written: list[Found] = []
-    counts: Counter[str] = Counter()
-
-    def tell(mutant: Mutant, found: Found) -> None:
+    def tell(found: Found) -> None:
         written.append(found)
-        same = known.get(mutant.name)
-        what = found.verdict
-        if same is not None:
-            what = "wrongly called equivalent" if found.is_dead else "equivalent"
-        counts[what] += 1
-        if not found.is_dead or same is not None:
-            reason = f": {same.why}" if same else ""
-            print(f"{what}{reason}: {found.at} {found.function}: {found.change}", file=out, flush=True)
+        if (why := known.get(found.name)) is not None:
+            what = "wrongly called equivalent" if found.is_dead else f"equivalent, {why}"
+            print(f"{what}: {found.at} {found.function}: {found.change}", file=out, flush=True)
+        elif not found.is_dead:
+            print(f"{found.verdict}: {found.at} {found.function}: {found.change}", file=out, flush=True)
         if options.json:
             options.json.write_text(json.dumps([vars(each) for each in written], indent=1))
 
     with _silent() as out:
-        part, parts = map(int, options.part.split("/"))
-        mutate(
-            options.files, every=options.every, part=(part, parts), seconds=options.seconds, tests=options.tests,
-            select=is_wanted, tell=tell,
-        )  # fmt: skip
-    explained = counts["killed"] + counts["timeout"] + counts["impossible"] + counts["equivalent"]
-    print(f"{len(written)} mutants: {dict(counts)}; {len(written) - explained} unexplained")
+        mutate([m for m in every if m.name not in dead], options.seconds, options.tests, tell)
+    counts = counts_of(written)
+    print(f"{len(written)} mutants: {dict(counts)}; {counts['unexplained']} unexplained")
+    if options.record:
+        record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+        for file in files:
+            own = [each for each in written if each.file == file.removeprefix(f"{ROOT}/")]
+            record[file.removeprefix(f"{ROOT}/")] = {"sha256": digest_of(file), **counts_of(own)}
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -620,9 +620,12 @@ BATCH = torch.linspace(-1, 1, 12).view(3, 4)
 def test_what_was_trained_in_full_is_of_the_kind_it_was(options: dict[str, bool], is_frozen: bool) -> None:
     """Parameters stay parameters with the base's flags, buffers stay buffers; nothing of the adapter is left."""
     model = Small().eval().requires_grad_(not is_frozen)
+    before = {name: bits(tensor) for name, tensor in model.state_dict().items()}
     adapted = trained(lora_fx.inject(fx.symbolic_trace(model), _config(modules_to_save=["norm"])))
-    wanted = adapted(BATCH)
+    wanted, code = adapted(BATCH), adapted.code
     folded = lora_fx.fold(adapted, **options)
+    assert (folded is adapted) == bool(options)
+    assert folded.code == fx.symbolic_trace(model).code
     torch.testing.assert_close(folded(BATCH), wanted)
     for find in (nn.Module.named_parameters, nn.Module.named_buffers):
         assert {name: each.requires_grad for name, each in find(folded)} == {
@@ -631,6 +634,19 @@ def test_what_was_trained_in_full_is_of_the_kind_it_was(options: dict[str, bool]
     record = record_of(folded)
     assert (record.adapters, record.active, record.originals, record.selections) == ({}, {}, {}, {})
     assert lora_fx.fold_report(folded).trained == tuple(n for n in model.state_dict() if n.startswith("norm."))
+    for name, tensor in model.state_dict().items():
+        lies_in_the_model = folded.state_dict()[name].data_ptr() == tensor.data_ptr()
+        assert lies_in_the_model == (bool(options) or (name.endswith("bias") and "norm" not in name))
+    if options:
+        torch.testing.assert_close(model(BATCH), wanted)
+    if options.get("reversible", True) and options:
+        assert torch.equal(lora_fx.unfold(folded)(BATCH), wanted)
+        assert folded.code == code
+    elif options:
+        with pytest.raises(FoldError, match="was not folded in place"):
+            lora_fx.unfold(folded)
+    if options.get("reversible", True):
+        assert {name: bits(tensor) for name, tensor in model.state_dict().items()} == before
 
 
 def test_what_two_names_share_is_shared_after_a_fold() -> None:
@@ -639,7 +655,7 @@ def test_what_two_names_share_is_shared_after_a_fold() -> None:
     adapted = lora_fx.inject(fx.symbolic_trace(model), _config(target_modules=["0"], modules_to_save=["1", "2"]))
     folded = lora_fx.fold(trained(adapted))
     assert folded.get_parameter("1.weight") is folded.get_parameter("2.weight")
-    assert folded.get_parameter("1.weight") is not adapted.get_parameter("1.weight")
+    assert folded.get_parameter("1.weight").data_ptr() != adapted.get_parameter("1.weight").data_ptr()
 
 
 @IN_PLACE
@@ -673,6 +689,52 @@ def test_adapters_that_do_not_count_are_dropped_unless_some_are_named() -> None:
         lora_fx.fold(both)
     with pytest.raises(FoldError, match="adapter 'two' does not count at the moment"):
         lora_fx.fold(both, adapters="two")
+
+
+def test_what_names_and_states_are_refused() -> None:
+    _, gm = small()
+    traced = lora_fx.trace(nn.Sequential(nn.Linear(4, 4)).eval(), BATCH)
+    batched = lora_fx.batch_adapters(lora_fx.inject(traced, _config(target_modules=["0"])))
+    for graph, options, message in (
+        (gm, {"adapters": 3}, "adapters=3 must be a list of adapter names"),
+        (gm, {"adapters": {"default": 1}}, "must be a list of adapter names"),
+        (gm, {"adapters": ()}, "names nothing to fold"),
+        (gm, {"reversible": False}, "reversible=False goes with inplace=True"),
+        (batched, {}, "comes from batch_adapters"),
+        (lora_fx.fold(copy.deepcopy(gm), inplace=True), {}, "folded already"),
+        (fx.symbolic_trace(Small()), {}, "has no adapter"),
+    ):
+        with pytest.raises(FoldError, match=message):
+            lora_fx.fold(graph, **options)
+    with pytest.raises(lora_fx.GraphError, match="remembers no inputs"):
+        lora_fx.fold(gm, check=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"inplace": True, "reversible": False}], ids=str)
+def test_a_wrong_sum_is_found_before_it_is_written(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, gm = small()
+    merge, before = lora_fx.folding.merge, fingerprint(gm)  # type: ignore[attr-defined]
+
+    def wrong(weight: torch.Tensor, deltas: Any, into: torch.Tensor, **more: Any) -> Any:
+        found = merge(weight, deltas, into, **more)
+        into.add_(0.1)
+        return found
+
+    monkeypatch.setattr("lora_fx.folding.merge", wrong)
+    with pytest.raises(FoldError, match="nothing was changed"):
+        lora_fx.fold(gm, check=(BATCH,), **options)
+    assert fingerprint(gm) == before
+
+
+@IN_PLACE
+def test_a_kernel_keeps_the_order_of_its_memory(options: dict[str, bool]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last).eval()
+    gm = trained(lora_fx.inject(fx.symbolic_trace(model), _config(target_modules=["0"])))
+    x = torch.randn(1, 3, 6, 6)
+    wanted = gm(x)
+    folded = lora_fx.fold(gm, **options)
+    torch.testing.assert_close(folded(x), wanted, rtol=1e-4, atol=1e-4)
+    assert folded.get_parameter("0.weight").stride() == model[0].weight.stride()
 
 
 @pytest.mark.parametrize("names", ["two", ["two"], ("two",), {"two"}, frozenset({"two"})], ids=str)

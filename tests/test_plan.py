@@ -424,6 +424,38 @@ def test_what_cannot_be_planned_is_refused(options: dict[str, Any], message: str
         owners(**options)
 
 
+def test_what_the_graph_applies_and_cannot_be_adapted_is_no_target() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.pair = nn.Linear(4, 4), nn.Bilinear(4, 4, 4)
+            self.coarse = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+            self.head = nn.Linear(4, 4)
+            self.head.weight = self.fc.weight
+
+        def forward(self, x):
+            return self.head(self.pair(self.fc(x), x)) + torch.nn.functional.linear(x, self.coarse)
+
+    gm = fx.symbolic_trace(Model())
+    for options, message in (
+        (
+            {"target_modules": ["coarse"]},
+            "target_modules means 'coarse', which cannot be adapted: coarse is torch.int8",
+        ),
+        (
+            {"target_modules": ["fc", "pair"]},
+            "target_modules means 'pair', whose weight is applied by pair, which this",
+        ),
+        ({"target_modules": ["fc"], "modules_to_save": ["head"]}, "head.weight is to be trained in full, but is tied"),
+    ):
+        with pytest.raises(TargetError, match=message):
+            lora_fx.make_plan(gm, LoraConfig(**options))
+        plan = plan_adapters(gm, LoraConfig(target_modules=["fc"]), every_pattern_hits=False)
+        assert [each.reason for each in plan.skipped if each.path == "coarse"] == [
+            "cannot be adapted: coarse is torch.int8, which LoRA cannot be added to"
+        ]
+
+
 def test_what_lora_bias_and_dora_are_for() -> None:
     assert list(owners(target_modules=["fc", "conv", "up", "head"], lora_bias=True)) == ["fc", "conv", "up", "head"]
     assert list(owners(target_modules=["fc", "conv", "words"], use_dora=True)) == ["words", "fc", "conv"]
