@@ -343,7 +343,9 @@ def tied() -> fx.GraphModule:
 def owners(**options: Any) -> dict[str, str | None]:
     """{path: whose A and B it has} of a plan for the model above."""
     plan = lora_fx.make_plan(tied(), LoraConfig(**{"r": 2, "lora_alpha": 5, **options}))
-    assert not {skipped.path for skipped in plan.skipped} & set(paths(plan))
+    skipped = {skipped.path for skipped in plan.skipped}
+    assert not skipped & set(paths(plan))
+    assert skipped | set(paths(plan)) >= {site.path for site in lora_fx.find_sites(tied())}
     return {target.site.path: target.shares_with for target in plan.targets}
 
 
@@ -443,7 +445,7 @@ def test_what_the_graph_applies_and_cannot_be_adapted_is_no_target() -> None:
             "target_modules means 'coarse', which cannot be adapted: coarse is torch.int8",
         ),
         (
-            {"target_modules": ["fc", "pair"]},
+            {"target_modules": "fc|pair"},
             "target_modules means 'pair', whose weight is applied by pair, which this",
         ),
         ({"target_modules": ["fc"], "modules_to_save": ["head"]}, "head.weight is to be trained in full, but is tied"),

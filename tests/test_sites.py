@@ -493,16 +493,18 @@ def test_only_outputs_of_a_matrix_are_packed() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.experts, self.table = nn.Parameter(torch.randn(2, 7, 6)), nn.Parameter(torch.randn(3, 6))
-            self.fc = nn.Linear(7, 6)
+            self.fc, self.sliced = nn.Linear(7, 6), nn.Parameter(torch.randn(6, 7))
 
         def forward(self, x):
             gate, up = torch.bmm(x, self.experts).chunk(2, dim=-1)
             left, right = torch.cumsum(self.table, 0).chunk(2, dim=-1)
-            return gate * up * left[0] * right[0], self.fc(x).chunk(2, dim=-1)
+            own = F.linear(x, self.sliced[:2]).sum() + F.linear(x, self.sliced[2:]).sum()
+            return gate * up * left[0] * right[0] + own, self.fc(x).chunk(2, dim=-1)
 
     gm = lora_fx.trace(Model().eval(), torch.randn(2, 3, 7))
     assert {site.path: site.parts for site in lora_fx.find_sites(gm)} == {
         "experts": (),
         "table": (),
         "fc": ((0, 3), (3, 6)),
+        "sliced": ((0, 2), (2, 6)),
     }
