@@ -182,7 +182,7 @@ def _untie(gm: LoraGraphModule, reading: Reading, group: list[tuple[FoldTask, nn
     if others:  # a name that nobody adapted, or else one whose own value then gets another
         keeper = min(aliases, key=lambda name: (name in bound, name not in spare))
     taken = {keeper, *fixed}
-    for name in bound & taken:
+    for name in sorted(bound.intersection(taken)):
         raise FoldError(
             f"folding would untie {name!r} from what else reads it in this graph, and its module reads it by that "
             "name; fold a graph of lora_fx.trace(model, args), where ops read weights and modules do not"
@@ -194,10 +194,13 @@ def _untie(gm: LoraGraphModule, reading: Reading, group: list[tuple[FoldTask, nn
     for name in (name for each in names for name in each.values()):
         if keeper is not None:
             rename_reads(gm, name, keeper)
+    flags = record_of(gm).requires_grad
     for (task, parameter), each in zip(group, names, strict=True):
         for application in (application for path in task.paths for application in sites[path]):
-            set_attribute(gm, each[application.weight], parameter)
-            rebind_weight(application, each[application.weight])
+            name = each[application.weight]
+            flags[name] = flags.get(application.attribute, parameter.requires_grad)  # for when no adapter is left
+            set_attribute(gm, name, parameter)
+            rebind_weight(application, name)
 
 
 def _untied_name(gm: LoraGraphModule, task: FoldTask, own: str, *, is_taken: bool) -> str:

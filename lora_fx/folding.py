@@ -372,7 +372,7 @@ def _remove_adapters(gm: LoraGraphModule, chosen: list[Adapter]) -> None:
     record.selections.clear()
     if not record.adapters:
         flags = record.requires_grad
-        for name, parameter in gm.named_parameters(remove_duplicate=False):
+        for name, parameter in gm.named_parameters():
             parameter.requires_grad_(flags.get(name, parameter.requires_grad))
 
 

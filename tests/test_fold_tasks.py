@@ -157,6 +157,20 @@ def test_a_folded_weight_has_the_flag_of_the_base(is_frozen: bool, targets: list
     assert {parameter.requires_grad for parameter in folded.parameters()} == {not is_frozen}
 
 
+def test_a_weight_that_is_untied_while_another_adapter_trains_has_the_flag_of_the_base_afterwards() -> None:
+    parts = {name: nn.Parameter(torch.randn(4, 4)) for name in "wv"}
+    for is_frozen in (True, False):
+        _, gm = symbolic(lambda self, x: F.linear(F.linear(x, self.w), self.v) + beside(self.w), **parts)
+        gm.requires_grad_(not is_frozen)
+        both = moved(moved(gm, target_modules=["w"], adapter_name="one"), target_modules=["v"])
+        part = fold(both, adapters="one")
+        assert {name for name, p in part.named_parameters() if p.requires_grad} == {
+            f"v_lora_{half}.default.weight" for half in "AB"
+        }
+        flags = {name: parameter.requires_grad for name, parameter in fold(part).named_parameters()}
+        assert flags == dict.fromkeys(("w", "v", "w_folded"), not is_frozen)
+
+
 def test_weights_that_overlap_without_being_the_same_are_folded_apart() -> None:
     storage = torch.randn(7, 4)
     parts = {"q": nn.Parameter(storage[:4]), "k": nn.Parameter(storage[3:])}
