@@ -134,6 +134,8 @@ def test_of_a_weight_with_three_names_each_reader_gets_its_own(targets: str, by_
         f"{name}.weight" for name in "abc" if name not in targets
     }
     assert len({id(parameter) for parameter in folded.parameters()}) == (1 if len(targets) == 3 else 2)
+    if len(targets) == 3:
+        assert folded.code == gm.code
 
 
 @pytest.mark.parametrize("by_function", ["", "a"])
@@ -311,6 +313,24 @@ def test_in_place_needs_elements_that_have_memory_each() -> None:
 
 
 # Biases -----------------------------------------------------------------------------------------------
+
+
+def test_what_one_read_serves_is_still_read_once() -> None:
+    """torch.export reads a tied weight by one of its names; where all sites of it are adapted alike, that stays so."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x).tanh())
+
+    gm = lora_fx.trace(Model().eval(), X)
+    folded = assert_folds(moved(gm, target_modules=["a", "b"]), gm)
+    assert folded.code == gm.code
+    assert folded.a.weight is folded.b.weight
 
 
 def test_the_bias_of_b_goes_where_the_site_adds_one() -> None:

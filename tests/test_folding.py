@@ -795,6 +795,23 @@ def test_a_weight_is_summed_once_and_once_more_to_check_what_is_written_in_place
     assert len(calls) == merges
 
 
+def test_nothing_is_computed_that_was_not_asked_for_or_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding once in software is for float64 on request; a fold for good has the norms from its check."""
+    told: list[tuple[bool, bool]] = []
+    merge = lora_fx.folding.merge  # type: ignore[attr-defined]
+
+    def listening(*arguments: Any, is_exact: bool, weight_norm: float | None) -> Any:
+        told.append((is_exact, weight_norm is not None))
+        return merge(*arguments, is_exact=is_exact, weight_norm=weight_norm)
+
+    monkeypatch.setattr("lora_fx.folding.merge", listening)
+    _, gm = small(target_modules=["b"])
+    for accumulate in (None, torch.float32, torch.float64):
+        lora_fx.fold(gm, accumulate=accumulate)
+    lora_fx.fold(gm, inplace=True, reversible=False)
+    assert told == [(False, False), (False, False), (True, False), (False, True)]
+
+
 def test_what_sums_are_made_in() -> None:
     wanted = {
         (torch.float32, None): torch.float32,
