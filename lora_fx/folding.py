@@ -274,8 +274,6 @@ def _merged(
     """`merge` on the weight's matrices; memory in another order (channels_last) takes a temporary."""
     target = _matrices(task, into)
     is_view = storage_of(target) == storage_of(into)
-    if not is_view:
-        target = torch.empty_like(target)
     wide = [delta.to(_sum_dtype(weight, accumulate)) for delta in deltas]
     is_exact = accumulate is torch.float64
     merged = merge(_matrices(task, weight), wide, target, is_exact=is_exact, weight_norm=weight_norm)
@@ -372,7 +370,7 @@ def _remove_adapters(gm: LoraGraphModule, chosen: list[Adapter]) -> None:
     record.selections.clear()
     if not record.adapters:
         flags = record.requires_grad
-        for name, parameter in gm.named_parameters(remove_duplicate=False):
+        for name, parameter in gm.named_parameters():
             parameter.requires_grad_(flags.get(name, parameter.requires_grad))
 
 

@@ -205,16 +205,14 @@ def _why_no_variant(site: Site, config: LoraConfig) -> str | None:
 
 
 def _shared(gm: fx.GraphModule, reading: Reading, planned: list[PlannedSite]) -> list[PlannedSite]:
-    """One weight has one adapter: of several sites on it, the first owns A and B."""
+    """One weight has one adapter: of several sites that adapt it alike, the first owns A and B."""
     views = _views(gm, reading)
-    owners: dict[Hashable, list[PlannedSite]] = {}
+    owners: dict[Hashable, PlannedSite] = {}
     result: list[PlannedSite] = []
     for target in planned:
-        on_weight = owners.setdefault(views[target.site.whole_path], [])
-        owner = next((owner for owner in on_weight if _adapts_alike(owner, target)), None)
-        if owner is None:
-            on_weight.append(target)
-        result.append(target if owner is None else replace(target, shares_with=owner.site.path))
+        alike = views[target.site.whole_path], target.r, target.lora_alpha, target.site.layout
+        owner = owners.setdefault(alike, target)
+        result.append(target if owner is target else replace(target, shares_with=owner.site.path))
     return result
 
 
@@ -222,10 +220,6 @@ def _views(gm: fx.GraphModule, reading: Reading) -> dict[str, Hashable]:
     """{site: the tensor that it applies, as a value}."""
     attributes = {application.path: application.attribute for application in reading.applications}
     return {path: view_of(get_parameter(gm, attribute)) for path, attribute in attributes.items()}
-
-
-def _adapts_alike(a: PlannedSite, b: PlannedSite) -> bool:
-    return (a.r, a.lora_alpha, a.site.layout) == (b.r, b.lora_alpha, b.site.layout)
 
 
 def _with_tied(gm: fx.GraphModule, reading: Reading, sites: Sites, chosen: list[Site], saved: list[str]) -> list[Site]:

@@ -383,6 +383,13 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         "this graph",
         "no report",
     ),
+    "untie a module": (
+        FoldError,
+        lambda p: lora_fx.fold(injected(MLP, _read_beside(), targets=["fc1"])),
+        "would untie 'fc1.weight'",
+        "its module reads it by that name",
+        "fold a graph of lora_fx.trace(model, args)",
+    ),
     "accumulate": (
         FoldError,
         lambda p: lora_fx.fold(adapted(), accumulate=torch.float16),
@@ -426,6 +433,18 @@ def _broken_base() -> fx.GraphModule:
     with torch.no_grad():
         gm.get_parameter("fc1.weight")[0, 0] = float("inf")
     return gm
+
+
+def _read_beside() -> fx.GraphModule:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1 = nn.Linear(7, 7)
+
+        def forward(self, x):
+            return self.fc1(x) + torch.ops.aten.detach.default(self.fc1.weight)[0]
+
+    return fx.symbolic_trace(Beside())
 
 
 def _large() -> fx.GraphModule:
