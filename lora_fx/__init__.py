@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .swapping import swap_adapter
     from .switching import active_adapters, delete_adapter, disable_adapters, set_adapters
     from .tracing import trace
+    from .unflattening import unflatten
 
 __version__ = "0.1.0"
 
@@ -79,6 +80,7 @@ _HOMES = {
     "switching": ("active_adapters", "delete_adapter", "disable_adapters", "set_adapters"),
     "swapping": ("swap_adapter",),
     "tracing": ("trace",),
+    "unflattening": ("unflatten",),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -135,6 +137,7 @@ __all__ = [
     "trace_record",
     "trainable_parameters",
     "unbatch_adapters",
+    "unflatten",
     "unfold",
 ]
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .blocks import Block
+
 Memo = dict[int, Any]
 
 # Of a graph module: made anew, or copied by hand below.
@@ -96,9 +98,9 @@ def _copy_module(module: nn.Module, memo: Memo) -> nn.Module:
     if id(module) in memo:
         known: nn.Module = memo[id(module)]
         return known
-    if type(module) is not nn.Module:
+    if type(module) not in (nn.Module, Block):
         return copy.deepcopy(module, memo)
-    twin = nn.Module()
+    twin = type(module)()
     memo[id(module)] = twin
     twin.training = module.training
     twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)

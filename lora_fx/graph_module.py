@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import fx, nn
@@ -78,7 +78,13 @@ class Written:
 
 
 class Lowering(Protocol):
-    """Makes the graph that is compiled out of the one that everything else reads; comparable by what it does."""
+    """Makes the graph that is compiled out of the one that everything else reads; comparable by what it does.
+
+    Attributes:
+        trains_only: it is for training, and graphs of eval mode, and without adapters, are compiled as they are.
+    """
+
+    trains_only: ClassVar[bool]
 
     def __call__(self, gm: LoraGraphModule, graph: fx.Graph) -> fx.Graph:
         """A new graph that computes the same; `graph` stays as it is."""
@@ -110,7 +116,7 @@ class GraphRecord:
         originals: base tensors that an adapter trains in full, as they were: {fqn: tensor}.
         traced: the views as tracing wrote them, by value, to know them again.
         reinsert: writes the adapters' nodes into views that have none; set by `inject`.
-        lowering: makes what is compiled in place of the graph, which stays as it is; set by `optimize`.
+        lowering: makes what is compiled in place of the graph, which stays as it is; set by `optimize` and `unflatten`.
         batched: for a graph from `batch_adapters`, how its adapters are stacked (see batching.py).
         folded: what an in-place fold needs to take itself back (see folding.py).
         report: what the last fold did.
@@ -230,7 +236,7 @@ class LoraGraphModule(fx.GraphModule):
         new = fn(torch.empty(0, dtype=first.dtype, device=device))
         dtypes = {p.dtype for p in self.parameters() if p.is_floating_point()}
         if any(fn(torch.empty(0, dtype=dtype, device=device)).dtype != dtype for dtype in dtypes):
-            self._follow_dtype(new.dtype)
+            self.follow_dtype(new.dtype)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         record = record_of(self)
         record.originals = {name: fn(tensor) for name, tensor in record.originals.items()}
@@ -242,7 +248,7 @@ class LoraGraphModule(fx.GraphModule):
             self.recompile()
         return self
 
-    def _follow_dtype(self, new: torch.dtype) -> None:
+    def follow_dtype(self, new: torch.dtype) -> None:
         """Let the graph's own dtypes be those of the model in the new dtype, which only the model can tell."""
         node = find_dtype_literal(self._all_graphs())
         if node is None:
@@ -284,8 +290,9 @@ class LoraGraphModule(fx.GraphModule):
         mode = self.training if self.training in record.views else None
         record.views[mode] = self._graph
         written, lowering = _as_written(self._graph), record.lowering
-        if mode is False or not any(ROLE in node.meta for node in self._graph.nodes):
-            lowering = None  # there is nothing to train
+        is_training = mode is not False and any(ROLE in node.meta for node in self._graph.nodes)
+        if lowering is not None and lowering.trains_only and not is_training:
+            lowering = None
         known = next((made for graph, way, made in record.compiled if way == lowering and graph == written), None)
         if known is not None:
             # A code object of its own: torch.compile counts what it compiled by these.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
@@ -42,6 +42,7 @@ class Rewrites:
     merge: bool = False
     checkpoint: bool = False
     dropout: Dropout = "exact"
+    trains_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("fuse", "share", "recompute", "narrow", "masks", "merge", "checkpoint"):
