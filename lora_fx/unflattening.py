@@ -306,7 +306,8 @@ class _Part:
         if node.op != "call_module":
             new = self.graph.create_node(node.op, node.target, args, kwargs, name, node.type)
         elif _is_inside(str(node.target), self.block):
-            new = self.graph.create_node(node.op, self._own(str(node.target)), args, kwargs, name, node.type)
+            own = self._own(str(node.target))
+            new = self.graph.create_node(node.op, own, args, kwargs, name or _variable(own), node.type)
         else:
             new = self.graph.call_function(operator.call, (self.value(str(node.target)), *args), kwargs)
         new.meta = copy.copy(node.meta)
@@ -324,10 +325,15 @@ class _Part:
 
     def attribute(self, name: str) -> fx.Node:
         """Read an attribute of the block, by its full name."""
-        return self.graph.get_attr(self._own(name))
+        return self.graph.create_node("get_attr", self._own(name), name=_variable(self._own(name)))
 
     def _own(self, name: str) -> str:
         return name.removeprefix(f"{self.block}.")
+
+
+def _variable(name: str) -> str:
+    """What to call a value that has an attribute's name; BERT has a module called `self`."""
+    return "self_" if name == "self" else name.replace(".", "_")
 
 
 def _read(node: fx.Node, place: str) -> Iterator[Value]:
