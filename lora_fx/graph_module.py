@@ -27,6 +27,7 @@ from .copying import copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, 
 from .errors import GraphError, warn
 from .literals import find_dtype_literal, move_literals
 from .ops.use import operands_of
+from .sharding import check_not_sharded, settle, whole
 
 if TYPE_CHECKING:
     from .injection import Adapter
@@ -406,14 +407,26 @@ def copy_sharing_tensors(gm: fx.GraphModule) -> LoraGraphModule:
     Parameters are new `nn.Parameter` objects on the old storage, so that freezing the copy leaves the
     original's `requires_grad` alone; ties stay ties. Buffers and constants are the same tensors.
     """
+    check_not_sharded(gm, "its graph cannot be copied to be changed")
+    return _copy_over(gm, {id(parameter): parameter.detach() for parameter in gm.parameters()})
+
+
+def gathered(gm: LoraGraphModule) -> LoraGraphModule:
+    """A copy over whole tensors of a graph module whose parameters are spread over processes; all of them call this."""
+    settle(gm)
+    return _copy_over(gm, {id(parameter): whole(parameter.detach()) for parameter in gm.parameters()})
+
+
+def _copy_over(gm: fx.GraphModule, tensors: Mapping[int, torch.Tensor]) -> LoraGraphModule:
+    """A copy whose parameters are new ones over these tensors, given by the ids of those that they stand for."""
     memo = share_tensors(gm)
     for parameter in gm.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = nn.Parameter(tensors[id(parameter)], requires_grad=parameter.requires_grad)
     memo |= {id(tensor): tensor for tensor in record_of(gm).originals.values()}
     token = _UNCOMPILED.set(True)
     try:
         if isinstance(gm, LoraGraphModule):
-            return copy.deepcopy(gm, memo)
+            return LoraGraphModule.__deepcopy__(gm, memo)
         with quiet_deepcopy():
             clone = _from_foreign(gm, copy.deepcopy(gm, memo))
     finally:
