@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .adapter_arrays import AdapterArrays, LowRankArrays, read_adapter
     from .adapters import load_adapter, save_adapter
     from .batching import batch_adapters, unbatch_adapters
+    from .blocks import Block
     from .calibration import Calibration, calibrate
     from .checks import check_effect, check_fold
     from .combination import combine_adapters
@@ -53,6 +54,7 @@ _HOMES = {
     "adapter_arrays": ("AdapterArrays", "LowRankArrays", "read_adapter"),
     "adapters": ("load_adapter", "save_adapter"),
     "batching": ("batch_adapters", "unbatch_adapters"),
+    "blocks": ("Block",),
     "calibration": ("Calibration", "calibrate"),
     "checks": ("check_effect", "check_fold"),
     "combination": ("combine_adapters",),
@@ -87,6 +89,7 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 __all__ = [
     "AdapterArrays",
     "AdapterError",
+    "Block",
     "Calibration",
     "ConfigError",
     "CordaConfig",

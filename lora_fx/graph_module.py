@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 from torch import fx, nn
@@ -27,7 +27,7 @@ from .copying import copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, 
 from .errors import GraphError, warn
 from .literals import find_dtype_literal, move_literals
 from .ops.use import operands_of
-from .sharding import check_not_sharded, settle, whole
+from .sharding import check_not_sharded, settle, unsharded_class, whole
 
 if TYPE_CHECKING:
     from .injection import Adapter
@@ -47,6 +47,14 @@ _KNOWN_GRAPHS = 16
 _UNCOMPILED: ContextVar[bool] = ContextVar("_UNCOMPILED", default=False)
 
 
+class Retrace(Protocol):
+    """Traces a model again, in another dtype."""
+
+    def __call__(self, dtype: torch.dtype, *, casts_buffers: bool = True) -> dict[bool | None, fx.GraphModule] | None:
+        """The views, or None."""
+        ...
+
+
 @dataclass(frozen=True)
 class TraceRecord:
     """What `trace` remembers of its call, so that nothing has to be said twice at export.
@@ -55,7 +63,8 @@ class TraceRecord:
         args, kwargs: the example inputs, detached copies.
         dimension_names: one mapping per flattened leaf of (args, kwargs): {free dimension: name}.
         model_class: class name of the traced model.
-        retrace: the views that the model has in another dtype; None if the model is gone.
+        retrace: the views that the model has in another dtype, of its buffers too or of its parameters alone; None if
+            the model is gone.
         module_aliases: {path: first path} of modules that stand in the model under several names.
     """
 
@@ -63,7 +72,7 @@ class TraceRecord:
     kwargs: dict[str, Any]
     dimension_names: tuple[dict[int, str], ...]
     model_class: str
-    retrace: Callable[[torch.dtype], dict[bool | None, fx.GraphModule] | None] = lambda dtype: None
+    retrace: Retrace = lambda dtype, *, casts_buffers=True: None
     module_aliases: dict[str, str] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TraceRecord:
@@ -225,7 +234,7 @@ class LoraGraphModule(fx.GraphModule):
         }
 
     def _install(self, compiled: dict[str, Any]) -> None:
-        type(self).forward = compiled["forward"]
+        unsharded_class(self).forward = compiled["forward"]
         self.__dict__.update({name: value for name, value in compiled.items() if name != "forward"})
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraGraphModule:
@@ -249,13 +258,13 @@ class LoraGraphModule(fx.GraphModule):
             self.recompile()
         return self
 
-    def follow_dtype(self, new: torch.dtype) -> None:
+    def follow_dtype(self, new: torch.dtype, *, casts_buffers: bool = True) -> None:
         """Let the graph's own dtypes be those of the model in the new dtype, which only the model can tell."""
         node = find_dtype_literal(self._all_graphs())
         if node is None:
             return
         record = record_of(self)
-        views = record.trace.retrace(new) if record.trace is not None else None
+        views = record.trace.retrace(new, casts_buffers=casts_buffers) if record.trace is not None else None
         if views is None or set(views) != set(record.views):
             raise GraphError(
                 f"the graph holds dtypes as literals ({node.format_node()}), and the model that could tell which of "
@@ -300,12 +309,13 @@ class LoraGraphModule(fx.GraphModule):
             forward = known["forward"]
             code_of_copy = types.FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
             return self._install(known | {"forward": code_of_copy})
-        graph = self._graph
+        graph, kind, own = self._graph, type(self), cast("type[LoraGraphModule]", unsharded_class(self))
         self._graph = graph if lowering is None else lowering(self, graph)
+        self.__class__ = own  # fx writes its ways of calling into a class that it made, not into fully_shard's
         try:
             code = super().recompile()
         finally:
-            self._graph = graph
+            self._graph, self.__class__ = graph, kind
         record.compiled.append((written, lowering, self._compiled()))
         del record.compiled[:-_KNOWN_GRAPHS]
         return code

@@ -1,7 +1,7 @@
 """Parameters that are spread over processes: what `fully_shard` and DTensor leave in a module, and how it is read.
 
-Reading a spread tensor takes all processes that have a part of it (a collective call); writing a file takes one. Nothing
-here imports torch.distributed: where nobody has, nothing is spread.
+Reading a spread tensor takes all processes that have a part of it (a collective call); writing a file takes one. None
+of this imports torch.distributed: where nobody has, nothing is spread.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def unflatten(
         gm: a graph module, injected or not; it is untouched, tensors are shared.
         blocks: names of more modules to be blocks, inside layers or beside them, as in target_modules.
         dtype: what it is going to compute in under `MixedPrecisionPolicy(param_dtype=dtype)`: the graph's own dtypes
-            are then the model's in that dtype, as far as they follow its parameters. Parameters stay as they are.
+            are then those of the model with its parameters in that dtype. Parameters and buffers stay as they are.
 
     Raises:
         ConfigError: for arguments of another kind.
@@ -94,7 +94,7 @@ def unflatten(
     result = copy_sharing_tensors(gm)
     paths = _block_paths(result, blocks)
     if dtype is not None:
-        result.follow_dtype(dtype)
+        result.follow_dtype(dtype, casts_buffers=False)
     for path in paths:
         set_attribute(result, path, _as_block(get_attribute(result, path)))
     record_of(result).lowering = Blocks(tuple(paths))
