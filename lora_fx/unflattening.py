@@ -44,8 +44,8 @@ class Blocks:
 
     def __call__(self, gm: LoraGraphModule, graph: fx.Graph) -> fx.Graph:
         """A graph that calls the blocks; `graph` stays as it is."""
-        entangled = _entangled(gm, self.paths)
-        lowered = _Writer(gm, graph, [path for path in self.paths if path not in entangled]).write()
+        reasons = entangled(gm, self.paths)
+        lowered = _Writer(gm, graph, [path for path in self.paths if path not in reasons]).write()
         lowered.owning_module = gm
         lowered.lint()
         if _flow(lowered) != _flow(graph):
@@ -112,10 +112,7 @@ def _check_arguments(blocks: object, dtype: object) -> None:
 
 def _block_paths(gm: LoraGraphModule, names: Collection[str] | str) -> list[str]:
     """The paths of all blocks, in the order of the graph: layers, and modules of these names."""
-    record = record_of(gm)
-    nodes = [node for graph in record.views.values() for node in graph.nodes]
-    ran = dict.fromkeys(prefix for node in nodes for prefix in _prefixes(_path_of(node) or ""))
-    modules = [path for path in ran if type(get_attribute(gm, path)) in (nn.Module, Block)]
+    modules = called_modules(gm)
     layers = dict.fromkeys(match[0] for match in map(_LAYER.match, modules) if match is not None)
     asked = [path for path in modules if matches_names(path, names)]
     for name in [names] if isinstance(names, str) else names:
@@ -125,14 +122,21 @@ def _block_paths(gm: LoraGraphModule, names: Collection[str] | str) -> list[str]
                 f"{closest(name, modules)} print(gm.graph) and find_sites(gm) show what there is"
             )
     paths = [path for path in modules if path in layers or path in asked]
-    entangled = _entangled(gm, paths)
+    reasons = entangled(gm, paths)
     for path in asked:
-        if path in entangled:
+        if path in reasons:
             raise GraphError(
-                f"{path!r} can be no block: {entangled[path]}, and what shards a block changes its parameters while it "
+                f"{path!r} can be no block: {reasons[path]}, and what shards a block changes its parameters while it "
                 "does not run. Leave it out of blocks, or name a module that holds both"
             )
-    return [path for path in paths if path not in entangled]
+    return [path for path in paths if path not in reasons]
+
+
+def called_modules(gm: fx.GraphModule) -> list[str]:
+    """The paths of all modules whose calls the graph has in parts, outer ones first."""
+    nodes = [node for graph in record_of(gm).views.values() for node in graph.nodes]
+    ran = dict.fromkeys(prefix for node in nodes for prefix in _prefixes(_path_of(node) or ""))
+    return [path for path in ran if type(get_attribute(gm, path)) is nn.Module]
 
 
 def _as_block(module: nn.Module) -> Block:
@@ -158,6 +162,8 @@ def _innermost(path: str, blocks: Collection[str]) -> str:
 
 def _path_of(node: fx.Node) -> str | None:
     """The module in whose forward a node was traced; None for nodes that tracing made up."""
+    if node.target == "_guards_fn":
+        return ""  # torch.export's check of the inputs, which has the place of whatever comes behind it
     stack = module_stack(node)
     own = stack[-1][0] if stack and stack[-1][0] != _NO_STACK else None
     inner = [path for body in bodies_of(node)[0] for n in body_module(body).graph.nodes if (path := _path_of(n))]
@@ -193,7 +199,7 @@ def _places(graph: fx.Graph, blocks: Collection[str]) -> dict[fx.Node, str]:
     return places
 
 
-def _entangled(gm: LoraGraphModule, blocks: Sequence[str]) -> dict[str, str]:
+def entangled(gm: fx.GraphModule, blocks: Sequence[str]) -> dict[str, str]:
     """{block that shares a parameter with something outside: what it shares with whom}."""
     names: dict[int, list[str]] = {}
     for name, parameter in gm.named_parameters(remove_duplicate=False):
@@ -215,10 +221,10 @@ def _entangled(gm: LoraGraphModule, blocks: Sequence[str]) -> dict[str, str]:
                         found.setdefault(block, f"{node.name} reads its {name!r} from outside")
     # Nodes of a block that is none are its parent's, which may entangle blocks inside of it: they read as outside.
     inner = [block for block in blocks if block not in found]
-    return found | _entangled(gm, inner) if len(inner) < len(blocks) else found
+    return found | entangled(gm, inner) if len(inner) < len(blocks) else found
 
 
-def _parameters_read(node: fx.Node, gm: LoraGraphModule) -> Iterator[str]:
+def _parameters_read(node: fx.Node, gm: fx.GraphModule) -> Iterator[str]:
     for operand in node.all_input_nodes:
         if operand.op == "get_attr" and isinstance(get_attribute(gm, str(operand.target)), nn.Parameter):
             yield str(operand.target)
