@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .sites import Site, find_all_linear_names, find_sites
     from .swapping import swap_adapter
     from .switching import active_adapters, delete_adapter, disable_adapters, set_adapters
+    from .tensor_parallel import distribute, tensor_parallel_plan
     from .tracing import trace
     from .unflattening import unflatten
 
@@ -81,6 +82,7 @@ _HOMES = {
     "sites": ("Site", "find_all_linear_names", "find_sites"),
     "switching": ("active_adapters", "delete_adapter", "disable_adapters", "set_adapters"),
     "swapping": ("swap_adapter",),
+    "tensor_parallel": ("distribute", "tensor_parallel_plan"),
     "tracing": ("trace",),
     "unflattening": ("unflatten",),
 }
@@ -122,6 +124,7 @@ __all__ = [
     "compare_graphs",
     "delete_adapter",
     "disable_adapters",
+    "distribute",
     "find_all_linear_names",
     "find_sites",
     "fold",
@@ -136,6 +139,7 @@ __all__ = [
     "save_adapter",
     "set_adapters",
     "swap_adapter",
+    "tensor_parallel_plan",
     "trace",
     "trace_record",
     "trainable_parameters",

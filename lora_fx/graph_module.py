@@ -100,6 +100,18 @@ class Lowering(Protocol):
         """A new graph that computes the same; `graph` stays as it is."""
         ...
 
+    def behind(self, first: Lowering) -> Lowering:
+        """Both, one after the other.
+
+        Raises:
+            GraphError: if they do not go together.
+        """
+        ...
+
+    def on_whole_tensors(self) -> Lowering | None:
+        """What is left of it for a copy of the graph whose parameters are no longer spread over processes."""
+        ...
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -424,7 +436,10 @@ def copy_sharing_tensors(gm: fx.GraphModule) -> LoraGraphModule:
 def gathered(gm: LoraGraphModule) -> LoraGraphModule:
     """A copy over whole tensors of a graph module whose parameters are spread over processes; all of them call this."""
     settle(gm)
-    return _copy_over(gm, {id(parameter): whole(parameter.detach()) for parameter in gm.parameters()})
+    result = _copy_over(gm, {id(parameter): whole(parameter.detach()) for parameter in gm.parameters()})
+    record = record_of(result)
+    record.lowering = None if record.lowering is None else record.lowering.on_whole_tensors()
+    return result
 
 
 def _copy_over(gm: fx.GraphModule, tensors: Mapping[int, torch.Tensor]) -> LoraGraphModule:

@@ -12,7 +12,14 @@ from torch import fx
 from .copying import copy_graph
 from .errors import ConfigError, GraphError
 from .graph import write_blocks, write_groups, write_masks, write_normalizations
-from .graph_module import LoraGraphModule, check_editable, checked_graph_module, copy_sharing_tensors, record_of
+from .graph_module import (
+    LoraGraphModule,
+    Lowering,
+    check_editable,
+    checked_graph_module,
+    copy_sharing_tensors,
+    record_of,
+)
 from .rewrites import (
     attention_masks,
     checkpointing,
@@ -50,6 +57,14 @@ class Rewrites:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.dropout not in ("exact", "cut", "shared"):
             raise ConfigError(f"dropout={self.dropout!r} is unknown; choose 'exact', 'cut' or 'shared'")
+
+    def behind(self, first: Lowering) -> Lowering:
+        """Rewrites take the graph as it was traced."""
+        raise GraphError("optimize rewrites the graph that was traced; optimise that: lora_fx.inject(gm, config)")
+
+    def on_whole_tensors(self) -> Rewrites:
+        """The same."""
+        return self
 
     def __call__(self, gm: LoraGraphModule, graph: fx.Graph) -> fx.Graph:
         """A rewritten copy of the graph: what `LoraGraphModule.recompile` compiles."""

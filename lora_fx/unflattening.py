@@ -25,7 +25,14 @@ from .applications import bodies_of, body_module, module_stack
 from .attributes import get_attribute, set_attribute
 from .blocks import Block
 from .errors import ConfigError, GraphError, TargetError, closest
-from .graph_module import LoraGraphModule, check_editable, checked_graph_module, copy_sharing_tensors, record_of
+from .graph_module import (
+    LoraGraphModule,
+    Lowering,
+    check_editable,
+    checked_graph_module,
+    copy_sharing_tensors,
+    record_of,
+)
 from .matching import matches_names
 
 # A value of the flat graph: what a node gives, or the attribute of a name.
@@ -40,10 +47,20 @@ class Blocks:
     """Calls the modules at these paths; what `LoraGraphModule.recompile` compiles is a tree of functions."""
 
     paths: tuple[str, ...]
+    first: Lowering | None = None
     trains_only: ClassVar[bool] = False
+
+    def behind(self, first: Lowering) -> Blocks:
+        """A tree of what `first` makes."""
+        return Blocks(self.paths, first if self.first is None else self.first.behind(first))
+
+    def on_whole_tensors(self) -> Blocks:
+        """The tree of what is left."""
+        return Blocks(self.paths, None if self.first is None else self.first.on_whole_tensors())
 
     def __call__(self, gm: LoraGraphModule, graph: fx.Graph) -> fx.Graph:
         """A graph that calls the blocks; `graph` stays as it is."""
+        graph = graph if self.first is None else self.first(gm, graph)
         reasons = entangled(gm, self.paths)
         lowered = _Writer(gm, graph, [path for path in self.paths if path not in reasons]).write()
         lowered.owning_module = gm

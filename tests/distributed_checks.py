@@ -351,6 +351,21 @@ def check_mixed_precision_computes_what_bfloat16_does(world: World) -> None:
     assert all(p.dtype == torch.float32 for p in tree.parameters())
 
 
+def check_split_weights_train_as_one_process(world: World) -> None:
+    gm = world.gm.to(world.device).train()
+    plan = lora_fx.tensor_parallel_plan(gm, world.size)
+    assert len(plan) == 7 * LAYERS
+    split = lora_fx.distribute(gm, world.mesh, plan)
+    for name, parameter in split.named_parameters():
+        side = next((plan[site] for site in plan if name.startswith(f"{site}.")), None)
+        whole_side = "colwise" if "lora_A" in name else "rowwise" if "lora_B" in name else None
+        is_split = side is not None and side != whole_side
+        assert isinstance(parameter, DTensor) == (is_split or parameter.requires_grad), name
+        assert not is_split or parameter.to_local().numel() * world.size == parameter.numel(), name
+    losses = train(split, adamw(lora_fx.lora_parameters(split)), range(STEPS), lambda ids: ids.to(world.device))
+    assert_as_alone(world, losses, split, world.trained)
+
+
 def check_what_cannot_be_done_with_shards_says_so(world: World) -> None:
     tree = sharded(world, world.gm)
     before = [whole(p).clone() for p in tree.parameters()]
