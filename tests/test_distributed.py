@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_checks import CHECKS
+from distributed_checks import checks_of
 
-ON_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")]
+GPUS = torch.cuda.device_count()
+ON_GPUS = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason="fewer than two CUDA devices")]
 
 
 @functools.cache
@@ -36,8 +37,7 @@ def assert_right(device: str, name: str) -> None:
         assert not error, f"rank {rank}: {error}"
 
 
-@pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "name"), [(size, name) for size in (2, 4) for name in checks_of(size)])
 def test_in_several_processes(size: int, name: str) -> None:
     assert_right("cpu", f"{size} {name}")
 
@@ -46,6 +46,6 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one() -> None:
     assert_right("cpu", "1 a_checkpoint_goes_on_in_another_world")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=ON_GPUS) for name in CHECKS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=ON_GPUS) for name in checks_of(GPUS, "cuda")])
 def test_on_several_gpus(name: str) -> None:
-    assert_right("cuda", f"{torch.cuda.device_count()} {name}")
+    assert_right("cuda", f"{GPUS} {name}")
