@@ -152,6 +152,12 @@ def optimize(
     rewrites = Rewrites(fuse, share, recompute, narrow, masks, merge, checkpoint, dropout)
     gm = checked_graph_module(gm)
     check_editable(gm)
+    lowering = record_of(gm).lowering
+    if lowering is not None and not lowering.trains_only:
+        raise GraphError(
+            "this graph is a tree of blocks, or distributed, and its rewrites would reach across; optimise the graph "
+            "that it was made from: lora_fx.inject(gm, config)"
+        )
     if not record_of(gm).adapters:
         raise GraphError("there is nothing to optimise: the graph has no adapter. inject(gm, config) adds one")
     result = copy_sharing_tensors(gm)

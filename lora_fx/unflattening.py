@@ -153,7 +153,7 @@ def called_modules(gm: fx.GraphModule) -> list[str]:
     """The paths of all modules whose calls the graph has in parts, outer ones first."""
     nodes = [node for graph in record_of(gm).views.values() for node in graph.nodes]
     ran = dict.fromkeys(prefix for node in nodes for prefix in _prefixes(_path_of(node) or ""))
-    return [path for path in ran if type(get_attribute(gm, path)) is nn.Module]
+    return [path for path in ran if type(get_attribute(gm, path)) in (nn.Module, Block)]
 
 
 def _as_block(module: nn.Module) -> Block:

@@ -473,6 +473,7 @@ OF_TWO = {
     check_adapters_are_switched_and_found_on_shards,
     check_mixed_precision_computes_what_bfloat16_does,
     check_split_weights_are_saved_and_folded,
+    check_split_weights_train_as_one_process,
     check_the_example_trains_and_saves,
     check_tied_weights_and_blocks_within_blocks,
     check_what_cannot_be_done_with_shards_says_so,
