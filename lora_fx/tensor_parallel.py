@@ -176,6 +176,8 @@ class Spreading:
             elif node.op == "call_module" or (node.op == "call_function" and not bodies_of(node)[0]):
                 taken = {weights[operand] for operand in operands if operand in weights} | self._of_module(gm, node)
                 is_behind = any(operand in flow for operand in operands)
+                if is_behind and not taken and any(_is_whole_weight(gm, operand) for operand in operands):
+                    continue  # nothing splits what it gives
                 if taken or is_behind:
                     run.add(node)
                 if (is_behind or taken & self.by_outputs) and not taken & self.by_inputs:
@@ -188,6 +190,11 @@ class Spreading:
             return set()
         names = {f"{node.target}.{name}" for name, _ in get_attribute(gm, str(node.target)).named_parameters()}
         return names & (self.by_outputs | self.by_inputs | self.whole)
+
+
+def _is_whole_weight(gm: LoraGraphModule, node: fx.Node) -> bool:
+    value = get_attribute(gm, str(node.target)) if node.op == "get_attr" else None
+    return isinstance(value, nn.Parameter) and value.ndim > 1
 
 
 @functools.cache
@@ -317,13 +324,19 @@ def _compare(gm: fx.GraphModule, result: LoraGraphModule) -> None:
     other, shown = copy_sharing_tensors(gm), result.training
     other.recompile()
     flags = {module: module.training for module in result.modules()}
+    device = next((parameter.device for parameter in gm.parameters()), torch.device("cpu"))
+
+    def here(value: Any) -> Any:
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    args, kwargs = pytree.tree_map(here, (record.trace.args, record.trace.kwargs))
     mode = False if False not in record.untraceable else gm.training
     outputs = []
     for each in (other, result):
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             try:
-                outputs.append(pytree.tree_leaves(each.train(mode)(*record.trace.args, **record.trace.kwargs)))
+                outputs.append(pytree.tree_leaves(each.train(mode)(*args, **kwargs)))
             except LoraFxError:
                 raise
             except Exception as error:

@@ -381,6 +381,12 @@ def check_split_weights_are_saved_and_folded(world: World) -> None:
     folded, expected = lora_fx.fold(split), lora_fx.fold(gm)
     assert folded.code == expected.code
     assert_same(list(folded.state_dict().values()), list(expected.state_dict().values()))
+    ids = batch(0).to(world.device)
+    for strength in (0.5, 0.0):
+        for each in (split, gm):
+            lora_fx.set_adapters(each, {"default": strength} if strength else {})
+        found, expected = (each(input_ids=ids, use_cache=False).logits.detach() for each in (split, gm))
+        assert float((found - expected).abs().max()) <= 32 * EPS * 7 * LAYERS * float(expected.abs().max())
 
 
 def check_splitting_and_sharding_go_together(world: World) -> None:
@@ -536,7 +542,8 @@ def main(device: str, out: Path) -> None:
             for process in ranks:
                 process.start()
             for process in ranks:
-                process.join()
+                process.join(150)
+                process.kill()
             files = [Path(name) / f"errors_{size}_{rank}.json" for rank in range(size)]
             found = [json.loads(file.read_text()) if file.exists() else {} for file in files]
             names = checks_of(size, device)
