@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .adapter_arrays import AdapterArrays, LowRankArrays, read_adapter
     from .adapters import load_adapter, save_adapter
     from .batching import batch_adapters, unbatch_adapters
+    from .blocks import Block
     from .calibration import Calibration, calibrate
     from .checks import check_effect, check_fold
     from .combination import combine_adapters
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
     from .sites import Site, find_all_linear_names, find_sites
     from .swapping import swap_adapter
     from .switching import active_adapters, delete_adapter, disable_adapters, set_adapters
+    from .tensor_parallel import distribute, tensor_parallel_plan
     from .tracing import trace
+    from .unflattening import unflatten
 
 __version__ = "0.1.0"
 
@@ -52,6 +55,7 @@ _HOMES = {
     "adapter_arrays": ("AdapterArrays", "LowRankArrays", "read_adapter"),
     "adapters": ("load_adapter", "save_adapter"),
     "batching": ("batch_adapters", "unbatch_adapters"),
+    "blocks": ("Block",),
     "calibration": ("Calibration", "calibrate"),
     "checks": ("check_effect", "check_fold"),
     "combination": ("combine_adapters",),
@@ -78,13 +82,16 @@ _HOMES = {
     "sites": ("Site", "find_all_linear_names", "find_sites"),
     "switching": ("active_adapters", "delete_adapter", "disable_adapters", "set_adapters"),
     "swapping": ("swap_adapter",),
+    "tensor_parallel": ("distribute", "tensor_parallel_plan"),
     "tracing": ("trace",),
+    "unflattening": ("unflatten",),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AdapterArrays",
     "AdapterError",
+    "Block",
     "Calibration",
     "ConfigError",
     "CordaConfig",
@@ -117,6 +124,7 @@ __all__ = [
     "compare_graphs",
     "delete_adapter",
     "disable_adapters",
+    "distribute",
     "find_all_linear_names",
     "find_sites",
     "flat_parameters",
@@ -132,10 +140,12 @@ __all__ = [
     "save_adapter",
     "set_adapters",
     "swap_adapter",
+    "tensor_parallel_plan",
     "trace",
     "trace_record",
     "trainable_parameters",
     "unbatch_adapters",
+    "unflatten",
     "unfold",
 ]
 

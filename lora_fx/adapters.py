@@ -50,6 +50,7 @@ from .matching import matches_names, matches_suffix
 from .packed_files import METADATA, Stacked, part_keys, part_wholes, unstack, without_parts
 from .parameters import find_adapter
 from .plan import Plan, PlannedSite, plan_adapters
+from .sharding import on_first_process, settle
 from .sites import find_sites
 from .tables import some_of
 
@@ -61,6 +62,9 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
 
     `peft.PeftModel.from_pretrained(model, directory)` loads it, and computes what the graph computes.
 
+    Where parameters are spread over processes (`fully_shard`), all of them call this: each gathers one tensor after the
+    other, the first writes, and if it cannot, all of them raise.
+
     Args:
         gm: an injected graph.
         directory: made if it is not there. Both files are replaced in one step, and sealed: hashes of them, and a note
@@ -70,6 +74,7 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
         AdapterError: if there is no such adapter, a value is NaN or Inf, or the directory cannot be written.
     """
     gm = checked_graph_module(gm)
+    settle(gm)
     if record_of(gm).batched is not None:
         check_editable(gm)
     adapter = find_adapter(gm, adapter_name)
@@ -88,11 +93,15 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
     config = config_text(adapter.config, **changes).encode("utf-8")
     base = note_of_base(gm, adapter.plan)
     metadata = {"format": "pt", WRITER: OURS} | stacked.metadata | BLANK_SEAL | ({} if base is None else {KEY: base})
-    weights = sealed(save(tensors, metadata=metadata), config)
-    try:
-        replace_in_directory(path, {WEIGHTS_FILE: weights, CONFIG_FILE: config})
-    except OSError as error:
-        raise AdapterError(f"the adapter cannot be written to {str(path)!r}: {error}") from error
+
+    def write() -> None:
+        weights = sealed(save(tensors, metadata=metadata), config)
+        try:
+            replace_in_directory(path, {WEIGHTS_FILE: weights, CONFIG_FILE: config})
+        except OSError as error:
+            raise AdapterError(f"the adapter cannot be written to {str(path)!r}: {error}") from error
+
+    on_first_process(gm, write)
 
 
 def load_adapter(

@@ -20,6 +20,7 @@ from .base_note import NOTED, UNREADABLE, encoded, places_of, read_note
 from .errors import AdapterError
 from .graph_module import record_of
 from .plan import Plan
+from .sharding import whole
 
 _HASHED = 1024  # values of each weight
 
@@ -84,7 +85,7 @@ def _weights(gm: fx.GraphModule, plan: Plan) -> Iterator[tuple[str, torch.Tensor
     for name in sorted({target.site.weight for target in plan.targets}):
         weight = originals.get(name, get_attribute(gm, name))
         if isinstance(weight, torch.Tensor):
-            yield name, weight.detach()
+            yield name, whole(weight.detach())
 
 
 def _spread(weight: torch.Tensor, count: int) -> torch.Tensor:

@@ -320,7 +320,7 @@ def _with_ids(trace: TraceRecord) -> TraceRecord:
         trace,
         kwargs={**trace.kwargs, INPUT: torch.zeros(len(leaf), dtype=torch.int64, device=leaf.device)},
         dimension_names=(*trace.dimension_names, {} if name is None else {0: name}),
-        retrace=lambda dtype: None,
+        retrace=lambda dtype, *, casts_buffers=True: None,
     )
 
 

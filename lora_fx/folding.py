@@ -21,10 +21,18 @@ from .fold_results import FoldedSite, FoldReport, warn_of_losses
 from .fold_stamps import stamp_of
 from .fold_tasks import FoldTask, check_not_tied, fold_tasks, replace_weights
 from .graph import erase_low_rank_paths, finish
-from .graph_module import LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
+from .graph_module import (
+    LoraGraphModule,
+    checked_graph_module,
+    copy_sharing_tensors,
+    gathered,
+    paused_gc,
+    record_of,
+)
 from .injection import Adapter
 from .merging import AnyDelta, Merged, merge, norm_if_finite
 from .parameters import find_adapter
+from .sharding import is_sharded
 from .switching import forget_adapter
 
 
@@ -51,6 +59,9 @@ def fold(
     unless a tied weight has to be untied, which adds one parameter and warns. `fold_report(gm)` says,
     per site, how large the delta was and how much of it the weight's dtype keeps.
 
+    Of a graph whose parameters are spread over processes (`fully_shard`), all of them call this, and each gets the
+    folded graph with whole weights, which has to fit there. Where it does not, save_adapter, and fold what it wrote.
+
     Args:
         gm: an injected graph.
         adapters: names to fold, with the weights that `set_adapters` gave them; others stay injected. None folds those
@@ -72,6 +83,14 @@ def fold(
             tied weight.
     """
     gm = checked_graph_module(gm)
+    if is_sharded(gm):
+        if inplace:
+            raise FoldError(
+                "fold(inplace=True) cannot write weights that are spread over processes; fold(gm), called by all of "
+                "them, gives each the folded graph with whole weights"
+            )
+        assert isinstance(gm, LoraGraphModule)
+        gm = gathered(gm)
     chosen = _chosen(gm, adapters)
     if accumulate not in (None, torch.float32, torch.float64):
         raise FoldError(f"accumulate={accumulate!r} must be torch.float32 or torch.float64")
@@ -369,6 +388,8 @@ def _remove_adapters(gm: LoraGraphModule, chosen: list[Adapter]) -> None:
         record.active.pop(adapter.name, None)
     record.selections.clear()
     if not record.adapters:
+        if record.lowering is not None and not record.lowering.trains_only:
+            record.lowering = None  # a tree of blocks becomes the graph that was traced
         flags = record.requires_grad
         for name, parameter in gm.named_parameters():
             parameter.requires_grad_(flags.get(name, parameter.requires_grad))

@@ -9,7 +9,7 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from .attributes import get_attribute
 from .call_form import CallForm
 from .copying import quiet_deepcopy
 from .errors import GraphError, warn
-from .graph_module import LoraGraphModule, TraceRecord, copy_modules, make_graph_module, record_of
+from .graph_module import LoraGraphModule, Retrace, TraceRecord, copy_modules, make_graph_module, record_of
 from .inputs import (
     bound_inputs,
     checked_inputs,
@@ -195,20 +195,18 @@ def _both_modes(
     return views, {}
 
 
-def _retracer(
-    model: nn.Module, examples: tuple[tuple[Any, ...], dict[str, Any]], shapes: Any
-) -> Callable[[torch.dtype], dict[bool | None, fx.GraphModule] | None]:
+def _retracer(model: nn.Module, examples: tuple[tuple[Any, ...], dict[str, Any]], shapes: Any) -> Retrace:
     """What traces the model again in another dtype, as long as the caller keeps the model."""
     reference = weakref.ref(model)
 
     def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
 
-    def retrace(dtype: torch.dtype) -> dict[bool | None, fx.GraphModule] | None:
+    def retrace(dtype: torch.dtype, *, casts_buffers: bool = True) -> dict[bool | None, fx.GraphModule] | None:
         original = reference()
         if original is None:
             return None
-        memo: dict[int, Any] = {id(b): converted(b, dtype) for b in original.buffers()}
+        memo: dict[int, Any] = {id(b): converted(b, dtype if casts_buffers else b.dtype) for b in original.buffers()}
         memo |= {id(p): nn.Parameter(converted(p, dtype), requires_grad=False) for p in original.parameters()}
         args, kwargs = pytree.tree_map(lambda x: converted(x, dtype) if isinstance(x, torch.Tensor) else x, examples)
         try:

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,11 @@ def adapted() -> fx.GraphModule:
 
 def private() -> fx.GraphModule:
     return injected(MLP, lora_fx.trace(MLP.model(), X))
+
+
+def mesh(dimensions: int):
+    """What a mesh says of itself, of two processes in each dimension."""
+    return SimpleNamespace(ndim=dimensions, mesh_dim_names=("dp", "tp")[:dimensions], size=lambda: 2)
 
 
 def config(**options) -> LoraConfig:
@@ -417,6 +423,90 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         "fuse=1",
         "must be",
         "True or False",
+    ),
+    "blocks of another kind": (
+        ConfigError,
+        lambda p: lora_fx.unflatten(adapted(), blocks=[1]),
+        "blocks=[1]",
+        "must be",
+        "a list of module names",
+    ),
+    "a dtype that is none": (
+        ConfigError,
+        lambda p: lora_fx.unflatten(adapted(), dtype=torch.int8),
+        "dtype=torch.int8",
+        "must be",
+        "torch.bfloat16",
+    ),
+    "a block that is no module": (
+        TargetError,
+        lambda p: lora_fx.unflatten(adapted(), blocks=["fc3"]),
+        "'fc3'",
+        "no module of the graph",
+        "Did you mean 'fc2'",
+    ),
+    "a block with another's weight": (
+        GraphError,
+        lambda p: lora_fx.unflatten(traced(BY_NAME["tied_head"]), blocks=["embed"]),
+        "'embed' can be no block",
+        "lm_head.weight",
+        "Leave it out of blocks",
+    ),
+    "a tree of a tree": (
+        GraphError,
+        lambda p: lora_fx.unflatten(lora_fx.unflatten(adapted())),
+        "a tree of blocks already",
+        "this graph",
+        "unflatten the graph that it was made from",
+    ),
+    "a tree of an optimised graph": (
+        GraphError,
+        lambda p: lora_fx.unflatten(lora_fx.optimize(adapted())),
+        "comes from optimize",
+        "this graph",
+        "lora_fx.unflatten(lora_fx.inject(gm, config))",
+    ),
+    "optimising a tree": (
+        GraphError,
+        lambda p: lora_fx.optimize(lora_fx.unflatten(adapted())),
+        "a tree of blocks",
+        "this graph",
+        "lora_fx.inject(gm, config)",
+    ),
+    "splitting an optimised graph": (
+        GraphError,
+        lambda p: lora_fx.distribute(lora_fx.optimize(adapted()), mesh(1)),
+        "comes from optimize",
+        "this graph",
+        "distribute the graph that it was made from",
+    ),
+    "splitting along two dimensions": (
+        ConfigError,
+        lambda p: lora_fx.distribute(adapted(), mesh(2)),
+        "2 dimensions",
+        "the mesh",
+        'mesh["tp"]',
+    ),
+    "a plan of something else": (
+        ConfigError,
+        lambda p: lora_fx.distribute(adapted(), mesh(1), {"fc1": "rows"}),
+        "'rows'",
+        "plan=",
+        "'colwise' or 'rowwise'",
+    ),
+    "a plan of no site": (
+        TargetError,
+        lambda p: lora_fx.distribute(adapted(), mesh(1), {"fc9": "rowwise"}),
+        "'fc9'",
+        "no site",
+        "find_sites(gm) lists all",
+    ),
+    "a site that does not divide": (
+        TargetError,
+        lambda p: lora_fx.distribute(adapted(), mesh(1), {"fc1": "rowwise"}),
+        "'fc1' cannot be split rowwise",
+        "do not divide by 2 processes",
+        "Leave it out of the plan",
     ),
     "nothing to optimise": (
         GraphError,
