@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx import AdapterError, ExportError, LowRankArrays
+from lora_fx.adapter_places import joined
 from lora_fx.errors import closest
 
-from .named_weights import Held, OnnxWeights, joined, lost_names
+from .named_weights import Held, OnnxWeights, lost_names
 from .onnx_deltas import experts_delta, gain, low_rank_delta
 from .onnx_sites import Form, OnnxSite, module_of
 from .onnx_weights import Array, read_shared_modules
@@ -69,13 +70,7 @@ def match_adapter(weights: OnnxWeights) -> list[Matched]:
         places = weights.places(low)
         if not places and not weights.check_place(low.path, low):
             continue
-        names = weights.pattern_names(low.path)
-        if len(low.a) != adapter.rank_at(*names):
-            raise AdapterError(
-                f"A of {low.path!r} has {len(low.a)} ranks, and by adapter_config.json it is "
-                f"{adapter.rank_at(*names)} (r and rank_pattern); the two files do not belong together, so "
-                "take both from where they were saved"
-            )
+        weights.check_rank(low)
         matched += [Matched(low, site, piece, weights.scaling_at_slot(low)) for site, piece in places]
     for each in matched:
         _refuse_second_calls(weights, each)

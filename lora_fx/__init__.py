@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .adapters import load_adapter, save_adapter
     from .batching import batch_adapters, unbatch_adapters
     from .calibration import Calibration, calibrate
+    from .checkpoint import CheckpointReport, fold_checkpoint
     from .checks import check_effect, check_fold
     from .combination import combine_adapters
     from .config import LoraConfig
@@ -53,6 +54,7 @@ _HOMES = {
     "adapters": ("load_adapter", "save_adapter"),
     "batching": ("batch_adapters", "unbatch_adapters"),
     "calibration": ("Calibration", "calibrate"),
+    "checkpoint": ("CheckpointReport", "fold_checkpoint"),
     "checks": ("check_effect", "check_fold"),
     "combination": ("combine_adapters",),
     "config": ("LoraConfig",),
@@ -86,6 +88,7 @@ __all__ = [
     "AdapterArrays",
     "AdapterError",
     "Calibration",
+    "CheckpointReport",
     "ConfigError",
     "CordaConfig",
     "EvaConfig",
@@ -120,6 +123,7 @@ __all__ = [
     "find_all_linear_names",
     "find_sites",
     "fold",
+    "fold_checkpoint",
     "fold_report",
     "inject",
     "load_adapter",

@@ -23,7 +23,7 @@ from .fold_tasks import FoldTask, check_not_tied, fold_tasks, replace_weights
 from .graph import erase_low_rank_paths, finish
 from .graph_module import LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
 from .injection import Adapter
-from .merging import AnyDelta, Merged, merge, norm_if_finite
+from .merging import AnyDelta, Merged, factor_dtype, merge, norm_if_finite, sum_dtype
 from .parameters import find_adapter
 from .switching import forget_adapter
 
@@ -276,19 +276,14 @@ def _merged(
     is_view = storage_of(target) == storage_of(into)
     if not is_view:
         target = torch.empty_like(target)
-    wide = [delta.to(_sum_dtype(weight, accumulate)) for delta in deltas]
+    # Apple's GPUs have no float64.
+    dtype = sum_dtype(weight.dtype, accumulate, has_float64=weight.device.type != "mps")
+    wide = [delta.to(dtype) for delta in deltas]
     is_exact = accumulate is torch.float64
     merged = merge(_matrices(task, weight), wide, target, is_exact=is_exact, weight_norm=weight_norm)
     if not is_view:
         into.copy_(target.reshape(into.shape))
     return merged
-
-
-def _sum_dtype(weight: torch.Tensor, accumulate: torch.dtype | None) -> torch.dtype:
-    """What to sum in; Apple's GPUs have no float64."""
-    is_half = weight.dtype in (torch.float16, torch.bfloat16)
-    default = torch.float64 if is_half and weight.device.type != "mps" else torch.float32
-    return torch.promote_types(weight.dtype, accumulate or default)
 
 
 def _folded_site(task: FoldTask, weight: torch.Tensor, merged: Merged) -> FoldedSite:
@@ -307,7 +302,7 @@ def _deltas(
     gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor, accumulate: torch.dtype | None
 ) -> list[AnyDelta]:
     """What is added, in no more memory than the adapter has: `_merged` widens it, one weight at a time."""
-    dtype = torch.promote_types(weight.dtype, accumulate or torch.float32)
+    dtype = factor_dtype(weight.dtype, accumulate)
     return [term.delta(gm, weight, dtype) for term in task.terms]
 
 
