@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from .shard_writing import ShardJob, check_finite, write_shard
 from .tables import counted
 
 RECORD = "lora_fx_fold.json"
+_MOST_THREADS = 4  # of one process, each with a few MiB of its own
 
 # (bytes that are done, bytes in all).
 Progress = Callable[[int, int], object]
@@ -88,6 +91,15 @@ class Options:
     accumulate: torch.dtype | None
 
 
+@dataclass(frozen=True)
+class Hands:
+    """Who folds: processes, threads of this one, and what is told."""
+
+    workers: int
+    threads: int
+    progress: Progress | None
+
+
 def fold_checkpoint(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
@@ -139,10 +151,15 @@ def fold_checkpoint(
     options = Options(Path(os.path.realpath(base)), Path(os.path.realpath(adapter)), adapter_name, accumulate)
     arrays, let_go = map_adapter(adapter, adapter_name=adapter_name, integrity=integrity)
     way = _fold_in_place if in_place else _fold_beside
+    threads = torch.get_num_threads()
+    hands = Hands(workers, max(1, min(_MOST_THREADS, threads // workers)), progress)
+    torch.set_num_threads(1)  # blocks are too small to be shared out
     try:
-        report = way(options, arrays, let_go, target, workers, progress)
+        report = way(options, arrays, let_go, target, hands)
     except OSError as error:
         raise FoldError(_why_not_written(out, error)) from error
+    finally:
+        torch.set_num_threads(threads)
     report = replace(report, path=os.fspath(out), seconds=time.perf_counter() - started)
     warn_of_losses(FoldReport((adapter_name,), report.sites))
     return report
@@ -159,12 +176,7 @@ def _why_not_written(out: object, error: OSError) -> str:
 
 
 def _fold_beside(
-    options: Options,
-    adapter: AdapterArrays,
-    let_go: Callable[[], object],
-    out: Path,
-    workers: int,
-    progress: Progress | None,
+    options: Options, adapter: AdapterArrays, let_go: Callable[[], object], out: Path, hands: Hands
 ) -> CheckpointReport:
     _refuse_unfinished(options.base)
     checkpoint, plan = _planned(options, adapter, let_go)
@@ -174,7 +186,7 @@ def _fold_beside(
         try:
             work.begin(work.parts, work.new)
             done = [name for name in work.done() if name in {shard.path.name for shard in checkpoint.shards}]
-            fold = Fold(options, checkpoint, plan, let_go, workers, progress)
+            fold = Fold(options, checkpoint, plan, let_go, hands)
             fold.run(work, [shard.path.name for shard in checkpoint.shards if shard.path.name not in done], done)
             _write_companions(checkpoint, plan, adapter, work.new)
             sites = [site for shard in checkpoint.shards for site in work.noted(shard.path.name)]
@@ -234,12 +246,7 @@ def _grown_index(source: Path, untied: list[Change]) -> dict[str, Any]:
 
 
 def _fold_in_place(
-    options: Options,
-    adapter: AdapterArrays,
-    let_go: Callable[[], object],
-    out: Path,
-    workers: int,
-    progress: Progress | None,
+    options: Options, adapter: AdapterArrays, let_go: Callable[[], object], out: Path, hands: Hands
 ) -> CheckpointReport:
     place = out / IN_PLACE
     begun = place.is_dir()
@@ -251,7 +258,7 @@ def _fold_in_place(
             work = InPlace(place, _key(checkpoint, adapter, options, is_in_place=True))
             _check_in_place(checkpoint, plan, work)
             names = _changed_shards(checkpoint, plan)
-            fold = Fold(options, checkpoint, plan, let_go, workers, progress)
+            fold = Fold(options, checkpoint, plan, let_go, hands)
             if work.known_key() is None:
                 fold.check_finite()
             work.begin(work.parts)
@@ -336,23 +343,24 @@ class Fold:
     Attributes:
         options, checkpoint, plan: what is folded into what.
         let_go: lets go of the mapped adapter's pages.
-        workers, progress: as of `fold_checkpoint`.
+        hands: who does it.
     """
 
     options: Options
     checkpoint: Checkpoint
     plan: CheckpointPlan
     let_go: Callable[[], object]
-    workers: int
-    progress: Progress | None
+    hands: Hands
 
     def __post_init__(self) -> None:
         self._done = 0
         self._total = 0
+        self._lock = threading.Lock()
 
     def job(self, name: str) -> ShardJob:
         """What is to be done for one shard."""
-        return job_of(self.checkpoint, self.plan, name, self.options.accumulate, self.let_go, self._tell)
+        job = job_of(self.checkpoint, self.plan, name, self.options.accumulate, self.let_go)
+        return replace(job, told=self._tell, threads=self.hands.threads)
 
     def check_finite(self) -> None:
         """Before anything changes that cannot be taken back.
@@ -373,22 +381,29 @@ class Fold:
         self._total = sum(sizes.values())
         self._done = sum(sizes[name] for name in done)
         _check_room(work, [sizes[name] for name in names])
-        if self.workers > 1 and len(names) > 1:
+        if self.hands.workers > 1 and len(names) > 1:
             from .fold_workers import fold_in_processes
 
-            for name, part, sites in fold_in_processes(self.options, work, names, sizes, self.workers):
+            for name, part, sites in fold_in_processes(self.options, work, names, sizes, self.hands):
                 self._tell(sizes[name])
                 work.finish(name, part, sites)
             return
-        for name in names:
-            part = work.parts / name
-            sites = write_shard(self.job(name), part)
-            work.finish(name, part, sites)
+        with ThreadPoolExecutor(1) as disk:  # which gets one shard while the next is folded
+            last: Future[None] | None = None
+            for name in names:
+                part = work.parts / name
+                sites = write_shard(self.job(name), part)
+                if last is not None:
+                    last.result()
+                last = disk.submit(work.finish, name, part, sites)
+            if last is not None:
+                last.result()
 
     def _tell(self, count: int) -> None:
-        self._done += count
-        if self.progress is not None:
-            self.progress(self._done, self._total)
+        with self._lock:
+            self._done += count
+            if self.hands.progress is not None:
+                self.hands.progress(self._done, self._total)
 
 
 def job_of(
@@ -397,12 +412,11 @@ def job_of(
     name: str,
     accumulate: torch.dtype | None,
     let_go: Callable[[], object],
-    told: Callable[[int], object],
 ) -> ShardJob:
     """What is to be done for the shard of that name."""
     shard = next(shard for shard in checkpoint.shards if shard.path.name == name)
     changes = [change for change in plan.changes if change.source.path == shard.path]
-    return ShardJob(shard, changes, accumulate, let_go, told)
+    return ShardJob(shard, changes, accumulate, let_go)
 
 
 def _planned(

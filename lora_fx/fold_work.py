@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .atomic import rename_to, replace_directory, sync_directory, write_durably
+from .atomic import rename_to, replace_directory, sync_directory, write_durably, write_through
 from .errors import FoldError
 from .fold_results import FoldedSite
 
@@ -127,6 +127,7 @@ class Beside(Work):
 
     def finish(self, name: str, part: Path, sites: list[FoldedSite]) -> None:
         """A shard is whole."""
+        write_through(part)
         self.note(name, sites)
         os.rename(part, self.new / name)
         sync_directory(self.new)
@@ -175,6 +176,7 @@ class InPlace(Work):
 
     def finish(self, name: str, part: Path, sites: list[FoldedSite]) -> None:
         """A shard is whole, and takes the place of the old one."""
+        write_through(part)
         shutil.copymode(self.directory / name, part)
         os.rename(part, self.path / f"{_READY}{name}")
         sync_directory(self.path)

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from .hf_checkpoint import read_checkpoint
 from .shard_writing import write_shard
 
 if TYPE_CHECKING:
-    from .checkpoint import Options
+    from .checkpoint import Hands, Options
     from .fold_work import Work
 
 _PARENT_DIES = 1  # PR_SET_PDEATHSIG
@@ -30,7 +31,7 @@ _own: dict[str, Any] = {}
 
 
 def fold_in_processes(
-    options: Options, work: Work, names: list[str], sizes: dict[str, int], workers: int
+    options: Options, work: Work, names: list[str], sizes: dict[str, int], hands: Hands
 ) -> Iterator[tuple[str, Path, list[FoldedSite]]]:
     """(shard, the file that is to become it, what was done) as they come; the largest begin.
 
@@ -39,14 +40,13 @@ def fold_in_processes(
     """
     from concurrent.futures.process import BrokenProcessPool
 
-    count = min(workers, len(names))
-    threads = max(1, torch.get_num_threads() // count)
+    count = min(hands.workers, len(names))
     aside = work.aside if work.aside.is_dir() else None
     pool = ProcessPoolExecutor(
         count,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_prepare,
-        initargs=(options, aside, work.parts, threads, os.getpid()),
+        initargs=(options, aside, work.parts, hands.threads, os.getpid()),
     )
     try:
         waiting = {pool.submit(_fold, name): name for name in sorted(names, key=lambda name: -sizes[name])}
@@ -64,7 +64,7 @@ def fold_in_processes(
 
 def _prepare(options: Options, aside: Path | None, parts: Path, threads: int, parent: int) -> None:
     _die_with(parent)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     arrays, let_go = map_adapter(options.adapter, adapter_name=options.adapter_name, integrity="ignored")
     checkpoint = read_checkpoint(options.base, FoldError, aside)
     _own.update(
@@ -73,6 +73,7 @@ def _prepare(options: Options, aside: Path | None, parts: Path, threads: int, pa
         let_go=let_go,
         parts=parts,
         accumulate=options.accumulate,
+        threads=threads,
     )
 
 
@@ -88,6 +89,5 @@ def _fold(name: str) -> tuple[Path, list[FoldedSite]]:
     from .checkpoint import job_of
 
     part: Path = _own["parts"] / f"{name}.{os.getpid()}"
-    nothing = lambda count: None
-    job = job_of(_own["checkpoint"], _own["plan"], name, _own["accumulate"], _own["let_go"], nothing)
-    return part, write_shard(job, part)
+    job = job_of(_own["checkpoint"], _own["plan"], name, _own["accumulate"], _own["let_go"])
+    return part, write_shard(replace(job, threads=_own["threads"]), part)

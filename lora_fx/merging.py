@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -210,10 +210,12 @@ def merge(
         for n, rows, block in blocks(weight, accumulate):
             merging.add(block, deltas, n, rows, into[n, rows])
     delta_norm = _norm_of_sum(deltas) if merging.has_products_only else math.sqrt(merging.changed)
-    if weight_norm is None:
-        weight_norm, norm = _root(merging.before, weight), _root(merging.after, into)
-    else:
+    if weight_norm is not None:
         norm = weight_norm + delta_norm
+    else:
+        weight_norm = norm = _root(merging.before, weight)
+        if weight.dtype == accumulate:
+            norm = _root(merging.after, into)
     lost = merging.lost
     if weight.dtype == accumulate:
         lost = _lost_to_rounding(weight, deltas, into, norm, delta_norm) ** 2
@@ -244,9 +246,9 @@ class Merging:
         is_exact, knows_norm: as `is_exact` and `weight_norm` of `merge`.
 
     Attributes:
-        before, after: squared norms of the weight and of the result.
+        before, after: squared norms of the weight, and of the result where it is not rounded to a narrower dtype.
         changed: squared norm of what was added, if it is measured.
-        lost: squared norm of what rounding to a narrower dtype took.
+        lost: squared norm of what rounding to a narrower dtype took: NaN or infinite where that is too narrow.
     """
 
     def __init__(self, has_products_only: bool, *, is_exact: bool, knows_norm: bool = False) -> None:
@@ -255,6 +257,22 @@ class Merging:
         self._is_exact = is_exact
         self._knows_norm = knows_norm
         self._buffer: torch.Tensor | None = None
+
+    def like(self) -> Merging:
+        """One of the same kind, for other blocks."""
+        return Merging(self.has_products_only, is_exact=self._is_exact, knows_norm=self._knows_norm)
+
+    def taken(self) -> tuple[float, float, float, float]:
+        """(before, after, changed, lost) so far, which begin anew."""
+        sums = self.before, self.after, self.changed, self.lost
+        self.before = self.after = self.changed = self.lost = 0.0
+        return sums
+
+    def sum_up(self, sums: Iterable[tuple[float, float, float, float]]) -> None:
+        """Take what others came to, in their order."""
+        for before, after, changed, lost in sums:
+            self.before, self.after = self.before + before, self.after + after
+            self.changed, self.lost = self.changed + changed, self.lost + lost
 
     def add(self, block: torch.Tensor, deltas: Sequence[Summand], n: int, rows: slice, rounded: torch.Tensor) -> None:
         """Write some rows of one matrix, with what is added to them, to `rounded`.
@@ -269,16 +287,17 @@ class Merging:
         original = None if self.has_products_only else block.clone()
         total = _sum(block, deltas, n, rows, rounded if rounded.dtype == block.dtype else block)
         self.changed += 0.0 if original is None else _squares(total - original)
-        self.after += 0.0 if self._knows_norm else _squares(total)
         if total is rounded:
+            self.after += 0.0 if self._knows_norm else _squares(total)
             return
+        near = total
         if total.dtype.itemsize == 4 * rounded.dtype.itemsize:  # float64 goes to 16 bits by way of float32
             if self._buffer is None or len(self._buffer) < len(total):
                 self._buffer = torch.empty_like(total, dtype=torch.float32)
             near = self._buffer[: len(total)].copy_(total)
             total = _to_odd(total, near) if self._is_exact else near
         rounded.copy_(total)
-        self.lost += _squares(total.sub_(rounded))  # infinite where the narrower dtype is too narrow
+        self.lost += _squares(near.sub_(rounded))
 
     def merged(self, dtype: torch.dtype, accumulate: torch.dtype, delta_norm: float | None) -> Merged:
         """What the merge did, once all blocks are there; what is lost within one dtype is told by its upper bound.
@@ -288,10 +307,10 @@ class Merging:
             accumulate: that of the sums.
             delta_norm: of the sum of all deltas; None if it was measured.
         """
-        weight_norm, norm = math.sqrt(self.before), math.sqrt(self.after)
+        weight_norm, norm = math.sqrt(self.before), math.sqrt(self.after)  # 0 where it is of no use
         delta_norm = math.sqrt(self.changed) if delta_norm is None else delta_norm
         lost = (torch.finfo(dtype).eps / 2 * norm) ** 2 if dtype == accumulate else self.lost
-        is_finite = math.isfinite(norm) and math.isfinite(lost)
+        is_finite = math.isfinite(weight_norm) and math.isfinite(norm) and math.isfinite(lost)
         return Merged(weight_norm, delta_norm, _share_kept(lost, delta_norm), is_finite)
 
 

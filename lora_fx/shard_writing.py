@@ -9,9 +9,12 @@ from __future__ import annotations
 import errno
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -39,6 +42,8 @@ _COPIED = 1 << 26  # bytes that are copied, or a piece of them, between two repo
 _PIECE = 1 << 18  # elements of a tensor that takes the place of another
 
 Shape = tuple[int, int, int]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +56,15 @@ class ShardJob:
         accumulate: as of `lora_fx.fold`.
         let_go: lets go of what was read of the mapped adapter.
         told: is told how many bytes more are written.
+        threads: that fold blocks of a weight side by side.
     """
 
     source: StoredFile
     changes: Sequence[Change]
     accumulate: torch.dtype | None
     let_go: Callable[[], object]
-    told: Callable[[int], object]
+    told: Callable[[int], object] = lambda count: None
+    threads: int = 1
 
     @property
     def size(self) -> int:
@@ -84,7 +91,7 @@ def _with(file: StoredFile, change: Change) -> StoredFile:
 
 
 def write_shard(job: ShardJob, target: Path) -> list[FoldedSite]:
-    """Write the folded shard to a new file, and have it on the disk when this returns.
+    """Write the folded shard to a new file; whoever needs it on the disk sees to that.
 
     Returns:
         What folding did to each weight that something was added to.
@@ -116,7 +123,6 @@ def write_shard(job: ShardJob, target: Path) -> list[FoldedSite]:
         for change in (change for change in job.changes if change.is_untied):
             sites += _fold(job, change, source.fileno(), out, end)
             end += change.source.nbytes
-        os.fsync(into.fileno())
     return sites
 
 
@@ -220,19 +226,55 @@ def _merge(job: ShardJob, change: Change, source: int, out: _Writer | None, at: 
     if all(delta.is_zero() for delta in deltas):
         deltas = []
     merging = Merging(has_products_only(deltas), is_exact=job.accumulate is torch.float64)
-    rounded = torch.empty((blocks.most, shape[2]), dtype=dtype)
-    with full_precision():
-        for n, rows, block in blocks.read(sums):
-            new = rounded[: len(block)]
-            merging.add(block, deltas, n, rows, new)
+
+    def lane() -> Callable[[tuple[int, slice]], tuple[float, float, float, float]]:
+        own, read = merging.like(), blocks.reader(sums)
+        rounded = torch.empty((blocks.most, shape[2]), dtype=dtype)
+
+        def fold(block: tuple[int, slice]) -> tuple[float, float, float, float]:
+            n, rows = block
+            new = rounded[: rows.stop - rows.start]
+            own.add(read(n, rows), deltas, n, rows, new)
             if out is not None:
                 out.write(bytes_of(new), at + blocks.offset(n, rows))
+            return own.taken()
+
+        return fold
+
+    with full_precision():
+        merging.sum_up(_in_lanes(block_ranges(shape), lane, job.threads))
     told = sum(delta.squared_norm() for delta in deltas if isinstance(delta, StoredDelta)) ** 0.5
     merged = merging.merged(dtype, sums, told if merging.has_products_only else None)
     if not merged.is_finite:
         raise FoldError(_why_not_finite(change, source, blocks))
     untied = (change.source.name,) if change.is_untied else ()
     return FoldedSite(change.path, change.name, dtype, merged.weight_norm, merged.delta_norm, merged.kept, untied)
+
+
+def _in_lanes(items: Iterable[T], lane: Callable[[], Callable[[T], R]], count: int) -> list[R]:
+    """What becomes of each item, in order; as many threads as lanes, each with what `lane` makes for it."""
+    if count == 1:
+        return list(map(lane(), items))
+    found: dict[int, R] = {}
+    numbered, lock, failed = enumerate(items), threading.Lock(), threading.Event()
+
+    def run() -> None:
+        work = lane()
+        while not failed.is_set():
+            with lock:
+                number, item = next(numbered, (-1, None))
+            if number < 0:
+                return
+            try:
+                found[number] = work(item)  # type: ignore[arg-type]
+            except BaseException:
+                failed.set()
+                raise
+
+    with ThreadPoolExecutor(count) as pool:
+        for future in [pool.submit(run) for _ in range(count)]:
+            future.result()
+    return [found[number] for number in range(len(found))]
 
 
 class _Blocks:
@@ -246,15 +288,23 @@ class _Blocks:
         """Bytes before a block."""
         return int((n * self.shape[1] + rows.start) * self.shape[2] * self._tensor.dtype.itemsize)
 
-    def read(self, dtype: torch.dtype) -> Iterator[tuple[int, slice, torch.Tensor]]:
-        """(matrix, rows, these rows in `dtype`), in buffers that are used again."""
+    def reader(self, dtype: torch.dtype) -> Callable[[int, slice], torch.Tensor]:
+        """What gives rows of a matrix in `dtype`, in memory that the next rows overwrite."""
         stored = torch.empty((self.most, self.shape[2]), dtype=self._tensor.dtype)
         wide = stored if stored.dtype == dtype else torch.empty_like(stored, dtype=dtype)
-        for n, rows in block_ranges(self.shape):
+
+        def read(n: int, rows: slice) -> torch.Tensor:
             count = rows.stop - rows.start
             read_into(self._source, self._tensor.start + self.offset(n, rows), bytes_of(stored[:count]))
-            block = wide[:count]
-            yield n, rows, block if wide is stored else block.copy_(stored[:count])
+            return stored[:count] if wide is stored else wide[:count].copy_(stored[:count])
+
+        return read
+
+    def read(self, dtype: torch.dtype) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """(matrix, rows, these rows in `dtype`), one after the other."""
+        read = self.reader(dtype)
+        for n, rows in block_ranges(self.shape):
+            yield n, rows, read(n, rows)
 
     def rows(self, index: Sequence[int]) -> torch.Tensor:
         """Some rows of the only matrix, as they are stored."""
