@@ -110,7 +110,7 @@ def plan_changes(weights: OnnxWeights, strength: float = 1.0) -> list[WeightChan
         rows = None if each.piece is None else piece_of(each, matched)
         changes.at_sites(each, _edit(each, rows, strength))
         if each.low.bias is not None:
-            bias = each.low.bias * (each.scaling * strength / beta_of(each.site.node))
+            bias = each.low.bias * (weights.scaling_of_bias(each.low) * strength / beta_of(each.site.node))
             held = bias_of(each.site)
             check_one_reader(weights, held, weights.rename(each.low.path), f"the lora_bias of {each.low.path!r}")
             changes.of_all(WeightChange(held, (each.low.path,), (_added(bias, rows),)))

@@ -96,6 +96,10 @@ class AdapterPlaces:
         """What multiplies B @ A, for modules and for parameters."""
         return self.adapter.scaling_at(*self.names_at_slot(low)) * self._times_counted(low)
 
+    def scaling_of_bias(self, low: LowRankArrays) -> float:
+        """What multiplies the bias of B, which is never counted twice."""
+        return self.adapter.scaling_at(*self.names_at_slot(low))
+
     def _times_counted(self, low: LowRankArrays) -> int:
         """2 for the output projection of an attention that PEFT adapts whole: it applies that twice (peft#3774)."""
         attention = self.attention_of(low.path)

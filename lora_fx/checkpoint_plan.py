@@ -253,19 +253,18 @@ def _low_rank_changes(places: CheckpointPlaces) -> Iterator[Change]:
             tensor = places.table_of_head(low.path, (len(low.b), *low.a.shape[1:]))
         if tensor is None:
             raise AdapterError(places.no_place(name))
-        scaling = places.scaling_at_slot(low)
-        if parameter is not None:
-            layout = _parameter_layout(places, low, parameter, tensor)
+        if (places.adapter.config.target_parameters and parameter) or len(tensor.shape) == 3 == low.a.ndim + 1:
+            layout = _parameter_layout(places, low, name, tensor)
         else:
             places.check_rank(low)
-            layout = _layout(places, low, tensor)
+            layout = _layout(places, low, name, tensor)
         _check_magnitude(low, layout)
-        yield Change(tensor, places.rename(name), low.path, (LowRank(low, layout, scaling),))
+        yield Change(tensor, places.rename(name), low.path, (LowRank(low, layout, places.scaling_at_slot(low)),))
         if low.bias is not None:
-            yield _bias_change(places, low, scaling, "in_proj_bias" if name.endswith("in_proj_weight") else "bias")
+            yield _bias_change(places, low, "in_proj_bias" if name.endswith("in_proj_weight") else "bias")
 
 
-def _bias_change(places: CheckpointPlaces, low: LowRankArrays, scaling: float, own: str) -> Change:
+def _bias_change(places: CheckpointPlaces, low: LowRankArrays, own: str) -> Change:
     assert low.bias is not None
     name = joined(low.path, own)
     tensor = places.tensor(name)
@@ -275,7 +274,7 @@ def _bias_change(places: CheckpointPlaces, low: LowRankArrays, scaling: float, o
             f"the adapter has a lora_bias for {low.path!r}, to be added to {places.rename(name)!r} of the shape "
             f"{list(low.bias.shape)}, and the checkpoint has {there}; train without lora_bias, or give the base a bias"
         )
-    return Change(tensor, places.rename(name), low.path, (BiasOfB(low.bias, scaling),))
+    return Change(tensor, places.rename(name), low.path, (BiasOfB(low.bias, places.scaling_of_bias(low)),))
 
 
 def _misfit(low: LowRankArrays, tensor: StoredTensor) -> AdapterError:
@@ -285,12 +284,12 @@ def _misfit(low: LowRankArrays, tensor: StoredTensor) -> AdapterError:
     )
 
 
-def _layout(places: CheckpointPlaces, low: LowRankArrays, tensor: StoredTensor) -> Layout:
-    """How A and B of a module lie beside its weight."""
+def _layout(places: CheckpointPlaces, low: LowRankArrays, name: str, tensor: StoredTensor) -> Layout:
+    """How A and B of a module lie beside its weight, of that full name in the adapter."""
     if low.a.ndim != len(tensor.shape):
         raise _misfit(low, tensor)
     if low.a.ndim > 2:
-        return _kernel(places, low, tensor)
+        return _kernel(places, low, name, tensor)
     out, into = len(low.b), low.a.shape[1]
     if low.is_lookup:
         if tensor.shape != (into, out):
@@ -298,11 +297,11 @@ def _layout(places: CheckpointPlaces, low: LowRankArrays, tensor: StoredTensor) 
         return Matrix(into, out, stored_in_out=True)
     if tensor.shape not in ((out, into), (into, out)):
         raise _misfit(low, tensor)
-    turned = _is_turned(places, low, tensor) if out == into else tensor.shape == (into, out)
+    turned = _is_turned(places, low, name, tensor) if out == into else tensor.shape == (into, out)
     return Matrix(*tensor.shape, stored_in_out=turned)
 
 
-def _is_turned(places: CheckpointPlaces, low: LowRankArrays, tensor: StoredTensor) -> bool:
+def _is_turned(places: CheckpointPlaces, low: LowRankArrays, name: str, tensor: StoredTensor) -> bool:
     """Whether a square weight is stored (in, out).
 
     Raises:
@@ -310,7 +309,7 @@ def _is_turned(places: CheckpointPlaces, low: LowRankArrays, tensor: StoredTenso
     """
     adapter = places.adapter
     if adapter.metadata.get(WRITER) == OURS:
-        return joined(low.path, "weight") in turned_of(adapter)
+        return name in turned_of(adapter)
     said = adapter.config.fan_in_fan_out
     siblings = set(_turned_siblings(places, tensor))
     if len(siblings) == 1:
@@ -373,12 +372,12 @@ def turned_of(adapter: AdapterArrays) -> frozenset[str]:
     return frozenset(found)
 
 
-def _kernel(places: CheckpointPlaces, low: LowRankArrays, tensor: StoredTensor) -> Kernel:
+def _kernel(places: CheckpointPlaces, low: LowRankArrays, name: str, tensor: StoredTensor) -> Kernel:
     """Of a convolution, or of a transposed one, which lora_fx alone adapts."""
     out, extent = len(low.b), low.a.shape[2:]
     if tensor.shape[2:] != extent or any(size != 1 for size in low.b.shape[2:]) or len(low.a) % low.b.shape[1]:
         raise _misfit(low, tensor)
-    is_transposed = joined(low.path, "weight") in turned_of(places.adapter)
+    is_transposed = name in turned_of(places.adapter)
     if is_transposed:
         inputs, per_group = tensor.shape[:2]
         groups = out // per_group if per_group and out % per_group == 0 else 0
@@ -399,7 +398,7 @@ def _kernel(places: CheckpointPlaces, low: LowRankArrays, tensor: StoredTensor) 
 
 
 def _parameter_layout(places: CheckpointPlaces, low: LowRankArrays, name: str, tensor: StoredTensor) -> Layout:
-    """Of target_parameters, and of the packed projection of nn.MultiheadAttention."""
+    """Of target_parameters, and of stacks of matrices."""
     r = places.adapter.rank_at(*places.names_at_slot(low))
     is_extended = low.magnitude is not None or low.bias is not None
     if is_extended and (len(tensor.shape) != 2 or places.adapter.config.target_parameters):
