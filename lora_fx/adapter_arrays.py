@@ -191,7 +191,8 @@ def _check_config(
                     f"{'are with' if there else 'are without'} it; the two files do not belong together. Take both "
                     "from where they were saved"
                 )
-        if not config.target_parameters and not _is_targeted(low.path, config):
+        is_named = config.target_parameters or config.ensure_weight_tying  # which adapts more than the targets
+        if not is_named and not _is_targeted(low.path, config):
             raise AdapterError(
                 f"{str(folder)!r} holds A and B of {low.path!r}, which target_modules and exclude_modules of "
                 "adapter_config.json rule out; the two files do not belong together. Take both from where they were "

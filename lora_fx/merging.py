@@ -209,7 +209,7 @@ def merge(
     with full_precision():
         for n, rows, block in blocks(weight, accumulate):
             merging.add(block, deltas, n, rows, into[n, rows])
-    delta_norm = _norm_of_sum(deltas) if merging.has_products_only else math.sqrt(merging.changed)
+    delta_norm = norm_of_sum(deltas) if merging.has_products_only else math.sqrt(merging.changed)
     if weight_norm is not None:
         norm = weight_norm + delta_norm
     else:
@@ -386,7 +386,7 @@ def _share_kept(lost_squared: float, delta_norm: float) -> float:
     return max(0.0, 1 - math.sqrt(lost_squared) / delta_norm) if delta_norm else 1.0
 
 
-def _norm_of_sum(deltas: Sequence[AnyDelta]) -> float:
+def norm_of_sum(deltas: Sequence[AnyDelta]) -> float:
     """‖Σ s L R‖ without forming it: ⟨s L R, t M N⟩ = s t · tr((Lᵀ M)(N Rᵀ)), products of r × r."""
     products = [delta for delta in deltas if isinstance(delta, Delta)]
     squared = 0.0

@@ -34,6 +34,7 @@ from .merging import (
     factor_dtype,
     full_precision,
     has_products_only,
+    norm_of_sum,
     sum_dtype,
 )
 from .stored_tensors import StoredFile, StoredTensor, bytes_of, read_into, read_rows, with_tensor
@@ -243,12 +244,17 @@ def _merge(job: ShardJob, change: Change, source: int, out: _Writer | None, at: 
 
     with full_precision():
         merging.sum_up(_in_lanes(block_ranges(shape), lane, job.threads))
-    told = sum(delta.squared_norm() for delta in deltas if isinstance(delta, StoredDelta)) ** 0.5
-    merged = merging.merged(dtype, sums, told if merging.has_products_only else None)
+    merged = merging.merged(dtype, sums, _norm(deltas) if merging.has_products_only else None)
     if not merged.is_finite:
         raise FoldError(_why_not_finite(change, source, blocks))
     untied = (change.source.name,) if change.is_untied else ()
     return FoldedSite(change.path, change.name, dtype, merged.weight_norm, merged.delta_norm, merged.kept, untied)
+
+
+def _norm(deltas: Sequence[Summand]) -> float:
+    """Of the sum of products; one adapter makes one at most."""
+    squares = [delta.squared_norm() for delta in deltas if isinstance(delta, StoredDelta)]
+    return math.sqrt(sum(squares)) if squares else norm_of_sum([each for each in deltas if isinstance(each, Delta)])
 
 
 def _in_lanes(items: Iterable[T], lane: Callable[[], Callable[[T], R]], count: int) -> list[R]:
