@@ -26,7 +26,7 @@ from .adapter_integrity import Integrity
 from .checkpoint_plan import Change, CheckpointPlan, check_base_note, left_out_note, plan_fold
 from .errors import FoldError
 from .fold_results import FoldedSite, FoldReport, table_of, warn_of_losses
-from .fold_work import IN_PLACE, Beside, InPlace, locked, remove, work_beside
+from .fold_work import IN_PLACE, Beside, InPlace, clear, locked, remove, work_beside
 from .hf_checkpoint import CONFIG, Checkpoint, read_checkpoint, read_json, untied_config
 from .shard_writing import ShardJob, check_finite, write_shard
 from .tables import counted
@@ -151,6 +151,7 @@ def fold_checkpoint(
     options = Options(Path(os.path.realpath(base)), Path(os.path.realpath(adapter)), adapter_name, accumulate)
     arrays, let_go = map_adapter(adapter, adapter_name=adapter_name, integrity=integrity)
     way = _fold_in_place if in_place else _fold_beside
+    clear(target / IN_PLACE if in_place else work_beside(target))
     threads = torch.get_num_threads()
     hands = Hands(workers, max(1, min(_MOST_THREADS, threads // workers)), progress)
     torch.set_num_threads(1)  # blocks are too small to be shared out
@@ -184,7 +185,7 @@ def _fold_beside(
     work = Beside(work_beside(out), key)
     with locked(work.path, f"folding into {str(out)!r}"):
         try:
-            work.begin(work.parts, work.new)
+            work.begin()
             done = [name for name in work.done() if name in {shard.path.name for shard in checkpoint.shards}]
             fold = Fold(options, checkpoint, plan, let_go, hands)
             fold.run(work, [shard.path.name for shard in checkpoint.shards if shard.path.name not in done], done)
@@ -255,13 +256,13 @@ def _fold_in_place(
         try:
             aside = work.aside if begun and work.aside.is_dir() else None
             checkpoint, plan = _planned(options, adapter, let_go, aside, is_begun=work.known_key() is not None)
-            work = InPlace(place, _key(checkpoint, adapter, options, is_in_place=True))
-            _check_in_place(checkpoint, plan, work)
             names = _changed_shards(checkpoint, plan)
+            work = InPlace(place, _key(checkpoint, adapter, options, is_in_place=True), keeps_old=len(names) == 1)
+            _check_in_place(checkpoint, plan, work)
             fold = Fold(options, checkpoint, plan, let_go, hands)
             if work.known_key() is None:
                 fold.check_finite()
-            work.begin(work.parts)
+            work.begin()
             is_mixed_meanwhile = len(names) > 1
             if is_mixed_meanwhile:
                 work.set_aside([CONFIG, *([checkpoint.index] if checkpoint.index is not None else [])])
@@ -279,13 +280,15 @@ def _fold_in_place(
             os.replace(work.parts / RECORD, out / RECORD)
             work.put_back()
         except Exception as error:
-            if work.done():
+            if not work.take_back():
                 text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
                 raise FoldError(
                     f"{str(out)!r} is half folded, and cannot be loaded as it is: {text}. Mend that, and make the "
                     "same call again, which goes on"
                 ) from error
-            work.put_back()  # nothing has changed
+            if RECORD not in {file.name for file in checkpoint.others}:
+                (out / RECORD).unlink(missing_ok=True)
+            work.put_back()
             remove(place)
             raise
         remove(place)

@@ -25,7 +25,7 @@ from .errors import FoldError
 from .fold_results import FoldedSite
 
 _LOCK, _JOB, _PARTS, _NEW, _ASIDE = "lock", "job.json", "parts", "new", "aside"
-_READY, _SWAP = "ready-", "swap-"
+_READY, _SWAP, _OLD = "ready-", "swap-", "old-"
 IN_PLACE = ".lora_fx-fold"  # in the checkpoint's directory, with which it travels
 
 
@@ -48,6 +48,10 @@ def locked(work: Path, doing: str) -> Iterator[None]:
             descriptor = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # removed by who had it
             continue
+        except OSError:
+            with contextlib.suppress(OSError):
+                work.rmdir()
+            raise
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -91,22 +95,28 @@ class Work:
     def known_key(self) -> str | None:
         """The key of an interrupted fold; None if there is none."""
         try:
-            return str(json.loads((self.path / _JOB).read_bytes())["key"])
+            noted = json.loads((self.path / _JOB).read_bytes())
+            # A directory that was exchanged for the one in its place is the old one.
+            return str(noted["key"]) if noted["place"] == self._place() else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def begin(self, *directories: Path) -> None:
+    def begin(self) -> None:
         """Begin anew, or go on with what has the same key."""
         if self.known_key() != self.key:
             for entry in [entry for entry in os.scandir(self.path) if entry.name != _LOCK]:
                 shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
-            write_durably(self.path / f"{_JOB}.new", json.dumps({"key": self.key}).encode())
+            for directory in (self.parts, self.new, self.aside):
+                directory.mkdir()
+            job = {"key": self.key, "place": self._place()}
+            write_durably(self.path / f"{_JOB}.new", json.dumps(job).encode())
             os.rename(self.path / f"{_JOB}.new", self.path / _JOB)
-        for directory in directories:
-            directory.mkdir(exist_ok=True)
-        for part in os.scandir(self.parts) if self.parts in directories else ():
+        for part in os.scandir(self.parts):
             os.unlink(part.path)  # nobody knows how far it got
         sync_directory(self.path)
+
+    def _place(self) -> int:
+        return os.stat(self.new).st_ino
 
     def note(self, name: str, sites: list[FoldedSite]) -> None:
         """Keep what folding a shard did, for the report of whoever goes on."""
@@ -118,6 +128,7 @@ class Work:
         return [_site(fields) for fields in json.loads((self.path / f"{_SWAP}{name}").read_bytes())]
 
 
+@dataclass(frozen=True)
 class Beside(Work):
     """Work on a directory of its own."""
 
@@ -143,8 +154,15 @@ class Beside(Work):
             )
 
 
+@dataclass(frozen=True)
 class InPlace(Work):
-    """Work in the directory that changes."""
+    """Work in the directory that changes.
+
+    Attributes:
+        keeps_old: an only shard is kept until all is done, so that whatever fails then can be taken back.
+    """
+
+    keeps_old: bool = False
 
     @property
     def directory(self) -> Path:
@@ -153,7 +171,6 @@ class InPlace(Work):
 
     def set_aside(self, names: list[str]) -> None:
         """Take away what leads to the shards."""
-        self.aside.mkdir(exist_ok=True)
         for name in names:
             if (self.directory / name).exists():
                 os.rename(self.directory / name, self.aside / name)
@@ -180,9 +197,20 @@ class InPlace(Work):
         shutil.copymode(self.directory / name, part)
         os.rename(part, self.path / f"{_READY}{name}")
         sync_directory(self.path)
+        if self.keeps_old:
+            with contextlib.suppress(OSError):  # there are file systems without links
+                os.link(self.directory / name, self.path / f"{_OLD}{name}")
         self.note(name, sites)
         sync_directory(self.path)
         self._swap(name)
+
+    def take_back(self) -> bool:
+        """Put an old shard back; whether all is as it was."""
+        kept = [name.removeprefix(_OLD) for name in os.listdir(self.path) if name.startswith(_OLD)]
+        for name in kept:
+            os.replace(self.path / f"{_OLD}{name}", self.directory / name)
+            (self.path / f"{_SWAP}{name}").unlink(missing_ok=True)
+        return not any(name.startswith(_SWAP) for name in os.listdir(self.path))
 
     def _swap(self, name: str) -> None:
         os.rename(self.path / f"{_READY}{name}", self.directory / name)
@@ -192,11 +220,19 @@ class InPlace(Work):
 
 def remove(work: Path) -> None:
     """A work directory that is of no more use; half of it is never gone on with, as it gets another name first."""
-    gone = work.with_name(f"{work.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
+    clear(work)
     with contextlib.suppress(OSError):
-        os.rename(work, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+        os.rename(work, _gone(work))
+    clear(work)
+
+
+def clear(work: Path) -> None:
+    """What is left of a work directory whose process was killed while it removed it."""
+    shutil.rmtree(_gone(work), ignore_errors=True)
+
+
+def _gone(work: Path) -> Path:
+    return work.with_name(f"{work.name}.gone")
 
 
 def _plain(site: FoldedSite) -> dict[str, Any]:

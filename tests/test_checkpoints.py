@@ -37,7 +37,7 @@ def write_base(tensors: dict[str, torch.Tensor], directory: Path, shards: int = 
     places = {}
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
-        part = dict(kept[i::shards])
+        part = dict(kept[len(kept) * i // shards : len(kept) * (i + 1) // shards])
         save_file(part, directory / file, metadata={"format": "pt"})
         places |= dict.fromkeys(part, file)
     if shards > 1:
