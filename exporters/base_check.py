@@ -10,7 +10,6 @@ from lora_fx import AdapterError
 from lora_fx.base_note import EPS, KEY, NOTED, is_noted, noted_values, places_of
 
 from .onnx_weights import Array, read_stamps
-from .stored_weights import read_weight
 
 if TYPE_CHECKING:
     from .named_weights import Held, OnnxWeights
@@ -48,7 +47,8 @@ def _values(held: Held, *, is_recorded: bool) -> tuple[Array, str] | None:
     dtype = {"float": "float32", "double": "float64"}.get(dtype, dtype)
     if dtype not in EPS or held.value.shape is None or np.prod(held.own_shape) < NOTED:
         return None
-    stored = read_weight(held.value)
+    assert tensor is not None
+    stored = tensor.numpy()  # a view of the file, of which a few values are read
     own = stored if held.perm is None else stored.transpose(np.argsort(held.perm))
     lying = [own] if is_recorded or own.ndim != 2 else [own, own.T]
     rows = [each[np.unravel_index(places_of(each.size, NOTED), each.shape)] for each in lying]

@@ -17,6 +17,7 @@ from .named_weights import Held, OnnxWeights, lost_names
 from .onnx_deltas import experts_delta, gain, low_rank_delta
 from .onnx_sites import Form, OnnxSite, module_of
 from .onnx_weights import Array, read_shared_modules
+from .streamed_weights import Product
 from .text import some
 
 # The new value of a weight, float32 and in the initializer's shape, from its old one.
@@ -108,7 +109,7 @@ def plan_changes(weights: OnnxWeights, strength: float = 1.0) -> list[WeightChan
     changes = _Changes()
     for each in matched:
         rows = None if each.piece is None else piece_of(each, matched)
-        changes.at_sites(each, _edit(each, rows, strength))
+        changes.at_sites(each, LowRankEdit(each, rows, strength))
         if each.low.bias is not None:
             bias = each.low.bias * (weights.scaling_of_bias(each.low) * strength / beta_of(each.site.node))
             held = bias_of(each.site)
@@ -193,24 +194,45 @@ def _refuse_unclear(weights: OnnxWeights, change: WeightChange) -> None:
             )
 
 
-def _edit(matched: Matched, rows: slice | None, strength: float) -> Edit:
+@dataclass(frozen=True, eq=False)
+class LowRankEdit:
     """W + strength · (what the adapter adds to W), at the outputs `rows`."""
 
-    def edit(weight: Array) -> Array:
-        whole = _seen(weight, matched.site, rows)
-        low, form, scaling = matched.low, matched.site.form, matched.scaling
+    matched: Matched
+    rows: slice | None
+    strength: float
+
+    def __call__(self, weight: Array) -> Array:
+        """The new weight."""
+        whole = _seen(weight, self.matched.site, self.rows)
+        low, form, scaling = self.matched.low, self.matched.site.form, self.matched.scaling
         delta = low_rank_delta(low, form, whole.shape) * scaling
         if low.magnitude is not None:
             adapted = whole + delta
             delta = gain(low, adapted, form) * adapted - whole
-        result: Array = whole + delta * strength
-        if rows is None:
+        result: Array = whole + delta * self.strength
+        if self.rows is None:
             return result
         weight = weight.copy()
-        _seen(weight, matched.site, rows)[...] = result
+        _seen(weight, self.matched.site, self.rows)[...] = result
         return weight
 
-    return edit
+    def product(self) -> Product | None:
+        """The same, for a weight that is changed block by block; None if it takes all of the weight to know.
+
+        Raises:
+            AdapterError: if A and B are not of such a weight.
+        """
+        low, form, weight = self.matched.low, self.matched.site.form, self.matched.site.weight.const_value
+        if low.magnitude is not None or form.kind == "kernel" or weight is None:
+            return None
+        a, b = low.a.reshape(len(low.a), -1), low.b.reshape(len(low.b), -1)  # (r, in), (out, r)
+        left, right = (a.T, b.T) if form.stored_in_out else (b, a)
+        first = 0 if self.rows is None else int(self.rows.start)
+        row, column = (0, first) if form.stored_in_out else (first, 0)
+        if self.rows is None and (len(left), right.shape[1]) != tuple(weight.shape.numpy()):
+            low_rank_delta(low, form, tuple(weight.shape.numpy()))  # which says so
+        return Product(left, right, (self.matched.scaling, self.strength), row, column)
 
 
 def _seen(weight: Array, site: OnnxSite, rows: slice | None) -> Array:
