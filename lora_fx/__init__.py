@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .swapping import swap_adapter
     from .switching import active_adapters, delete_adapter, disable_adapters, set_adapters
     from .tracing import trace
+    from .weight_binding import bind_weights
 
 __version__ = "0.1.0"
 
@@ -81,6 +82,7 @@ _HOMES = {
     "switching": ("active_adapters", "delete_adapter", "disable_adapters", "set_adapters"),
     "swapping": ("swap_adapter",),
     "tracing": ("trace",),
+    "weight_binding": ("bind_weights",),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -113,6 +115,7 @@ __all__ = [
     "adapter_names",
     "assert_equivalent",
     "batch_adapters",
+    "bind_weights",
     "calibrate",
     "check_effect",
     "check_fold",

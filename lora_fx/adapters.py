@@ -38,7 +38,7 @@ from .adapter_tensors import (
     targets_of,
 )
 from .atomic import replace_in_directory
-from .attributes import get_attribute
+from .attributes import get_attribute, holds_values, why_no_values
 from .base_fingerprint import check_base, note_of_base
 from .base_note import KEY
 from .config import LoraConfig
@@ -76,8 +76,8 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
         check_editable(gm)
     adapter = find_adapter(gm, adapter_name)
     for name, tensor in named_tensors(gm, adapter):
-        if tensor.is_meta:
-            raise AdapterError(f"{name!r} is on the meta device and holds no values to save; load the weights first")
+        if not holds_values(tensor):
+            raise AdapterError(f"{name!r} {why_no_values(tensor)} to save; load the weights first: bind_weights")
     stacked = stacked_tensors(gm, adapter)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in stacked.tensors.items()}
     for key, tensor in tensors.items():

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from .aliasing import storage_of
 from .applications import read_applications
-from .attributes import delete_attribute, get_attribute, get_parameter, set_attribute
+from .attributes import delete_attribute, get_attribute, get_parameter, holds_values, set_attribute, why_no_values
 from .checks import check_fold
 from .errors import FoldError
 from .fold_results import FoldedSite, FoldReport, warn_of_losses
@@ -308,10 +308,9 @@ def _deltas(
 
 def _check_has_values(gm: LoraGraphModule, tasks: list[FoldTask]) -> None:
     for task in tasks:
-        if get_parameter(gm, task.attribute).is_meta:
-            raise FoldError(
-                f"{task.tensor!r} is on the meta device and holds no values to fold; load the weights first"
-            )
+        weight = get_parameter(gm, task.attribute)
+        if not holds_values(weight):
+            raise FoldError(f"{task.tensor!r} {why_no_values(weight)} to fold; load the weights first: bind_weights")
 
 
 def _why_not_finite(gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor) -> str:

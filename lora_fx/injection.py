@@ -15,7 +15,7 @@ from torch import fx, nn
 from . import optimization
 from .adapter_files import KEY_OF_BIAS, KEY_OF_MAGNITUDE, KEY_OF_ROWS, KEYS, KEYS_OF_LOOKUPS
 from .applications import Application, read_applications
-from .attributes import get_attribute, get_parameter, set_attribute
+from .attributes import get_attribute, get_parameter, holds_values, set_attribute
 from .checks import check_effect
 from .config import LoraConfig
 from .dora import magnitude_shape, weight_norm
@@ -364,7 +364,7 @@ def _pack(gm: LoraGraphModule, by_path: dict[str, list[Application]], sites: Ite
     for members in together.values():
         names = [site.lora_a for site in members] + [site.lora_b for site in members]
         parameters = [get_parameter(gm, name) for name in names]
-        if len({id(p) for p in parameters}) < len(parameters) or any(p.is_meta for p in parameters):
+        if len({id(p) for p in parameters}) < len(parameters) or not all(map(holds_values, parameters)):
             continue
         flat = torch.cat([p.detach().reshape(-1) for p in parameters])
         for parameter, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
@@ -502,7 +502,7 @@ def _first_values(
             nn.init.uniform_(values["lora_bias"], -1 / math.sqrt(r), 1 / math.sqrt(r))
     if config.use_dora:
         norm = weight_norm(layout, weight.to(dtype), a, b, target.scaling)
-        if not weight.is_meta and not bool(((norm > 0) & (norm < math.inf)).all()):
+        if holds_values(weight) and not bool(((norm > 0) & (norm < math.inf)).all()):
             raise AdapterError(
                 f"{target.site.path!r}: the norms that use_dora divides by are 0 or not finite in {dtype}; "
                 "inject(..., adapter_dtype=torch.float32) has room for them, if the weight itself is finite"
