@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .batching import batch_adapters, unbatch_adapters
     from .blocks import Block
     from .calibration import Calibration, calibrate
+    from .checkpoint import CheckpointReport, fold_checkpoint
     from .checks import check_effect, check_fold
     from .combination import combine_adapters
     from .config import LoraConfig
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .tensor_parallel import distribute, tensor_parallel_plan
     from .tracing import trace
     from .unflattening import unflatten
+    from .weight_binding import bind_weights
 
 __version__ = "0.1.0"
 
@@ -57,6 +59,7 @@ _HOMES = {
     "batching": ("batch_adapters", "unbatch_adapters"),
     "blocks": ("Block",),
     "calibration": ("Calibration", "calibrate"),
+    "checkpoint": ("CheckpointReport", "fold_checkpoint"),
     "checks": ("check_effect", "check_fold"),
     "combination": ("combine_adapters",),
     "config": ("LoraConfig",),
@@ -85,6 +88,7 @@ _HOMES = {
     "tensor_parallel": ("distribute", "tensor_parallel_plan"),
     "tracing": ("trace",),
     "unflattening": ("unflatten",),
+    "weight_binding": ("bind_weights",),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -93,6 +97,7 @@ __all__ = [
     "AdapterError",
     "Block",
     "Calibration",
+    "CheckpointReport",
     "ConfigError",
     "CordaConfig",
     "EvaConfig",
@@ -117,6 +122,7 @@ __all__ = [
     "adapter_names",
     "assert_equivalent",
     "batch_adapters",
+    "bind_weights",
     "calibrate",
     "check_effect",
     "check_fold",
@@ -129,6 +135,7 @@ __all__ = [
     "find_sites",
     "flat_parameters",
     "fold",
+    "fold_checkpoint",
     "fold_report",
     "inject",
     "load_adapter",

@@ -169,7 +169,7 @@ def read_tensors(files: AdapterFiles) -> dict[str, torch.Tensor]:
     Raises:
         AdapterError: if a tensor is not finite, of a type that no adapter has, or there twice.
     """
-    tensors = load(files.weights)
+    tensors = load(bytes(files.weights))  # which are bytes already, and are not copied
     if not tensors:
         raise AdapterError(f"{files.where} holds no tensor; save the adapter again")
     found = in_one_spelling(tensors, files.where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from .adapter_files import (
     KEY_OF_ROWS,
     KEYS,
     PREFIX,
+    TURNED,
     WEIGHTS_FILE,
     checked_path,
     config_text,
@@ -36,7 +38,7 @@ from .adapter_tensors import (
     targets_of,
 )
 from .atomic import replace_in_directory
-from .attributes import get_attribute
+from .attributes import get_attribute, holds_values, why_no_values
 from .base_fingerprint import check_base, note_of_base
 from .base_note import KEY
 from .config import LoraConfig
@@ -79,8 +81,8 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
         check_editable(gm)
     adapter = find_adapter(gm, adapter_name)
     for name, tensor in named_tensors(gm, adapter):
-        if tensor.is_meta:
-            raise AdapterError(f"{name!r} is on the meta device and holds no values to save; load the weights first")
+        if not holds_values(tensor):
+            raise AdapterError(f"{name!r} {why_no_values(tensor)} to save; load the weights first: bind_weights")
     stacked = stacked_tensors(gm, adapter)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in stacked.tensors.items()}
     for key, tensor in tensors.items():
@@ -93,6 +95,7 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
     config = config_text(adapter.config, **changes).encode("utf-8")
     base = note_of_base(gm, adapter.plan)
     metadata = {"format": "pt", WRITER: OURS} | stacked.metadata | BLANK_SEAL | ({} if base is None else {KEY: base})
+    metadata |= _turned(adapter)
 
     def write() -> None:
         weights = sealed(save(tensors, metadata=metadata), config)
@@ -178,6 +181,17 @@ def _check_start(config: LoraConfig, folder: Path) -> None:
             "model.save_pretrained(directory, path_initial_model_for_weight_conversion=...). lora_fx.save_adapter "
             "always does"
         )
+
+
+def _turned(adapter: Adapter) -> dict[str, str]:
+    """The note on weights that lie the other way round, for those who have the base's files and no graph."""
+    names = set[str]()
+    for target in adapter.plan.targets:
+        layout = target.site.layout.whole
+        is_turned = layout.is_transposed if isinstance(layout, Kernel) else layout.stored_in_out
+        if is_turned and not target.site.is_lookup:
+            names |= {target.site.weight, f"{target.site.whole_path}.weight"}
+    return {TURNED: json.dumps(sorted(names))} if names else {}
 
 
 def _patterns(adapter: Adapter, stacked: Stacked) -> dict[str, object]:

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .attributes import holds_values
 from .errors import GraphError
 from .tensor_reads import read
 
@@ -24,7 +25,7 @@ def lay_out(parameters: Iterable[nn.Parameter]) -> None:
     """Move parameters that nobody else shares into one memory per dtype and device, in the order given."""
     kinds: dict[tuple[torch.dtype, torch.device], dict[int, nn.Parameter]] = {}
     for parameter in parameters:
-        if not parameter.is_meta and parameter.is_contiguous() and type(parameter) is nn.Parameter:
+        if holds_values(parameter) and parameter.is_contiguous() and type(parameter) is nn.Parameter:
             kinds.setdefault((parameter.dtype, parameter.device), {})[id(parameter)] = parameter
     for members in (list(each.values()) for each in kinds.values()):
         if joined(members) is None:
@@ -36,9 +37,14 @@ def lay_out(parameters: Iterable[nn.Parameter]) -> None:
 def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The memory of tensors that lie one behind the other, as one vector without a copy; None if they do not."""
     first, last = tensors[0], tensors[-1]
-    at = first.data_ptr()
+    at = first.data_ptr() if holds_values(first) else 0
     for tensor in tensors:
-        if tensor.data_ptr() != at or tensor.dtype != first.dtype or not tensor.is_contiguous():
+        if (
+            not holds_values(tensor)
+            or tensor.data_ptr() != at
+            or tensor.dtype != first.dtype
+            or not tensor.is_contiguous()
+        ):
             return None
         at += tensor.nbytes
     storage = first.untyped_storage()

@@ -31,7 +31,7 @@ def replace_in_directory(directory: Path, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():
             write_durably(new / name, data)
         if not target.exists():
-            _rename_to(new, target)
+            rename_to(new, target)
         elif not _exchanged(new, target):
             _replace_one_by_one(new, target, list(files))
 
@@ -127,7 +127,8 @@ def _is_alive(process: str) -> bool:
     return True
 
 
-def _rename_to(new: Path, target: Path) -> None:
+def rename_to(new: Path, target: Path) -> None:
+    """Give a directory its name, where there is none of that name, or an empty one; parents are made."""
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

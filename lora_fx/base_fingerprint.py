@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from .attributes import get_attribute
+from .attributes import get_attribute, holds_values
 from .base_note import NOTED, UNREADABLE, encoded, places_of, read_note
 from .errors import AdapterError
 from .graph_module import record_of
@@ -29,7 +29,7 @@ def note_of_base(gm: fx.GraphModule, plan: Plan) -> str | None:
     """What `check_base` compares with; None if the weights hold no values (meta device)."""
     digest, dtypes, noted = hashlib.sha256(), set[torch.dtype](), []
     for name, weight in _weights(gm, plan):
-        if weight.is_meta or not weight.is_floating_point():
+        if not holds_values(weight) or not weight.is_floating_point():
             return None
         dtypes.add(weight.dtype)
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())

@@ -20,8 +20,8 @@ import typer
 
 from . import cli_onnx
 from .adapter_integrity import Integrity
-from .cli_console import complain, print_json, progress, show_warning
-from .cli_paths import check_model_destination, check_onnx_destination, check_writable
+from .cli_console import complain, print_json, progress, progress_bar, show_warning
+from .cli_paths import check_model_destination, check_onnx_destination, check_writable, resolved
 from .errors import ExportError, LoraFxError, warn
 
 if TYPE_CHECKING:
@@ -61,7 +61,6 @@ class Dtype(StrEnum):
 
 
 ModelDir = Annotated[Path, typer.Argument(help="Hugging Face model directory (config.json, safetensors).")]
-AdapterDir = Annotated[Path, typer.Argument(help="PEFT adapter directory (adapter_config.json, safetensors).")]
 OptionalAdapter = Annotated[Path | None, typer.Argument(help="PEFT adapter directory; none: the base alone.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
@@ -227,9 +226,14 @@ def _row(site: Any) -> dict[str, Any]:
 
 @app.command()
 def fold(
-    model: ModelDir,
-    adapter: AdapterDir,
-    out: Annotated[Path, typer.Argument(help="Model directory to write: a new one, or an empty one.")],
+    model: Annotated[Path | None, typer.Argument(help="Hugging Face model directory, to be loaded.")] = None,
+    adapter: Annotated[Path | None, typer.Argument(help="PEFT adapter directory.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="Model directory to write: a new one, or an empty one.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Checkpoint to fold file by file, without its model.")] = None,
+    adapter_option: Annotated[Path | None, typer.Option("--adapter", help="With --base: the adapter.")] = None,
+    out_option: Annotated[Path | None, typer.Option("--out", help="With --base: the directory to write.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="With --base: change its own shards.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="With --base: processes, each with a shard.")] = 1,
     dtype: Annotated[Dtype | None, typer.Option(help="Load, fold and save as this; none: as it is stored.")] = None,
     require_integrity: cli_onnx.RequireIntegrity = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the model directory at OUT.")] = False,
@@ -237,12 +241,78 @@ def fold(
 ) -> None:
     """Fold an adapter into a model and save it in Hugging Face's layout.
 
-    Nothing is written unless the folded model computes what the adapted one does. A head that is tied to the
-    embeddings and adapted is untied, in the files and in config.json.
+    MODEL ADAPTER OUT loads the model: nothing is written unless the folded model computes what the adapted one does. A
+    head that is tied to the embeddings and adapted is untied, in the files and in config.json.
 
-    Example: `lora-fx fold MODEL_DIR ADAPTER_DIR OUT_DIR`
+    --base DIR --adapter DIR --out DIR goes from shards to shards, with no model code and little memory, whatever the
+    size; the same call again goes on after an interruption.
+
+    Examples: `lora-fx fold MODEL_DIR ADAPTER_DIR OUT_DIR`, `lora-fx fold --base DIR --adapter DIR --out DIR`
     """
+    integrity = cli_onnx.integrity_of(require_integrity)
+    if base is not None:
+        _fold_files(
+            base,
+            adapter_option,
+            out_option,
+            [model, adapter, out],
+            in_place=in_place,
+            workers=workers,
+            dtype=dtype,
+            integrity=integrity,
+            overwrite=overwrite,
+            as_json=as_json,
+        )
+        return
+    if adapter_option is not None or out_option is not None or in_place or workers != 1:
+        raise typer.BadParameter("--adapter, --out, --in-place and --workers go with --base; add it, or leave them out")
+    if model is None or adapter is None or out is None:
+        raise typer.BadParameter("give MODEL ADAPTER OUT, or --base DIR --adapter DIR --out DIR")
     check_model_destination(out, (model, adapter), overwrite=overwrite)
+    _fold_model(model, adapter, out, dtype, integrity, as_json=as_json)
+
+
+def _fold_files(
+    base: Path,
+    adapter: Path | None,
+    out: Path | None,
+    positional: list[Path | None],
+    *,
+    in_place: bool,
+    workers: int,
+    dtype: Dtype | None,
+    integrity: Integrity,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    if any(each is not None for each in positional) or dtype is not None:
+        raise typer.BadParameter("--base goes with --adapter and --out, and with neither MODEL ADAPTER OUT nor --dtype")
+    if adapter is None or (out is None and not in_place):
+        raise typer.BadParameter("--base needs --adapter, and --out or --in-place")
+    if in_place and out is not None and resolved(out) != resolved(base):
+        raise typer.BadParameter("--in-place changes --base; leave --out out")
+    import lora_fx
+
+    with progress_bar("folding") as told:
+        report = lora_fx.fold_checkpoint(
+            base,
+            adapter,
+            base if out is None else out,
+            in_place=in_place,
+            overwrite=overwrite,
+            integrity=integrity,
+            workers=workers,
+            progress=told,
+        )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print(report)
+
+
+def _fold_model(
+    model: Path, adapter: Path, out: Path, dtype: Dtype | None, integrity: Integrity, *, as_json: bool
+) -> None:
     loaded = _loaded(model, adapter, dtype)
     gm = _traced(loaded)
     from safetensors import SafetensorError
@@ -253,7 +323,7 @@ def fold(
     from .hf_saving import save_folded
 
     with progress("folding and checking"):
-        injected = lora_fx.load_adapter(gm, adapter, integrity=cli_onnx.integrity_of(require_integrity))
+        injected = lora_fx.load_adapter(gm, adapter, integrity=integrity)
         outcome = fold_into(loaded, injected)
     if not outcome.ok:
         raise CheckFailedError(outcome.problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,20 +53,26 @@ class FoldReport:
     stamps: tuple[Stamp, ...] = ()
 
     def __str__(self) -> str:
-        rows = [
-            (
-                site.path or "(root)",
-                str(site.dtype).removeprefix("torch."),
-                f"{site.weight_norm:.4g}",
-                f"{site.delta_norm:.4g}",
-                f"{site.delta_norm / site.weight_norm:.2%}" if site.weight_norm else "",
-                f"{site.kept:.2%}",
-                f"untied from {', '.join(site.untied_from)}" if site.untied_from else "",
-            )
-            for site in self.sites
-        ]
-        header = ("site", "dtype", "‖W‖", "‖ΔW‖", "‖ΔW‖/‖W‖", "kept", "remarks")
-        return f"folded {', '.join(self.adapters)} into {counted(len(rows), 'weight')}\n\n{format_table(header, rows)}"
+        count = counted(len(self.sites), "weight")
+        return f"folded {', '.join(self.adapters)} into {count}\n\n{table_of(self.sites)}"
+
+
+def table_of(sites: Sequence[FoldedSite]) -> str:
+    """What folding did, weight by weight."""
+    rows = [
+        (
+            site.path or "(root)",
+            str(site.dtype).removeprefix("torch."),
+            f"{site.weight_norm:.4g}",
+            f"{site.delta_norm:.4g}",
+            f"{site.delta_norm / site.weight_norm:.2%}" if site.weight_norm else "",
+            f"{site.kept:.2%}",
+            f"untied from {', '.join(site.untied_from)}" if site.untied_from else "",
+        )
+        for site in sites
+    ]
+    header = ("site", "dtype", "‖W‖", "‖ΔW‖", "‖ΔW‖/‖W‖", "kept", "remarks")
+    return format_table(header, rows)
 
 
 def warn_of_losses(report: FoldReport) -> None:

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from .aliasing import storage_of
 from .applications import read_applications
-from .attributes import delete_attribute, get_attribute, get_parameter, set_attribute
+from .attributes import delete_attribute, get_attribute, get_parameter, holds_values, set_attribute, why_no_values
 from .checks import check_fold
 from .errors import FoldError
 from .fold_results import FoldedSite, FoldReport, warn_of_losses
@@ -30,7 +30,7 @@ from .graph_module import (
     record_of,
 )
 from .injection import Adapter
-from .merging import AnyDelta, Merged, merge, norm_if_finite
+from .merging import AnyDelta, Merged, factor_dtype, merge, norm_if_finite, sum_dtype
 from .parameters import find_adapter
 from .sharding import is_sharded
 from .switching import forget_adapter
@@ -293,19 +293,14 @@ def _merged(
     """`merge` on the weight's matrices; memory in another order (channels_last) takes a temporary."""
     target = _matrices(task, into)
     is_view = storage_of(target) == storage_of(into)
-    wide = [delta.to(_sum_dtype(weight, accumulate)) for delta in deltas]
+    # Apple's GPUs have no float64.
+    dtype = sum_dtype(weight.dtype, accumulate, has_float64=weight.device.type != "mps")
+    wide = [delta.to(dtype) for delta in deltas]
     is_exact = accumulate is torch.float64
     merged = merge(_matrices(task, weight), wide, target, is_exact=is_exact, weight_norm=weight_norm)
     if not is_view:
         into.copy_(target.reshape(into.shape))
     return merged
-
-
-def _sum_dtype(weight: torch.Tensor, accumulate: torch.dtype | None) -> torch.dtype:
-    """What to sum in; Apple's GPUs have no float64."""
-    is_half = weight.dtype in (torch.float16, torch.bfloat16)
-    default = torch.float64 if is_half and weight.device.type != "mps" else torch.float32
-    return torch.promote_types(weight.dtype, accumulate or default)
 
 
 def _folded_site(task: FoldTask, weight: torch.Tensor, merged: Merged) -> FoldedSite:
@@ -324,16 +319,15 @@ def _deltas(
     gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor, accumulate: torch.dtype | None
 ) -> list[AnyDelta]:
     """What is added, in no more memory than the adapter has: `_merged` widens it, one weight at a time."""
-    dtype = torch.promote_types(weight.dtype, accumulate or torch.float32)
+    dtype = factor_dtype(weight.dtype, accumulate)
     return [term.delta(gm, weight, dtype) for term in task.terms]
 
 
 def _check_has_values(gm: LoraGraphModule, tasks: list[FoldTask]) -> None:
     for task in tasks:
-        if get_parameter(gm, task.attribute).is_meta:
-            raise FoldError(
-                f"{task.tensor!r} is on the meta device and holds no values to fold; load the weights first"
-            )
+        weight = get_parameter(gm, task.attribute)
+        if not holds_values(weight):
+            raise FoldError(f"{task.tensor!r} {why_no_values(weight)} to fold; load the weights first: bind_weights")
 
 
 def _why_not_finite(gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor) -> str:

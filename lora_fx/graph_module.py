@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from torch.nn import functional as F
 
 from .arena import lay_out
-from .attributes import get_attribute, get_parameter, set_attribute
+from .attributes import get_attribute, get_parameter, holds_values, set_attribute
 from .copying import copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, share_tensors
 from .errors import GraphError, warn
 from .literals import find_dtype_literal, move_literals
@@ -367,7 +367,7 @@ def _places(gm: fx.GraphModule) -> dict[str, int]:
     """Where A and B of all adapters lie. A batched graph has them in stacks, a sharded one in parts."""
     adapters = record_of(gm).adapters.values() if record_of(gm).batched is None else ()
     named = {name: get_parameter(gm, name) for adapter in adapters for name in adapter.memory}
-    return {name: parameter.data_ptr() for name, parameter in named.items() if type(parameter) is nn.Parameter}
+    return {name: p.data_ptr() for name, p in named.items() if type(p) is nn.Parameter and holds_values(p)}
 
 
 def _lay_out_moved(gm: fx.GraphModule, before: dict[str, int]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from .aliasing import view_of
 from .applications import Reading, read_applications
-from .attributes import get_parameter
+from .attributes import get_attribute, get_parameter
 from .config import LoraConfig, scaling_of
 from .dora import why_no_magnitude
 from .errors import TargetError, closest
@@ -19,6 +19,7 @@ from .graph_module import checked_graph_module
 from .layouts import as_stored
 from .matching import matches_suffix, matching_key
 from .plan_checks import check_not_linear, check_patterns, check_refused, nothing_chosen, warn_of
+from .plan_sizes import BaseSize, PlanCost, cost_of, low_rank_products_of, size_of_base
 from .sites import Site, Sites, sites_of
 from .tables import counted, format_table, some_of
 from .targeting import check_disjoint, is_parameter_target, pattern_names, reason_to_skip, target_names, with_parts
@@ -84,6 +85,8 @@ class Plan:
         trained: full names of the base parameters and buffers that are trained and saved as they are:
             those of modules_to_save, and biases with bias="all" or "lora_only".
         tokens: the embeddings of which some rows are trained as they are.
+        base: how large the model is.
+        trained_parameters: how many numbers `trained` and `tokens` have.
     """
 
     config: LoraConfig
@@ -91,11 +94,34 @@ class Plan:
     skipped: tuple[Skipped, ...]
     trained: tuple[str, ...] = ()
     tokens: tuple[PlannedRows, ...] = ()
+    base: BaseSize = field(default_factory=BaseSize)
+    trained_parameters: int = 0
 
     @property
     def parameters(self) -> int:
         """How many numbers the adapters add."""
         return sum(target.parameters for target in self.targets)
+
+    def cost(self, *, devices: int = 1, adapter_bytes: int = 4, optimizer_bytes: int = 8) -> PlanCost:
+        """What training costs, from shapes alone; the weights may be on the meta device.
+
+        Args:
+            devices: among which weights, adapters, gradients and the optimizer's state are shared out.
+            adapter_bytes: of each number of the adapters, and of its gradient.
+            optimizer_bytes: of the optimizer's state for each number: 8 for AdamW in float32.
+
+        Raises:
+            ConfigError: if one of them is not above 0.
+        """
+        return cost_of(
+            self.base,
+            self.parameters + self.trained_parameters,
+            sum(low_rank_products_of(target.site, target.r) for target in self.targets),
+            sum(target.site.calls * target.r for target in self.targets if target.site.takes_dropout),
+            devices=devices,
+            adapter_bytes=adapter_bytes,
+            optimizer_bytes=optimizer_bytes,
+        )
 
     def __str__(self) -> str:
         rows = [_target_row(target) for target in self.targets]
@@ -169,7 +195,10 @@ def plan_adapters(
     trained = tuple(dict.fromkeys([*saved_tensors(gm, saved), *biases_of(gm, config, chosen)]))
     check_trained(gm, trained)
     warn_of(config, chosen)
-    return Plan(config, tuple(planned), tuple(skipped), trained, tokens)
+    base = size_of_base(gm.parameters(), gm.buffers(), sites_of(gm, reading))
+    rows = sum(len(each.rows) * each.site.out_features for each in tokens)
+    in_full = rows + sum(tensor.numel() for name in trained if (tensor := get_attribute(gm, name)) is not None)
+    return Plan(config, tuple(planned), tuple(skipped), trained, tokens, base, in_full)
 
 
 def _planned(site: Site, config: LoraConfig) -> PlannedSite:

@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from .attributes import get_attribute
+from .attributes import get_attribute, holds_values
 from .call_form import CallForm
 from .copying import quiet_deepcopy
 from .errors import GraphError, warn
@@ -149,7 +149,7 @@ def _agrees(
 ) -> bool:
     """Whether the graph of eval mode gives what the model gives there; both run as copies over copied buffers."""
     graph = views.get(False, views.get(None))
-    if graph is None or any(p.is_meta for p in model.parameters()):
+    if graph is None or not all(map(holds_values, model.parameters())):
         return True
     try:
         outputs = [_run_copy(module, inputs) for module in (model, graph)]
