@@ -8,7 +8,7 @@ import torch
 
 from .errors import warn
 from .fold_stamps import Stamp
-from .tables import counted, format_table
+from .tables import Shown, Table, counted
 
 # Below this share of the delta, folding says that much of what was trained is lost to rounding.
 _KEPT_ENOUGH = 0.9
@@ -36,7 +36,7 @@ class FoldedSite:
 
 
 @dataclass(frozen=True)
-class FoldReport:
+class FoldReport(Shown):
     """What a fold did, site by site; prints as a table.
 
     Attributes:
@@ -51,7 +51,8 @@ class FoldReport:
     trained: tuple[str, ...] = ()
     stamps: tuple[Stamp, ...] = ()
 
-    def __str__(self) -> str:
+    def blocks(self) -> tuple[str | Table, ...]:
+        """What was folded, and a row for each weight."""
         rows = [
             (
                 site.path or "(root)",
@@ -65,7 +66,7 @@ class FoldReport:
             for site in self.sites
         ]
         header = ("site", "dtype", "‖W‖", "‖ΔW‖", "‖ΔW‖/‖W‖", "kept", "remarks")
-        return f"folded {', '.join(self.adapters)} into {counted(len(rows), 'weight')}\n\n{format_table(header, rows)}"
+        return f"folded {', '.join(self.adapters)} into {counted(len(rows), 'weight')}", Table(header, rows)
 
 
 def warn_of_losses(report: FoldReport) -> None:
