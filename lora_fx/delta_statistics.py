@@ -177,7 +177,9 @@ def spark(values: tuple[float, ...]) -> str:
     """Values in relation to the largest as a row of bars, at most 16: some are left out then."""
     step = -(-len(values) // _WIDEST)
     largest = max(values, default=0.0)
-    return "".join(_BARS[round(value / largest * (len(_BARS) - 1))] if largest else "▁" for value in values[::step or 1])
+    return "".join(
+        _BARS[round(value / largest * (len(_BARS) - 1))] if largest else "▁" for value in values[:: step or 1]
+    )
 
 
 def adapter_statistics(gm: fx.GraphModule, *, adapter_name: str = "default") -> AdapterStatistics:
