@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .checks import check_effect, check_fold
     from .combination import combine_adapters
     from .config import LoraConfig
+    from .delta_comparison import AdapterComparison, compare_adapters
+    from .delta_statistics import AdapterStatistics, adapter_statistics
     from .equivalence import GraphDiff, assert_equivalent, compare_graphs
     from .errors import (
         AdapterError,
@@ -63,6 +65,8 @@ _HOMES = {
     "checks": ("check_effect", "check_fold"),
     "combination": ("combine_adapters",),
     "config": ("LoraConfig",),
+    "delta_comparison": ("AdapterComparison", "compare_adapters"),
+    "delta_statistics": ("AdapterStatistics", "adapter_statistics"),
     "equivalence": ("GraphDiff", "assert_equivalent", "compare_graphs"),
     "errors": (
         "AdapterError",
@@ -94,7 +98,9 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 
 __all__ = [
     "AdapterArrays",
+    "AdapterComparison",
     "AdapterError",
+    "AdapterStatistics",
     "Block",
     "Calibration",
     "CheckpointReport",
@@ -120,6 +126,7 @@ __all__ = [
     "__version__",
     "active_adapters",
     "adapter_names",
+    "adapter_statistics",
     "assert_equivalent",
     "batch_adapters",
     "bind_weights",
@@ -127,6 +134,7 @@ __all__ = [
     "check_effect",
     "check_fold",
     "combine_adapters",
+    "compare_adapters",
     "compare_graphs",
     "delete_adapter",
     "disable_adapters",

@@ -36,6 +36,19 @@ def replace_in_directory(directory: Path, files: Mapping[str, bytes]) -> None:
             _replace_one_by_one(new, target, list(files))
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file that may be there already: in one step.
+
+    Raises:
+        OSError: if the file system refuses; the file is then as it was.
+    """
+    target = Path(os.path.realpath(path))
+    with temporary_beside(target) as new:
+        write_durably(new / target.name, data)
+        os.replace(new / target.name, target)
+    sync_directory(target.parent)
+
+
 def replace_directory(new: Path, target: Path) -> bool:
     """Let a directory take the place and the permissions of another; False if that cannot be done in one step."""
     if os.path.samefile(target, os.getcwd()):

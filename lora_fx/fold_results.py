@@ -9,7 +9,7 @@ import torch
 
 from .errors import warn
 from .fold_stamps import Stamp
-from .tables import counted, format_table
+from .tables import Shown, Table, counted
 
 # Below this share of the delta, folding says that much of what was trained is lost to rounding.
 _KEPT_ENOUGH = 0.9
@@ -37,7 +37,7 @@ class FoldedSite:
 
 
 @dataclass(frozen=True)
-class FoldReport:
+class FoldReport(Shown):
     """What a fold did, site by site; prints as a table.
 
     Attributes:
@@ -52,12 +52,12 @@ class FoldReport:
     trained: tuple[str, ...] = ()
     stamps: tuple[Stamp, ...] = ()
 
-    def __str__(self) -> str:
-        count = counted(len(self.sites), "weight")
-        return f"folded {', '.join(self.adapters)} into {count}\n\n{table_of(self.sites)}"
+    def blocks(self) -> tuple[str | Table, ...]:
+        """What was folded, and a row for each weight."""
+        return f"folded {', '.join(self.adapters)} into {counted(len(self.sites), 'weight')}", table_of(self.sites)
 
 
-def table_of(sites: Sequence[FoldedSite]) -> str:
+def table_of(sites: Sequence[FoldedSite]) -> Table:
     """What folding did, weight by weight."""
     rows = [
         (
@@ -71,8 +71,7 @@ def table_of(sites: Sequence[FoldedSite]) -> str:
         )
         for site in sites
     ]
-    header = ("site", "dtype", "‖W‖", "‖ΔW‖", "‖ΔW‖/‖W‖", "kept", "remarks")
-    return format_table(header, rows)
+    return Table(("site", "dtype", "‖W‖", "‖ΔW‖", "‖ΔW‖/‖W‖", "kept", "remarks"), rows)
 
 
 def warn_of_losses(report: FoldReport) -> None:

@@ -20,6 +20,7 @@ from .errors import FoldError
 from .fold_results import FoldedSite, FoldReport, warn_of_losses
 from .fold_stamps import stamp_of
 from .fold_tasks import FoldTask, check_not_tied, fold_tasks, replace_weights
+from .fold_terms import BiasTerm
 from .graph import erase_low_rank_paths, finish
 from .graph_module import (
     LoraGraphModule,
@@ -231,6 +232,34 @@ def fold_report(gm: fx.GraphModule) -> FoldReport:
     if not isinstance(report, FoldReport):
         raise FoldError("this graph does not come from fold(gm), so there is no report")
     return report
+
+
+def measure_fold(gm: LoraGraphModule, adapter: Adapter) -> dict[str, FoldedSite | str]:
+    """{site path: what folding one adapter alone, at weight 1, would do to its weight, or why that cannot be done}.
+
+    Nothing is written but one temporary at a time.
+
+    Raises:
+        FoldError: if the base has no values.
+    """
+    reading = read_applications(gm)
+    applied = dict.fromkeys(site.applied for site in adapter.sites.values())
+    try:
+        tasks = fold_tasks(gm, reading, [adapter], {adapter.name: 1.0})
+    except FoldError as error:
+        return dict.fromkeys(applied, str(error))
+    _check_has_values(gm, tasks)
+    found: dict[str, FoldedSite | str] = {}
+    for task in tasks:
+        if isinstance(task.terms[0], BiasTerm):
+            continue
+        weight = get_parameter(gm, task.attribute).detach()
+        try:
+            result: FoldedSite | str = _merge(gm, task, weight, torch.empty_like(weight), None)
+        except FoldError as error:
+            result = str(error)
+        found |= dict.fromkeys(task.paths, result)
+    return found
 
 
 def _chosen(gm: fx.GraphModule, names: Sequence[str] | str | None) -> list[Adapter]:

@@ -21,7 +21,7 @@ from .matching import matches_suffix, matching_key
 from .plan_checks import check_not_linear, check_patterns, check_refused, nothing_chosen, warn_of
 from .plan_sizes import BaseSize, PlanCost, cost_of, low_rank_products_of, size_of_base
 from .sites import Site, Sites, sites_of
-from .tables import counted, format_table, some_of
+from .tables import Shown, Table, counted, some_of
 from .targeting import check_disjoint, is_parameter_target, pattern_names, reason_to_skip, target_names, with_parts
 
 
@@ -75,7 +75,7 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """What `inject` will do.
 
     Attributes:
@@ -123,19 +123,23 @@ class Plan:
             optimizer_bytes=optimizer_bytes,
         )
 
-    def __str__(self) -> str:
+    def blocks(self) -> list[str | Table]:
+        """What is adapted, what is trained in full, and what is not adapted and why."""
         rows = [_target_row(target) for target in self.targets]
         header = ("site", "op", "in → out", "r", "scaling", "parameters", "remarks")
-        text = f"{counted(len(rows), 'site')} to adapt, {counted(self.parameters, 'parameter')}"
-        text += f"\n\n{format_table(header, rows)}"
+        blocks: list[str | Table] = [
+            f"{counted(len(rows), 'site')} to adapt, {counted(self.parameters, 'parameter')}",
+            Table(header, rows),
+        ]
         if self.trained:
-            text += f"\n\n{counted(len(self.trained), 'tensor')} of the base trained in full: {', '.join(self.trained)}"
+            blocks.append(
+                f"{counted(len(self.trained), 'tensor')} of the base trained in full: {', '.join(self.trained)}"
+            )
         for planned in self.tokens:
-            text += f"\n\n{counted(len(planned.rows), 'row')} of {planned.site.path} trained in full"
+            blocks.append(f"{counted(len(planned.rows), 'row')} of {planned.site.path} trained in full")
         if self.skipped:
-            table = format_table(("not adapted", "why"), [(s.path or "(root)", s.reason) for s in self.skipped])
-            text += f"\n\n{table}"
-        return text
+            blocks.append(Table(("not adapted", "why"), [(s.path or "(root)", s.reason) for s in self.skipped]))
+        return blocks
 
 
 def make_plan(gm: fx.GraphModule, config: object) -> Plan:
