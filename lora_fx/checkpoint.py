@@ -29,7 +29,7 @@ from .fold_results import FoldedSite, FoldReport, table_of, warn_of_losses
 from .fold_work import IN_PLACE, Beside, InPlace, clear, locked, remove, work_beside
 from .hf_checkpoint import CONFIG, Checkpoint, read_checkpoint, read_json, untied_config
 from .shard_writing import ShardJob, check_finite, write_shard
-from .tables import counted
+from .tables import Shown, Table, counted
 
 RECORD = "lora_fx_fold.json"
 _MOST_THREADS = 4  # of one process, each with a few MiB of its own
@@ -39,7 +39,7 @@ Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
-class CheckpointReport:
+class CheckpointReport(Shown):
     """What folding into a checkpoint did, weight by weight. Prints as a table.
 
     Attributes:
@@ -69,16 +69,17 @@ class CheckpointReport:
         fields: dict[str, Any] = dict(vars(self))
         return fields | {"sites": [vars(site) | {"dtype": str(site.dtype)} for site in self.sites]}
 
-    def __str__(self) -> str:
+    def blocks(self) -> list[str | Table]:
+        """What was written, a row for each weight, and notes."""
         done = f", {self.resumed} of them before an interruption" if self.resumed else ""
-        lines = [
+        blocks: list[str | Table] = [
             f"{self.path}: {self.adapter} folded into {counted(len(self.sites), 'weight')}; "
             f"{counted(self.shards, 'shard')}{done}, {self.bytes_written / 1e6:,.1f} MB, {self.seconds:.2f} s",
             table_of(self.sites),
         ]
         if self.trained:
-            lines.append(f"replaced, because the adapter trained them in full: {', '.join(self.trained)}")
-        return "\n\n".join([*lines, *self.notes])
+            blocks.append(f"replaced, because the adapter trained them in full: {', '.join(self.trained)}")
+        return [*blocks, *self.notes]
 
 
 @dataclass(frozen=True)
