@@ -3,6 +3,10 @@
 `inject` lays them out, while no other graph can share them. `optimize` takes A of several linears as one matrix, and
 `flat_parameters` gives the optimizer one parameter in place of hundreds. Both look at how the tensors lie before they
 assume it, so whoever moves a tensor loses speed and nothing else.
+
+Each parameter has a storage of its own in that memory, which ends where the parameter does. Who writes files goes by
+storages: safetensors' save_model refuses parameters that have one together, accelerate's drops all but the first, and
+torch.save would write all of it for each.
 """
 
 from __future__ import annotations
@@ -20,6 +24,9 @@ from .attributes import holds_values
 from .errors import GraphError
 from .tensor_reads import read
 
+# What a storage calls the tensor whose memory it is a part of.
+_WHOLE = "_lora_fx_whole"
+
 
 def lay_out(parameters: Iterable[nn.Parameter]) -> None:
     """Move parameters that nobody else shares into one memory per dtype and device, in the order given."""
@@ -31,7 +38,19 @@ def lay_out(parameters: Iterable[nn.Parameter]) -> None:
         if joined(members) is None:
             flat = torch.cat([member.detach().reshape(-1) for member in members])
             for member, part in zip(members, torch.split(flat, [m.numel() for m in members]), strict=True):
-                member.data = part.view(member.shape)
+                member.data = _with_own_storage(part, flat).view(member.shape)
+
+
+def _with_own_storage(part: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    """The part as a tensor whose storage is that part of the memory, and remembers all of it."""
+    try:
+        own = torch.from_dlpack(part)
+    except (BufferError, RuntimeError, TypeError):  # a device without DLPack
+        return part
+    if own.data_ptr() != part.data_ptr():
+        return part
+    setattr(own.untyped_storage(), _WHOLE, flat)
+    return own
 
 
 def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -47,12 +66,20 @@ def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
         ):
             return None
         at += tensor.nbytes
-    storage = first.untyped_storage()
+    whole = _whole_of(first)
+    storage = whole.untyped_storage()
     end = storage.data_ptr() + storage.nbytes()
-    if at > end or last.untyped_storage().data_ptr() != storage.data_ptr():
+    if at > end or _whole_of(last).untyped_storage().data_ptr() != storage.data_ptr():
         return None  # neighbours by chance
-    start = first.storage_offset()
-    return first.detach().as_strided(((at - first.data_ptr()) // first.element_size(),), (1,), start)
+    size = first.element_size()
+    start = (first.data_ptr() - storage.data_ptr()) // size
+    return whole.detach().as_strided(((at - first.data_ptr()) // size,), (1,), start)
+
+
+def _whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that all of a memory is, if `lay_out` gave the tensor a part of one; the tensor itself otherwise."""
+    whole: torch.Tensor = getattr(tensor.untyped_storage(), _WHOLE, tensor)
+    return whole
 
 
 class FlatParameter(nn.Parameter):
@@ -157,10 +184,10 @@ class FlatParameter(nn.Parameter):
 
 def flatten(named: dict[str, nn.Parameter], gm: fx.GraphModule) -> list[nn.Parameter]:
     """The parameters, with one FlatParameter in place of each run that lies in one memory."""
-    order = {id(parameter): parameter.untyped_storage().data_ptr() for parameter in named.values()}
+    order = {id(parameter): _whole_of(parameter).untyped_storage().data_ptr() for parameter in named.values()}
     storages = dict.fromkeys(order.values())
     rank = {storage: number for number, storage in enumerate(storages)}
-    ordered = sorted(named.items(), key=lambda item: (rank[order[id(item[1])]], item[1].storage_offset()))
+    ordered = sorted(named.items(), key=lambda item: (rank[order[id(item[1])]], item[1].data_ptr()))
     runs: list[list[tuple[str, nn.Parameter]]] = []
     for name, parameter in ordered:
         if runs and _can_join(runs[-1][-1][1], parameter):

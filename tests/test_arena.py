@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,9 +87,43 @@ def test_all_lie_in_one_memory() -> None:
     (vector,) = lora_fx.flat_parameters(gm)
     assert len(parameters) == 10
     assert vector.numel() == sum(p.numel() for p in parameters)
-    assert {p.untyped_storage().data_ptr() for p in parameters} == {vector.data_ptr()}
+    ends = {p.data_ptr() + p.nbytes for p in parameters}
+    assert {p.data_ptr() for p in parameters} - ends == {vector.data_ptr()}
+    assert ends - {p.data_ptr() for p in parameters} == {vector.data_ptr() + vector.nbytes}
     a = gm.get_parameter("query.lora_A.default.weight")
     assert gm.get_parameter("key.lora_A.default.weight").data_ptr() == a.data_ptr() + a.nbytes
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_files_hold_each_of_them(flat: bool, tmp_path: Path) -> None:
+    """Those who write files tell tensors by their storages: what lies in one is refused, dropped, or written whole."""
+    gm = _adapted()
+    if flat:
+        lora_fx.flat_parameters(gm)
+    expected = {name: value.clone() for name, value in gm.state_dict().items()}
+    safetensors.torch.save_model(gm, str(tmp_path / "model.safetensors"))
+    accelerate.Accelerator(cpu=True).save_model(gm, str(tmp_path / "accelerate"))
+    for file in ("model.safetensors", "accelerate/model.safetensors"):
+        found = safetensors.torch.load_file(tmp_path / file)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    name, parameter = next((n, p) for n, p in gm.named_parameters() if "lora_" in n)
+    torch.save({name: parameter}, tmp_path / "one.pt")
+    assert len(torch.load(tmp_path / "one.pt")[name].untyped_storage()) == parameter.nbytes
+
+
+def test_the_memory_lives_as_long_as_its_parts() -> None:
+    gm = _adapted()
+    (vector,) = lora_fx.flat_parameters(gm)
+    whole = weakref.ref(vector.untyped_storage())
+    kept = copy.copy(gm.get_parameter("key.lora_A.default.weight").detach())
+    values = kept.clone()
+    del gm, vector
+    gc.collect()
+    assert torch.equal(kept, values)
+    del kept
+    gc.collect()
+    assert whole() is None
 
 
 def test_a_step_takes_four_operations() -> None:
