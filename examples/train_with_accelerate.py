@@ -1,6 +1,6 @@
 """Accelerate on an injected graph: accumulation, bfloat16 autocast, clipping, states to come back to, files.
 
-    accelerate launch examples/train_with_accelerate.py     (or: python examples/train_with_accelerate.py)
+accelerate launch examples/train_with_accelerate.py     (or: python examples/train_with_accelerate.py)
 """
 
 from __future__ import annotations

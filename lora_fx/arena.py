@@ -32,7 +32,8 @@ def lay_out(parameters: Iterable[nn.Parameter]) -> None:
     """Move parameters that nobody else shares into one memory per dtype and device, in the order given."""
     kinds: dict[tuple[torch.dtype, torch.device], dict[int, nn.Parameter]] = {}
     for parameter in parameters:
-        if holds_values(parameter) and parameter.is_contiguous() and type(parameter) is nn.Parameter:
+        is_plain = type(parameter) is nn.Parameter and holds_values(parameter)
+        if is_plain and parameter.is_contiguous() and (parameter.is_cuda or not parameter.is_shared()):  # type: ignore[no-untyped-call]
             kinds.setdefault((parameter.dtype, parameter.device), {})[id(parameter)] = parameter
     for members in (list(each.values()) for each in kinds.values()):
         if joined(members) is None:
@@ -44,7 +45,7 @@ def lay_out(parameters: Iterable[nn.Parameter]) -> None:
 def _with_own_storage(part: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
     """The part as a tensor whose storage is that part of the memory, and remembers all of it."""
     try:
-        own = torch.from_dlpack(part)
+        own = torch.utils.dlpack.from_dlpack(part)
     except (BufferError, RuntimeError, TypeError):  # a device without DLPack
         return part
     if own.data_ptr() != part.data_ptr():
@@ -69,7 +70,8 @@ def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     whole = _whole_of(first)
     storage = whole.untyped_storage()
     end = storage.data_ptr() + storage.nbytes()
-    if at > end or _whole_of(last).untyped_storage().data_ptr() != storage.data_ptr():
+    is_inside = storage.data_ptr() <= first.data_ptr() and at <= end  # a storage may be moved, as share_memory_() does
+    if not is_inside or _whole_of(last).untyped_storage().data_ptr() != storage.data_ptr():
         return None  # neighbours by chance
     size = first.element_size()
     start = (first.data_ptr() - storage.data_ptr()) // size
