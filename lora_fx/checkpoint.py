@@ -443,7 +443,10 @@ def _check_room(work: Beside | InPlace, sizes: list[int]) -> None:
     needed = (max(sizes, default=0) if isinstance(work, InPlace) else sum(sizes)) + (1 << 20)
     free = shutil.disk_usage(work.path).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"it needs {needed / 1e6:,.0f} MB, and the disk has {free / 1e6:,.0f} MB left")
+        raise FoldError(
+            f"folding needs {needed / 1e6:,.0f} MB beside {str(work.path.parent)!r}, and {free / 1e6:,.0f} MB are free; "
+            "make room on that disk, or give another directory"
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _checked_target(

@@ -37,7 +37,7 @@ from .merging import (
     norm_of_sum,
     sum_dtype,
 )
-from .stored_tensors import StoredFile, StoredTensor, bytes_of, read_into, read_rows, with_tensor
+from .stored_tensors import SHORTER, StoredFile, StoredTensor, bytes_of, read_into, read_rows, with_tensor
 
 _COPIED = 1 << 26  # bytes that are copied, or a piece of them, between two reports of progress
 _PIECE = 1 << 18  # elements of a tensor that takes the place of another
@@ -186,7 +186,7 @@ class _Writer:
                 self._in_kernel = False
             else:
                 if done == 0:
-                    raise OSError("the file has become shorter while it was read")
+                    raise FoldError(SHORTER)
                 self._told(done)
                 return done
         buffer = memoryview(bytearray(min(count, 1 << 20)))
