@@ -26,7 +26,7 @@ from .adapter_integrity import Integrity
 from .checkpoint_plan import Change, CheckpointPlan, check_base_note, left_out_note, plan_fold
 from .errors import FoldError
 from .fold_results import FoldedSite, FoldReport, table_of, warn_of_losses
-from .fold_work import IN_PLACE, Beside, InPlace, clear, locked, remove, work_beside
+from .fold_work import IN_PLACE, Beside, InPlace, clear, is_fixed, locked, remove, work_for
 from .hf_checkpoint import CONFIG, Checkpoint, read_checkpoint, read_json, untied_config
 from .shard_writing import ShardJob, check_finite, write_shard
 from .tables import counted
@@ -151,7 +151,7 @@ def fold_checkpoint(
     options = Options(Path(os.path.realpath(base)), Path(os.path.realpath(adapter)), adapter_name, accumulate)
     arrays, let_go = map_adapter(adapter, adapter_name=adapter_name, integrity=integrity)
     way = _fold_in_place if in_place else _fold_beside
-    clear(target / IN_PLACE if in_place else work_beside(target))
+    clear(target / IN_PLACE if in_place else work_for(target))
     threads = torch.get_num_threads()
     hands = Hands(workers, max(1, min(_MOST_THREADS, threads // workers)), progress)
     torch.set_num_threads(1)  # blocks are too small to be shared out
@@ -182,7 +182,7 @@ def _fold_beside(
     _refuse_unfinished(options.base)
     checkpoint, plan = _planned(options, adapter, let_go)
     key = _key(checkpoint, adapter, options, is_in_place=False)
-    work = Beside(work_beside(out), key)
+    work = Beside(work_for(out), key)
     with locked(work.path, f"folding into {str(out)!r}"):
         try:
             work.begin()
@@ -444,7 +444,7 @@ def _check_room(work: Beside | InPlace, sizes: list[int]) -> None:
     free = shutil.disk_usage(work.path).free
     if free < needed:
         raise FoldError(
-            f"folding needs {needed / 1e6:,.0f} MB beside {str(work.path.parent)!r}, and {free / 1e6:,.0f} MB are free; "
+            f"folding needs {needed / 1e6:,.0f} MB in {str(work.path.parent)!r}, and {free / 1e6:,.0f} MB are free; "
             "make room on that disk, or give another directory"
         ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -473,13 +473,19 @@ def _checked_target(
     try:
         if target.exists() and not target.is_dir():
             raise FoldError(f"{str(out)!r} is a file; give a directory to make")
-        if target.is_dir() and any(target.iterdir()):
+        is_begun = is_fixed(target) and Beside(work_for(target), "").known_key() is not None
+        if target.is_dir() and any(target.iterdir()) and not is_begun:
             if not overwrite:
                 raise FoldError(f"{str(out)!r} is not empty; overwrite=True (--overwrite) replaces a model directory")
             if not (target / CONFIG).is_file():
                 raise FoldError(
                     f"{str(out)!r} holds files but no {CONFIG}, so it is no model directory, and nothing replaces it; "
                     "give another directory, or empty this one"
+                )
+            if is_fixed(target):
+                raise FoldError(
+                    f"{str(out)!r} is a mount, or where you stand, so that nothing can take its place in one step; "
+                    "empty it, or give another directory"
                 )
     except OSError as error:
         raise FoldError(_why_not_written(out, error)) from error

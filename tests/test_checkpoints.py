@@ -336,7 +336,7 @@ def test_two_at_once_are_one_too_many(tmp_path: Path) -> None:
     adapter = _mlp_adapter(tmp_path)
     base = write_base(traced(BY_NAME["mlp"]).state_dict(), tmp_path / "base")
     for out, in_place in ((tmp_path / "out", False), (base, True)):
-        work = base / fold_work.IN_PLACE if in_place else fold_work.work_beside(out)
+        work = base / fold_work.IN_PLACE if in_place else fold_work.work_for(out)
         with (
             fold_work.locked(work, "testing"),
             pytest.raises(FoldError, match="another process is folding into .*; let it end, or end it"),
@@ -344,6 +344,32 @@ def test_two_at_once_are_one_too_many(tmp_path: Path) -> None:
             lora_fx.fold_checkpoint(base, adapter, out, in_place=in_place)
         lora_fx.fold_checkpoint(base, adapter, out, in_place=in_place)  # a lock that nobody holds is no lock
         assert not work.exists()
+
+
+def test_an_empty_directory_that_has_to_stay_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the user stands, or a mount: its name cannot go to another directory."""
+    adapter = _mlp_adapter(tmp_path)
+    base = write_base(traced(BY_NAME["mlp"]).state_dict(), tmp_path / "base", 2, model_type="x")
+    lora_fx.fold_checkpoint(base, adapter, tmp_path / "whole")
+    (tmp_path / "out").mkdir()
+    inode = (tmp_path / "out").stat().st_ino
+    monkeypatch.chdir(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(fold_work.Beside, "publish", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lora_fx.fold_checkpoint(base, adapter, ".")
+    report = lora_fx.fold_checkpoint(base, adapter, ".")
+    assert report.resumed == 2
+    assert (tmp_path / "out").stat().st_ino == inode
+    names = os.listdir(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(names)
+    assert filecmp.cmpfiles(tmp_path / "whole", tmp_path / "out", names, shallow=False)[0] == names
+    with pytest.raises(FoldError, match="or where you stand"):
+        lora_fx.fold_checkpoint(base, adapter, ".", overwrite=True)
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_result_that_is_not_finite_leaves_everything_as_it_was(tmp_path: Path) -> None:
