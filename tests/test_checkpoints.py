@@ -162,6 +162,30 @@ def test_what_is_trained_as_it_is_takes_the_base_s_place(tmp_path: Path) -> None
     assert report.to_dict()["shards"] == 2
 
 
+def test_parts_of_a_packed_projection_are_folded_as_the_whole_that_the_file_has(tmp_path: Path) -> None:
+    """With scalings that are no powers of two of each other, whose B stands in the file once more."""
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(7, 15)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).split(5, -1)
+            return q * k + v
+
+    gm = lora_fx.trace(Packed(), torch.randn(2, 7))
+    config = {"r": 3, "lora_alpha": 7, "target_modules": ["qkv[q]", "qkv[v]"], "alpha_pattern": {"qkv[v]": 5}}
+    adapted = randomise(lora_fx.inject(gm, config))
+    lora_fx.save_adapter(adapted, tmp_path / "adapter")
+    assert "base_model.model.qkv[v].lora_B.weight" in load_file(tmp_path / "adapter/adapter_model.safetensors")
+    base = write_base(gm.state_dict(), tmp_path / "base", 1)
+    lora_fx.fold_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    got, wanted = tensors_of(tmp_path / "out")["qkv.weight"], lora_fx.fold(adapted).state_dict()["qkv.weight"]
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+    assert torch.equal(got[5:10], gm.state_dict()["qkv.weight"][5:10])
+
+
 # Files of transformers and PEFT ----------------------------------------------------------------------
 
 

@@ -427,7 +427,7 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
     ),
     "checkpoint": (
         FoldError,
-        lambda p: lora_fx.fold_checkpoint(written(p / "a").parent, p / "a", p / "out"),
+        lambda p: lora_fx.fold_checkpoint(written(p / "a"), p / "a", p / "out"),
         "holds no .safetensors file",
         "test_each_error",
         "give a directory that does",
