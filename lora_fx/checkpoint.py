@@ -119,7 +119,8 @@ def fold_checkpoint(
     others, and copies of its index, config, tokenizer and other files. The bits are those of `lora_fx.fold`. Weights
     are read, folded and written in blocks, so memory does not grow with the checkpoint. Everything is checked before
     the first byte is written. `out` is there when it is whole; a call that was killed is gone on with by the same call
-    again, and the files are the same as if it had not been.
+    again, and the files are the same as if it had not been. torch has one thread of its own meanwhile: blocks are
+    folded side by side in up to four of Python's, or in processes.
 
     What the files alone do not tell is refused, and not guessed: names that differ from the model's, a tied weight
     whose head has no name, a square weight that may lie either way.
@@ -347,6 +348,7 @@ class Fold:
         options, checkpoint, plan: what is folded into what.
         let_go: lets go of the mapped adapter's pages.
         hands: who does it.
+        size: bytes of the shards that are written, those of an interrupted fold among them.
     """
 
     options: Options
@@ -356,8 +358,8 @@ class Fold:
     hands: Hands
 
     def __post_init__(self) -> None:
+        self.size = 0
         self._done = 0
-        self._total = 0
         self._lock = threading.Lock()
 
     def job(self, name: str) -> ShardJob:
@@ -381,7 +383,7 @@ class Fold:
             FoldError: if there is no room for them, or a result is not finite.
         """
         sizes = {name: self.job(name).size for name in [*names, *done]}
-        self._total = sum(sizes.values())
+        self.size = sum(sizes.values())
         self._done = sum(sizes[name] for name in done)
         _check_room(work, [sizes[name] for name in names])
         if self.hands.workers > 1 and len(names) > 1:
@@ -406,7 +408,7 @@ class Fold:
         with self._lock:
             self._done += count
             if self.hands.progress is not None:
-                self.hands.progress(self._done, self._total)
+                self.hands.progress(self._done, self.size)
 
 
 def job_of(
@@ -557,7 +559,7 @@ def _report(
         trained=tuple(change.name for change in plan.changes if change.is_whole),
         shards=shards,
         resumed=resumed,
-        bytes_written=fold._total,
+        bytes_written=fold.size,
         seconds=0.0,
         notes=notes,
     )

@@ -106,7 +106,8 @@ def write_shard(job: ShardJob, target: Path) -> list[FoldedSite]:
     header = job.header
     moved = 8 + len(header) - job.source.data_start
     with open(job.source.path, "rb") as source, open(target, "xb") as into:
-        os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         into.write(len(header).to_bytes(8, "little") + header)
         into.flush()
         job.told(8 + len(header))

@@ -6,6 +6,7 @@ import filecmp
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_fuzzing import changed
 from test_variants import VARIANTS, moved
 from torch import nn
 from zoo import BY_NAME, injected, randomise, traced
 
 import lora_fx
-from lora_fx import AdapterError, FoldError, checkpoint, fold_work, merging
+from lora_fx import AdapterError, FoldError, LoraFxError, checkpoint, fold_work, merging
+from lora_fx.adapter_arrays import map_adapter
+from lora_fx.checkpoint_plan import plan_fold
+from lora_fx.hf_checkpoint import read_checkpoint
 from lora_fx.hf_models import load_model
 
 LLAMA = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 1}
@@ -423,3 +428,23 @@ def test_a_header_of_its_own_and_tensors_in_any_order_stay(tmp_path: Path) -> No
         assert file.metadata() == {"more": "x y"}
         assert file.keys() == sorted(tensors) or set(file.keys()) == set(tensors)
         assert torch.equal(file.get_tensor("n"), torch.arange(5))
+
+
+def test_what_was_changed_at_random_is_refused_or_taken(tmp_path: Path) -> None:
+    """Shards, index, config.json and the adapter: an error of our tree, or a plan, and nothing else."""
+    adapter = _mlp_adapter(tmp_path)
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    base = write_base(traced(BY_NAME["mlp"]).state_dict(), tmp_path / "base", 2, **config)
+    kinds: Counter[str] = Counter()
+    for file in (*sorted(base.iterdir()), adapter / "adapter_model.safetensors"):
+        good = file.read_bytes()
+        for data in changed(good, 200, seed=len(file.name)):
+            file.write_bytes(data)
+            try:
+                arrays, let_go = map_adapter(adapter, integrity="ignored")
+                plan_fold(read_checkpoint(base, FoldError), arrays, let_go)
+                kinds["taken"] += 1
+            except LoraFxError:
+                kinds["refused"] += 1
+        file.write_bytes(good)
+    assert min(kinds["taken"], kinds["refused"]) > 20
