@@ -224,7 +224,7 @@ class LowRankEdit:
             AdapterError: if A and B are not of such a weight.
         """
         low, form, weight = self.matched.low, self.matched.site.form, self.matched.site.weight.const_value
-        if low.magnitude is not None or form.kind == "kernel" or weight is None:
+        if form.kind == "kernel" or weight is None:
             return None
         a, b = low.a.reshape(len(low.a), -1), low.b.reshape(len(low.b), -1)  # (r, in), (out, r)
         left, right = (a.T, b.T) if form.stored_in_out else (b, a)
@@ -232,7 +232,10 @@ class LowRankEdit:
         row, column = (0, first) if form.stored_in_out else (first, 0)
         if self.rows is None and (len(left), right.shape[1]) != tuple(weight.shape.numpy()):
             low_rank_delta(low, form, tuple(weight.shape.numpy()))  # which says so
-        return Product(left, right, (self.matched.scaling, self.strength), row, column)
+        if low.magnitude is not None and low.magnitude.size != len(low.b):
+            return None  # which is refused where all of the weight is looked at
+        scaling, strength = self.matched.scaling, self.strength
+        return Product(left, right, scaling, strength, row, column, low.magnitude, form.stored_in_out)
 
 
 def _seen(weight: Array, site: OnnxSite, rows: slice | None) -> Array:

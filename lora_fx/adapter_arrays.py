@@ -23,6 +23,7 @@ from .adapter_files import (
     KEY_OF_ROWS,
     KEYS,
     KEYS_OF_LOOKUPS,
+    PREFIX,
     WEIGHTS_FILE,
     checked_path,
     is_left_behind,
@@ -35,6 +36,7 @@ from .config import ALL_LINEAR, LoraConfig, scaling_of
 from .errors import AdapterError, ConfigError
 from .init_options import init_of
 from .matching import matches_names, matches_target, matching_key
+from .packed_notes import METADATA, part_keys
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -154,10 +156,12 @@ def _read(
     _check_start(files.config, files.folder)
     path = files.folder / WEIGHTS_FILE
     views = {key: view for key, view in views_of(files.weights).items() if not is_left_behind(key)}
+    in_parts = part_keys(files.metadata.get(METADATA))  # which the whole has, too
     data_sha256 = digest_of(_one_by_one((data for _, _, data in views.values()), files.let_go))
     tensors = {
         key: _array(key, *view, path, mapped=mapped)
         for key, view in zip(views, _one_by_one(views.values(), files.let_go), strict=True)
+        if key.removeprefix(PREFIX) not in in_parts
     }
     if not tensors:
         raise AdapterError(f"{str(path)!r} holds no tensor; save the adapter again")

@@ -49,7 +49,8 @@ from .initialization import start_of
 from .injection import Adapter, NewAdapter, check_adapter_name, inject_new
 from .layouts import Kernel
 from .matching import matches_names, matches_suffix
-from .packed_files import METADATA, Stacked, part_keys, part_wholes, unstack, without_parts
+from .packed_files import Stacked, unstack, without_parts
+from .packed_notes import METADATA, part_keys, part_wholes
 from .parameters import find_adapter
 from .plan import Plan, PlannedSite, plan_adapters
 from .sharding import on_first_process, settle

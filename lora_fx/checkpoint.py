@@ -26,7 +26,7 @@ from .adapter_integrity import Integrity
 from .checkpoint_plan import Change, CheckpointPlan, check_base_note, left_out_note, plan_fold
 from .errors import FoldError
 from .fold_results import FoldedSite, FoldReport, table_of, warn_of_losses
-from .fold_work import IN_PLACE, Beside, InPlace, clear, locked, remove, work_beside
+from .fold_work import IN_PLACE, Beside, InPlace, clear, is_fixed, locked, remove, work_for
 from .hf_checkpoint import CONFIG, Checkpoint, read_checkpoint, read_json, untied_config
 from .shard_writing import ShardJob, check_finite, write_shard
 from .tables import Shown, Table, counted
@@ -120,7 +120,8 @@ def fold_checkpoint(
     others, and copies of its index, config, tokenizer and other files. The bits are those of `lora_fx.fold`. Weights
     are read, folded and written in blocks, so memory does not grow with the checkpoint. Everything is checked before
     the first byte is written. `out` is there when it is whole; a call that was killed is gone on with by the same call
-    again, and the files are the same as if it had not been.
+    again, and the files are the same as if it had not been. torch has one thread of its own meanwhile: blocks are
+    folded side by side in up to four of Python's, or in processes.
 
     What the files alone do not tell is refused, and not guessed: names that differ from the model's, a tied weight
     whose head has no name, a square weight that may lie either way.
@@ -152,7 +153,7 @@ def fold_checkpoint(
     options = Options(Path(os.path.realpath(base)), Path(os.path.realpath(adapter)), adapter_name, accumulate)
     arrays, let_go = map_adapter(adapter, adapter_name=adapter_name, integrity=integrity)
     way = _fold_in_place if in_place else _fold_beside
-    clear(target / IN_PLACE if in_place else work_beside(target))
+    clear(target / IN_PLACE if in_place else work_for(target))
     threads = torch.get_num_threads()
     hands = Hands(workers, max(1, min(_MOST_THREADS, threads // workers)), progress)
     torch.set_num_threads(1)  # blocks are too small to be shared out
@@ -183,7 +184,7 @@ def _fold_beside(
     _refuse_unfinished(options.base)
     checkpoint, plan = _planned(options, adapter, let_go)
     key = _key(checkpoint, adapter, options, is_in_place=False)
-    work = Beside(work_beside(out), key)
+    work = Beside(work_for(out), key)
     with locked(work.path, f"folding into {str(out)!r}"):
         try:
             work.begin()
@@ -348,6 +349,7 @@ class Fold:
         options, checkpoint, plan: what is folded into what.
         let_go: lets go of the mapped adapter's pages.
         hands: who does it.
+        size: bytes of the shards that are written, those of an interrupted fold among them.
     """
 
     options: Options
@@ -357,8 +359,8 @@ class Fold:
     hands: Hands
 
     def __post_init__(self) -> None:
+        self.size = 0
         self._done = 0
-        self._total = 0
         self._lock = threading.Lock()
 
     def job(self, name: str) -> ShardJob:
@@ -382,7 +384,7 @@ class Fold:
             FoldError: if there is no room for them, or a result is not finite.
         """
         sizes = {name: self.job(name).size for name in [*names, *done]}
-        self._total = sum(sizes.values())
+        self.size = sum(sizes.values())
         self._done = sum(sizes[name] for name in done)
         _check_room(work, [sizes[name] for name in names])
         if self.hands.workers > 1 and len(names) > 1:
@@ -407,7 +409,7 @@ class Fold:
         with self._lock:
             self._done += count
             if self.hands.progress is not None:
-                self.hands.progress(self._done, self._total)
+                self.hands.progress(self._done, self.size)
 
 
 def job_of(
@@ -444,7 +446,10 @@ def _check_room(work: Beside | InPlace, sizes: list[int]) -> None:
     needed = (max(sizes, default=0) if isinstance(work, InPlace) else sum(sizes)) + (1 << 20)
     free = shutil.disk_usage(work.path).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"it needs {needed / 1e6:,.0f} MB, and the disk has {free / 1e6:,.0f} MB left")
+        raise FoldError(
+            f"folding needs {needed / 1e6:,.0f} MB in {str(work.path.parent)!r}, and {free / 1e6:,.0f} MB are free; "
+            "make room on that disk, or give another directory"
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _checked_target(
@@ -471,13 +476,19 @@ def _checked_target(
     try:
         if target.exists() and not target.is_dir():
             raise FoldError(f"{str(out)!r} is a file; give a directory to make")
-        if target.is_dir() and any(target.iterdir()):
+        is_begun = is_fixed(target) and Beside(work_for(target), "").known_key() is not None
+        if target.is_dir() and any(target.iterdir()) and not is_begun:
             if not overwrite:
                 raise FoldError(f"{str(out)!r} is not empty; overwrite=True (--overwrite) replaces a model directory")
             if not (target / CONFIG).is_file():
                 raise FoldError(
                     f"{str(out)!r} holds files but no {CONFIG}, so it is no model directory, and nothing replaces it; "
                     "give another directory, or empty this one"
+                )
+            if is_fixed(target):
+                raise FoldError(
+                    f"{str(out)!r} is a mount, or where you stand, so that nothing can take its place in one step; "
+                    "empty it, or give another directory"
                 )
     except OSError as error:
         raise FoldError(_why_not_written(out, error)) from error
@@ -549,7 +560,7 @@ def _report(
         trained=tuple(change.name for change in plan.changes if change.is_whole),
         shards=shards,
         resumed=resumed,
-        bytes_written=fold._total,
+        bytes_written=fold.size,
         seconds=0.0,
         notes=notes,
     )

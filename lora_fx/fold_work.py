@@ -25,14 +25,24 @@ from .errors import FoldError
 from .fold_results import FoldedSite
 
 _LOCK, _JOB, _PARTS, _NEW, _ASIDE = "lock", "job.json", "parts", "new", "aside"
+_CONFIG = "config.json"  # without which nobody loads the rest
 _READY, _SWAP, _OLD = "ready-", "swap-", "old-"
 IN_PLACE = ".lora_fx-fold"  # in the checkpoint's directory, with which it travels
 
 
-def work_beside(out: Path) -> Path:
-    """The directory in which `out` is made ready."""
+def work_for(out: Path) -> Path:
+    """The directory in which `out` is made ready: beside it, or in it, if it cannot be exchanged for another."""
+    if is_fixed(out):
+        return out / IN_PLACE
     place = next(parent for parent in out.parents if parent.exists())
     return place / f".{out.name[:100]}.lora_fx-fold"
+
+
+def is_fixed(out: Path) -> bool:
+    """Whether a directory has to stay: it is a mount, or where somebody stands, or alone may be written to."""
+    if not out.is_dir():
+        return False
+    return os.path.ismount(out) or os.path.samefile(out, os.getcwd()) or not os.access(out.parent, os.W_OK)
 
 
 @contextlib.contextmanager
@@ -144,8 +154,13 @@ class Beside(Work):
         sync_directory(self.new)
 
     def publish(self, out: Path) -> None:
-        """Let the directory take its place, where there is none, or one to replace."""
-        if not out.is_dir() or not any(out.iterdir()):
+        """Let the directory take its place, where there is none, or one to replace; or its files, one by one."""
+        if self.path.parent == out:
+            last = (_CONFIG, *(name for name in os.listdir(self.new) if name.endswith(".index.json")))
+            for name in sorted(os.listdir(self.new), key=lambda name: (name in last, name)):
+                os.replace(self.new / name, out / name)
+            sync_directory(out)
+        elif not out.is_dir() or not any(out.iterdir()):
             rename_to(self.new, out)
         elif not replace_directory(self.new, out):
             raise FoldError(

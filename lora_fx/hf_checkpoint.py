@@ -102,7 +102,7 @@ def read_json(path: Path, error: type[LoraFxError]) -> dict[str, Any]:
             raise ValueError("it is too large to be one")
         found = json.loads(path.read_bytes().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as cause:
-        raise error(f"{str(path)!r} is no readable JSON file: {cause}; copy it whole") from cause
+        raise error(f"{str(path)!r} is no readable JSON file: {cause}; mend it, or copy it anew") from cause
     if not isinstance(found, dict):
         raise error(f"{str(path)!r} holds a JSON {type(found).__name__}, and must hold an object; copy it anew")
     return found

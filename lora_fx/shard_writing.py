@@ -37,7 +37,7 @@ from .merging import (
     norm_of_sum,
     sum_dtype,
 )
-from .stored_tensors import StoredFile, StoredTensor, bytes_of, read_into, read_rows, with_tensor
+from .stored_tensors import SHORTER, StoredFile, StoredTensor, bytes_of, read_into, read_rows, with_tensor
 
 _COPIED = 1 << 26  # bytes that are copied, or a piece of them, between two reports of progress
 _PIECE = 1 << 18  # elements of a tensor that takes the place of another
@@ -106,7 +106,8 @@ def write_shard(job: ShardJob, target: Path) -> list[FoldedSite]:
     header = job.header
     moved = 8 + len(header) - job.source.data_start
     with open(job.source.path, "rb") as source, open(target, "xb") as into:
-        os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         into.write(len(header).to_bytes(8, "little") + header)
         into.flush()
         job.told(8 + len(header))
@@ -186,7 +187,7 @@ class _Writer:
                 self._in_kernel = False
             else:
                 if done == 0:
-                    raise OSError("the file has become shorter while it was read")
+                    raise FoldError(SHORTER)
                 self._told(done)
                 return done
         buffer = memoryview(bytearray(min(count, 1 << 20)))

@@ -12,7 +12,7 @@ from typing import Any
 import safetensors
 import torch
 
-from .errors import LoraFxError
+from .errors import FoldError, LoraFxError
 
 # safetensors' names of types.
 DTYPES = {
@@ -21,6 +21,7 @@ DTYPES = {
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+SHORTER = "the checkpoint changed while it was read; let nobody write to it meanwhile, and call again"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -119,12 +120,12 @@ def read_into(descriptor: int, start: int, buffer: memoryview) -> None:
     """Fill a buffer from a place in a file.
 
     Raises:
-        OSError: if the file ends before.
+        FoldError: if the file ends before.
     """
     while len(buffer):
         count = os.preadv(descriptor, [buffer], start)
         if count == 0:
-            raise OSError("the file has become shorter while it was read")
+            raise FoldError(SHORTER)
         start, buffer = start + count, buffer[count:]
 
 

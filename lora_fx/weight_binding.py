@@ -141,16 +141,16 @@ def _sources(
     problems = []
     if missing:
         near = closest(missing[0], left)
-        problems.append(f"no tensor for {some_of(map(repr, missing), 5)} ({len(missing)}).{near}")
+        problems.append(f"No tensor for {some_of(map(repr, missing), 5)} ({len(missing)}).{near}")
         parameters = {names[0] for names, tensor in groups if isinstance(tensor, nn.Parameter)}
         if not parameters.issuperset(missing):
-            problems.append("buffers= takes {name: value} of buffers that no file holds")
+            problems.append("buffers= takes {name: value} of buffers that no file holds.")
     if left:
         near = closest(min(left), [name for names, _ in groups for name in names])
-        problems.append(f"no place for {some_of(map(repr, sorted(left)), 5)} ({len(left)}).{near}")
+        problems.append(f"No place for {some_of(map(repr, sorted(left)), 5)} ({len(left)}).{near}")
     if problems or wrong:
-        text = "; ".join([*problems, *wrong[:5]])
-        raise GraphError(f"{where} is not of this graph: {text}. Give the checkpoint that the model's config is of")
+        text = " ".join([*problems, *(f"{each}." for each in wrong[:5])])
+        raise GraphError(f"{where!r} is not of this graph. {text} Give the checkpoint that the model's config is of")
     return found
 
 

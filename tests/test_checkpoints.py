@@ -6,6 +6,7 @@ import filecmp
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_fuzzing import changed
 from test_variants import VARIANTS, moved
 from torch import nn
 from zoo import BY_NAME, injected, randomise, traced
 
 import lora_fx
-from lora_fx import AdapterError, FoldError, checkpoint, fold_work, merging
+from lora_fx import AdapterError, FoldError, LoraFxError, checkpoint, fold_work, merging
+from lora_fx.adapter_arrays import map_adapter
+from lora_fx.checkpoint_plan import plan_fold
+from lora_fx.hf_checkpoint import read_checkpoint
 from lora_fx.hf_models import load_model
 
 LLAMA = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 1}
@@ -160,6 +165,30 @@ def test_what_is_trained_as_it_is_takes_the_base_s_place(tmp_path: Path) -> None
     assert [site.path for site in report.sites] == ["embed", "fc"]
     assert "replaced, because the adapter trained them in full: " in str(report)
     assert report.to_dict()["shards"] == 2
+
+
+def test_parts_of_a_packed_projection_are_folded_as_the_whole_that_the_file_has(tmp_path: Path) -> None:
+    """With scalings that are no powers of two of each other, whose B stands in the file once more."""
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(7, 15)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).split(5, -1)
+            return q * k + v
+
+    gm = lora_fx.trace(Packed(), torch.randn(2, 7))
+    config = {"r": 3, "lora_alpha": 7, "target_modules": ["qkv[q]", "qkv[v]"], "alpha_pattern": {"qkv[v]": 5}}
+    adapted = randomise(lora_fx.inject(gm, config))
+    lora_fx.save_adapter(adapted, tmp_path / "adapter")
+    assert "base_model.model.qkv[v].lora_B.weight" in load_file(tmp_path / "adapter/adapter_model.safetensors")
+    base = write_base(gm.state_dict(), tmp_path / "base", 1)
+    lora_fx.fold_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    got, wanted = tensors_of(tmp_path / "out")["qkv.weight"], lora_fx.fold(adapted).state_dict()["qkv.weight"]
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+    assert torch.equal(got[5:10], gm.state_dict()["qkv.weight"][5:10])
 
 
 # Files of transformers and PEFT ----------------------------------------------------------------------
@@ -336,7 +365,7 @@ def test_two_at_once_are_one_too_many(tmp_path: Path) -> None:
     adapter = _mlp_adapter(tmp_path)
     base = write_base(traced(BY_NAME["mlp"]).state_dict(), tmp_path / "base")
     for out, in_place in ((tmp_path / "out", False), (base, True)):
-        work = base / fold_work.IN_PLACE if in_place else fold_work.work_beside(out)
+        work = base / fold_work.IN_PLACE if in_place else fold_work.work_for(out)
         with (
             fold_work.locked(work, "testing"),
             pytest.raises(FoldError, match="another process is folding into .*; let it end, or end it"),
@@ -344,6 +373,32 @@ def test_two_at_once_are_one_too_many(tmp_path: Path) -> None:
             lora_fx.fold_checkpoint(base, adapter, out, in_place=in_place)
         lora_fx.fold_checkpoint(base, adapter, out, in_place=in_place)  # a lock that nobody holds is no lock
         assert not work.exists()
+
+
+def test_an_empty_directory_that_has_to_stay_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the user stands, or a mount: its name cannot go to another directory."""
+    adapter = _mlp_adapter(tmp_path)
+    base = write_base(traced(BY_NAME["mlp"]).state_dict(), tmp_path / "base", 2, model_type="x")
+    lora_fx.fold_checkpoint(base, adapter, tmp_path / "whole")
+    (tmp_path / "out").mkdir()
+    inode = (tmp_path / "out").stat().st_ino
+    monkeypatch.chdir(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(fold_work.Beside, "publish", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lora_fx.fold_checkpoint(base, adapter, ".")
+    report = lora_fx.fold_checkpoint(base, adapter, ".")
+    assert report.resumed == 2
+    assert (tmp_path / "out").stat().st_ino == inode
+    names = os.listdir(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(names)
+    assert filecmp.cmpfiles(tmp_path / "whole", tmp_path / "out", names, shallow=False)[0] == names
+    with pytest.raises(FoldError, match="or where you stand"):
+        lora_fx.fold_checkpoint(base, adapter, ".", overwrite=True)
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_result_that_is_not_finite_leaves_everything_as_it_was(tmp_path: Path) -> None:
@@ -373,3 +428,23 @@ def test_a_header_of_its_own_and_tensors_in_any_order_stay(tmp_path: Path) -> No
         assert file.metadata() == {"more": "x y"}
         assert file.keys() == sorted(tensors) or set(file.keys()) == set(tensors)
         assert torch.equal(file.get_tensor("n"), torch.arange(5))
+
+
+def test_what_was_changed_at_random_is_refused_or_taken(tmp_path: Path) -> None:
+    """Shards, index, config.json and the adapter: an error of our tree, or a plan, and nothing else."""
+    adapter = _mlp_adapter(tmp_path)
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    base = write_base(traced(BY_NAME["mlp"]).state_dict(), tmp_path / "base", 2, **config)
+    kinds: Counter[str] = Counter()
+    for file in (*sorted(base.iterdir()), adapter / "adapter_model.safetensors"):
+        good = file.read_bytes()
+        for data in changed(good, 200, seed=len(file.name)):
+            file.write_bytes(data)
+            try:
+                arrays, let_go = map_adapter(adapter, integrity="ignored")
+                plan_fold(read_checkpoint(base, FoldError), arrays, let_go)
+                kinds["taken"] += 1
+            except LoraFxError:
+                kinds["refused"] += 1
+        file.write_bytes(good)
+    assert min(kinds["taken"], kinds["refused"]) > 20

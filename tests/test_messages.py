@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import fx, nn
 from zoo import BY_NAME, STACK, injected, randomise, reseal, traced
 
@@ -79,6 +80,12 @@ def written(directory: Path, change: Callable[[dict], dict] = lambda fields: fie
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     reseal(directory)
     return directory
+
+
+def checkpoint(directory: Path, name: str) -> Path:
+    (directory / "base").mkdir()
+    save_file({name: torch.ones(11, 7)}, directory / "base" / "model.safetensors")
+    return directory / "base"
 
 
 # (error, call, fact, context, fix): a fragment of each in the message
@@ -514,6 +521,34 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         "no adapter",
         "the graph",
         "inject(gm, config)",
+    ),
+    "checkpoint": (
+        FoldError,
+        lambda p: lora_fx.fold_checkpoint(written(p / "a"), p / "a", p / "out"),
+        "holds no .safetensors file",
+        "test_each_error",
+        "give a directory that does",
+    ),
+    "checkpoint names": (
+        AdapterError,
+        lambda p: lora_fx.fold_checkpoint(checkpoint(p, "fcl.weight"), written(p / "a"), p / "out"),
+        "no tensor for the adapter's 'fc1.weight'",
+        "Did you mean 'fcl.weight'?",
+        "lora-fx fold MODEL ADAPTER OUT",
+    ),
+    "weights to bind": (
+        GraphError,
+        lambda p: lora_fx.bind_weights(base(), checkpoint(p, "fcl.weight")),
+        "No place for 'fcl.weight' (1). Did you mean",
+        "is not of this graph",
+        "Give the checkpoint",
+    ),
+    "cost": (
+        ConfigError,
+        lambda p: lora_fx.make_plan(base(), config()).cost(devices=0),
+        "devices=0",
+        "must be an integer",
+        "from 1",
     ),
 }
 

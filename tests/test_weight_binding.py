@@ -97,8 +97,8 @@ def _renamed(tensors: dict[str, torch.Tensor]) -> None:
 
 
 CASES = {
-    "renamed": (_renamed, {}, r"no tensor for 'fc.weight' \(1\).*'fc.wait'.*no place for 'fc.wait' \(1\).*'fc.weight'"),
-    "buffer": (dict, {"buffers": {}}, r"no tensor for 'scale' \(1\).*buffers= takes"),
+    "renamed": (_renamed, {}, r"No tensor for 'fc.weight' \(1\).*'fc.wait'.*No place for 'fc.wait' \(1\).*'fc.weight'"),
+    "buffer": (dict, {"buffers": {}}, r"No tensor for 'scale' \(1\).*buffers= takes"),
     "shape": (
         lambda t: t.update({"fc.bias": torch.zeros(12)}), {},
         r"'fc.bias' is torch.float32 \[11\] here, and F32 \[12\] there",
@@ -108,7 +108,7 @@ CASES = {
         lambda t: t.update({"head.weight": torch.zeros(13, 7)}), {},
         "'embed.weight' and 'head.weight' are tied in the graph, and differ",
     ),
-    "unknown buffer": (dict, {"buffers": {"scale": torch.ones(7), "scales": torch.ones(7)}}, "no place for 'scales'"),
+    "unknown buffer": (dict, {"buffers": {"scale": torch.ones(7), "scales": torch.ones(7)}}, "No place for 'scales'"),
     "buffer's shape": (dict, {"buffers": {"scale": torch.ones(8)}}, r"'scale' is torch.float32 \[7\] here"),
 }  # fmt: skip
 

@@ -367,7 +367,7 @@ def test_a_part_of_a_model_takes_its_part_of_the_adapter(bert: Deployed, base: P
 # Large weights beside the graph ----------------------------------------------------------------------
 
 
-def write_large(directory: Path, dtype: type, scale: float = 1.0) -> tuple[Path, Path]:
+def write_large(directory: Path, dtype: type, scale: float = 1.0, *, dora: bool = False) -> tuple[Path, Path]:
     """A graph with all of its weights in a file beside it, and an adapter of them that PEFT could have written."""
     shapes = {"words": (67, 7), "up": (7, 59), "down": (59, 5), "qkv": (5, 60)}  # above 256 bytes
     kept = {f"{name}.weight": np.random.randn(*shape).astype(dtype) for name, shape in shapes.items()}
@@ -391,23 +391,26 @@ def write_large(directory: Path, dtype: type, scale: float = 1.0) -> tuple[Path,
         ends = ("lora_embedding_A", "lora_embedding_B") if name == "words" else ("lora_A.weight", "lora_B.weight")
         for end, shape in zip(ends, ((2, into), (out, 2)), strict=True):
             tensors[f"base_model.model.{name}.{end}"] = scale * np.random.randn(*shape).astype(np.float32)
+        if dora:
+            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = np.random.rand(out).astype(np.float32) + 1
     (directory / "adapter").mkdir()
     save_file(tensors, directory / "adapter" / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": list(shapes)}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": list(shapes), "use_dora": dora}
     (directory / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     return directory / "base.onnx", directory / "adapter"
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
 def test_large_weights_are_folded_while_they_are_written(
-    dtype: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: type, dora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By blocks of a few rows: the same file as of all at once, but for the order in which sums are taken."""
-    base, adapter = write_large(tmp_path, dtype)
-    whole = fold_into_onnx(base, adapter, tmp_path / "whole.onnx")
+    base, adapter = write_large(tmp_path, dtype, dora=dora)
+    whole = fold_into_onnx(base, adapter, tmp_path / "whole.onnx", strength=0.7)
     monkeypatch.setattr(streamed_weights, "BLOCK", 23)
     monkeypatch.setattr(LowRankEdit, "__call__", None)  # which takes all of a weight
-    streamed = fold_into_onnx(base, adapter, tmp_path / "out.onnx")
+    streamed = fold_into_onnx(base, adapter, tmp_path / "out.onnx", strength=0.7)
     values = [onnx.load(tmp_path / f"{each}.onnx").graph.initializer for each in ("base", "whole", "out")]
     for old, one, other in zip(*([numpy_helper.to_array(each) for each in part] for part in values), strict=True):
         np.testing.assert_allclose(other, one, rtol=4 * np.finfo(dtype).eps, atol=1e-6)
