@@ -62,6 +62,7 @@ class World:
     size: int
     mesh: DeviceMesh
     directory: Path
+    base: fx.GraphModule
     gm: fx.GraphModule
     trained: Trained
     tied: fx.GraphModule
@@ -107,10 +108,13 @@ def batch(step: int) -> torch.Tensor:
     return torch.randint(0, 97, (BATCH, 11), generator=torch.Generator().manual_seed(100 + step))
 
 
-def graph(model: nn.Module, **options: object) -> fx.GraphModule:
-    gm = lora_fx.trace(model.eval(), (), {"input_ids": batch(-1), "use_cache": False})
+def traced(model: nn.Module) -> fx.GraphModule:
+    return lora_fx.trace(model.eval(), (), {"input_ids": batch(-1), "use_cache": False})
+
+
+def adapted(gm: fx.GraphModule) -> fx.GraphModule:
     torch.manual_seed(7)
-    return lora_fx.inject(gm, {**CONFIG, **options})
+    return lora_fx.inject(gm, CONFIG)
 
 
 def llama(**options: object) -> nn.Module:
@@ -279,6 +283,35 @@ def check_save_adapter_writes_what_one_process_writes(world: World) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         together = (world.directory / f"together_{world.size}" / name).read_bytes()
         assert together == (world.directory / f"alone_{world.size}_{world.rank}" / name).read_bytes(), name
+
+
+KINDS = {
+    "dora": {"use_dora": True},
+    "lookups": {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]},
+    "rows": {"trainable_token_indices": {"embed_tokens": [3, 5, 8]}},
+    "start": {"init_lora_weights": "pissa"},
+}
+
+
+def check_adapters_of_every_kind_are_read_from_shards(world: World) -> None:
+    ids = world.own(batch(0))
+    for kind, options in KINDS.items():
+        gm = randomised(lora_fx.inject(world.base, {**CONFIG, **options}).to(world.device)).train()
+        tree = sharded(world, copy.deepcopy(gm)).train()
+        for model, part in ((tree, ids), (gm, batch(0).to(world.device))):
+            loss_of(model, part).backward()
+        gradients = [{n: whole(p.grad) for n, p in m.named_parameters() if p.grad is not None} for m in (tree, gm)]
+        assert gradients[0].keys() == gradients[1].keys(), kind
+        largest = max(float(gradient.abs().max()) for gradient in gradients[1].values())
+        for name, gradient in gradients[1].items():
+            assert float((gradients[0][name] - gradient).abs().max()) <= LOSS_TOLERANCE * largest, (kind, name)
+        for name, model in (("together", tree), (f"alone_{world.rank}", gm)):
+            lora_fx.save_adapter(model, world.directory / kind / name)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            found, expected = (world.directory / kind / w / name for w in ("together", f"alone_{world.rank}"))
+            assert found.read_bytes() == expected.read_bytes(), (kind, name)
+        folded = [lora_fx.fold(model).state_dict() for model in (tree, gm)]
+        assert_same(*(list(each.values()) for each in folded))
 
 
 def check_a_failed_save_fails_in_every_process(world: World) -> None:
@@ -474,6 +507,7 @@ def randomised(gm: fx.GraphModule) -> fx.GraphModule:
 
 # Where the number of processes makes no other thing of it, two are enough; and a mesh of two dimensions needs four.
 OF_TWO = {
+    check_adapters_of_every_kind_are_read_from_shards,
     check_a_failed_save_fails_in_every_process,
     check_a_sharded_graph_computes_what_the_whole_one_does,
     check_adapters_are_switched_and_found_on_shards,
@@ -525,11 +559,13 @@ def main(device: str, out: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     model = llama()  # which has to live for its graph to be had in bfloat16
-    gm = graph(model)
+    base = traced(model)
+    gm = adapted(base)
     start = {
+        "base": base,
         "gm": gm,
         "trained": alone(gm),
-        "tied": graph(llama(tie_word_embeddings=True, num_key_value_heads=2)),
+        "tied": adapted(traced(llama(tie_word_embeddings=True, num_key_value_heads=2))),
         "modes": dropping(),
         "narrow": lora_fx.unflatten(gm, dtype=torch.bfloat16),
     }
