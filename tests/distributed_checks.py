@@ -294,24 +294,27 @@ KINDS = {
 
 
 def check_adapters_of_every_kind_are_read_from_shards(world: World) -> None:
-    ids = world.own(batch(0))
+    everything = batch(0).to(world.device)
     for kind, options in KINDS.items():
         gm = randomised(lora_fx.inject(world.base, {**CONFIG, **options}).to(world.device)).train()
-        tree = sharded(world, copy.deepcopy(gm)).train()
-        for model, part in ((tree, ids), (gm, batch(0).to(world.device))):
-            loss_of(model, part).backward()
-        gradients = [{n: whole(p.grad) for n, p in m.named_parameters() if p.grad is not None} for m in (tree, gm)]
-        assert gradients[0].keys() == gradients[1].keys(), kind
-        largest = max(float(gradient.abs().max()) for gradient in gradients[1].values())
-        for name, gradient in gradients[1].items():
-            assert float((gradients[0][name] - gradient).abs().max()) <= LOSS_TOLERANCE * largest, (kind, name)
-        for name, model in (("together", tree), (f"alone_{world.rank}", gm)):
-            lora_fx.save_adapter(model, world.directory / kind / name)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            found, expected = (world.directory / kind / w / name for w in ("together", f"alone_{world.rank}"))
-            assert found.read_bytes() == expected.read_bytes(), (kind, name)
-        folded = [lora_fx.fold(model).state_dict() for model in (tree, gm)]
-        assert_same(*(list(each.values()) for each in folded))
+        loss_of(gm, everything).backward()
+        expected = {name: p.grad for name, p in gm.named_parameters() if p.grad is not None}
+        largest = max(float(gradient.abs().max()) for gradient in expected.values())
+        out = world.directory / f"{kind}_alone_{world.rank}"
+        lora_fx.save_adapter(gm, out)
+        folded = list(lora_fx.fold(gm).state_dict().values())
+        split, tree = lora_fx.distribute(gm, world.mesh), sharded(world, copy.deepcopy(gm))
+        for way, model, ids in (("split", split, everything), ("sharded", tree, world.own(batch(0)))):
+            loss_of(model.train(), ids).backward()
+            found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+            assert found.keys() == expected.keys(), (kind, way)
+            for name, gradient in expected.items():
+                assert float((found[name] - gradient).abs().max()) <= LOSS_TOLERANCE * largest, (kind, way, name)
+            together = world.directory / f"{kind}_{way}"
+            lora_fx.save_adapter(model, together)
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                assert (together / name).read_bytes() == (out / name).read_bytes(), (kind, way, name)
+            assert_same(list(lora_fx.fold(model).state_dict().values()), folded)
 
 
 def check_a_failed_save_fails_in_every_process(world: World) -> None:
