@@ -307,6 +307,7 @@ class _Writer:
         if key not in self._calls:
             compiled = fx.GraphModule(self._gm.get_submodule(part.block), part.graph)
             self._calls[key] = _call_of(type(compiled).forward, part.graph)
+            part.graph.owning_module = None  # which holds the parameters of now
         return self._calls[key]
 
 
