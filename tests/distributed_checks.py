@@ -402,6 +402,7 @@ def check_split_weights_train_as_one_process(world: World) -> None:
         is_split = side is not None and side != whole_side
         assert isinstance(parameter, DTensor) == (is_split or parameter.requires_grad), name
         assert not is_split or parameter.to_local().numel() * world.size == parameter.numel(), name
+    assert "the other order" in str(raised(lora_fx.GraphError, lambda: lora_fx.unflatten(split)))
     losses = train(split, adamw(lora_fx.lora_parameters(split)), range(STEPS), lambda ids: ids.to(world.device))
     assert_as_alone(world, losses, split, world.trained)
 
