@@ -288,8 +288,7 @@ def check_save_adapter_writes_what_one_process_writes(world: World) -> None:
 KINDS = {
     "dora": {"use_dora": True},
     "lookups": {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]},
-    "rows": {"trainable_token_indices": {"embed_tokens": [3, 5, 8]}},
-    "start": {"init_lora_weights": "pissa"},
+    "rows": {"trainable_token_indices": {"embed_tokens": [3, 5, 8]}, "init_lora_weights": "pissa"},
 }
 
 
@@ -457,12 +456,14 @@ def check_heads_that_do_not_divide_are_refused(world: World) -> None:
 
 
 def check_what_cannot_be_done_with_shards_says_so(world: World) -> None:
+    saved = world.directory / f"saved_{world.rank}"
+    lora_fx.save_adapter(world.gm, saved)
     tree = sharded(world, world.gm)
     before = [whole(p).clone() for p in tree.parameters()]
     refused = {
         "inject": lambda: lora_fx.inject(tree, CONFIG, adapter_name="other"),
         "unflatten": lambda: lora_fx.unflatten(tree),
-        "optimize": lambda: lora_fx.optimize(tree),
+        "load": lambda: lora_fx.load_adapter(tree, saved, adapter_name="other"),
         "swap": lambda: lora_fx.swap_adapter(tree, "default", {"x": torch.ones(1)}),
         "delete": lambda: lora_fx.delete_adapter(tree, "default"),
         "check": lambda: lora_fx.check_effect(tree),
@@ -512,6 +513,8 @@ def randomised(gm: fx.GraphModule) -> fx.GraphModule:
 # Where the number of processes makes no other thing of it, two are enough; and a mesh of two dimensions needs four.
 OF_TWO = {
     check_adapters_of_every_kind_are_read_from_shards,
+    check_fold_gives_what_one_process_folds,
+    check_save_adapter_writes_what_one_process_writes,
     check_a_failed_save_fails_in_every_process,
     check_a_sharded_graph_computes_what_the_whole_one_does,
     check_adapters_are_switched_and_found_on_shards,
