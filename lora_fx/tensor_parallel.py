@@ -105,8 +105,8 @@ def distribute(
     plan = tensor_parallel_plan(gm, mesh.size()) if plan is None else _checked_plan(gm, plan, mesh.size())
     if not plan:
         raise TargetError(
-            f"there is nothing to split over {mesh.size()} processes: no site has a name that says how, or none divides "
-            "by that. Write a plan: {site: 'colwise' or 'rowwise'}; find_sites(gm) lists the sites"
+            f"there is nothing to split over {mesh.size()} processes: no site has a name that says how, or none "
+            "divides by that. Write a plan: {site: 'colwise' or 'rowwise'}; find_sites(gm) lists the sites"
         )
     result = copy_sharing_tensors(gm)
     splits = _splits(result, plan)
