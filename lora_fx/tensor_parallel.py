@@ -86,7 +86,7 @@ def distribute(
 
     Raises:
         ConfigError: if the mesh has several dimensions, or the plan says something else.
-        TargetError: if the plan names no site, or one that cannot be split so.
+        TargetError: if the plan names no site, or one that cannot be split so, or nothing at all.
         GraphError: if an op of the graph cannot be run on parts, or `gm` is optimised, folded, batched or sharded.
     """
     gm = checked_graph_module(gm)
@@ -103,6 +103,11 @@ def distribute(
             "made from"
         )
     plan = tensor_parallel_plan(gm, mesh.size()) if plan is None else _checked_plan(gm, plan, mesh.size())
+    if not plan:
+        raise TargetError(
+            f"there is nothing to split over {mesh.size()} processes: no site has a name that says how, or none "
+            "divides by that. Write a plan: {site: 'colwise' or 'rowwise'}; find_sites(gm) lists the sites"
+        )
     result = copy_sharing_tensors(gm)
     splits = _splits(result, plan)
     _spread(result, mesh, splits)
@@ -333,7 +338,7 @@ def _compare(gm: fx.GraphModule, result: LoraGraphModule) -> None:
     mode = False if False not in record.untraceable else gm.training
     outputs = []
     for each in (other, result):
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             try:
                 outputs.append(pytree.tree_leaves(each.train(mode)(*args, **kwargs)))

@@ -87,7 +87,8 @@ def unflatten(
     of a block alone, they set what it holds as a module (the adapters' dropout), as they do for `gm`.
 
     Args:
-        gm: a graph module, injected or not; it is untouched, tensors are shared.
+        gm: a graph module, injected or not; it is untouched, tensors are shared. Let go of it before sharding the tree:
+            its parameters hold the whole tensors.
         blocks: names of more modules to be blocks, inside layers or beside them, as in target_modules.
         dtype: what it is going to compute in under `MixedPrecisionPolicy(param_dtype=dtype)`: the graph's own dtypes
             are then those of the model with its parameters in that dtype. Parameters and buffers stay as they are.
@@ -101,13 +102,7 @@ def unflatten(
     gm = checked_graph_module(gm)
     check_editable(gm)
     _check_arguments(blocks, dtype)
-    if isinstance(record_of(gm).lowering, Blocks):
-        raise GraphError("this graph is a tree of blocks already; unflatten the graph that it was made from")
-    if record_of(gm).lowering is not None:
-        raise GraphError(
-            "this graph comes from optimize, whose fused calls belong to no block; unflatten the graph that it was "
-            "made from: lora_fx.unflatten(lora_fx.inject(gm, config))"
-        )
+    _check_plain(record_of(gm).lowering)
     result = copy_sharing_tensors(gm)
     paths = _block_paths(result, blocks)
     if dtype is not None:
@@ -117,6 +112,21 @@ def unflatten(
     record_of(result).lowering = Blocks(tuple(paths))
     result.recompile()
     return result
+
+
+def _check_plain(lowering: Lowering | None) -> None:
+    if isinstance(lowering, Blocks):
+        raise GraphError("this graph is a tree of blocks already; unflatten the graph that it was made from")
+    if lowering is not None and lowering.trains_only:
+        raise GraphError(
+            "this graph comes from optimize, whose fused calls belong to no block; unflatten the graph that it was "
+            "made from: lora_fx.unflatten(lora_fx.inject(gm, config))"
+        )
+    if lowering is not None:
+        raise GraphError(
+            "this graph is distributed, and its parameters lie where they are; take the other order: "
+            "lora_fx.distribute(lora_fx.unflatten(gm), mesh)"
+        )
 
 
 def _check_arguments(blocks: object, dtype: object) -> None:
@@ -307,6 +317,7 @@ class _Writer:
         if key not in self._calls:
             compiled = fx.GraphModule(self._gm.get_submodule(part.block), part.graph)
             self._calls[key] = _call_of(type(compiled).forward, part.graph)
+            part.graph.owning_module = None  # which holds the parameters of now
         return self._calls[key]
 
 

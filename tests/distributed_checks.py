@@ -62,6 +62,7 @@ class World:
     size: int
     mesh: DeviceMesh
     directory: Path
+    base: fx.GraphModule
     gm: fx.GraphModule
     trained: Trained
     tied: fx.GraphModule
@@ -107,10 +108,13 @@ def batch(step: int) -> torch.Tensor:
     return torch.randint(0, 97, (BATCH, 11), generator=torch.Generator().manual_seed(100 + step))
 
 
-def graph(model: nn.Module, **options: object) -> fx.GraphModule:
-    gm = lora_fx.trace(model.eval(), (), {"input_ids": batch(-1), "use_cache": False})
+def traced(model: nn.Module) -> fx.GraphModule:
+    return lora_fx.trace(model.eval(), (), {"input_ids": batch(-1), "use_cache": False})
+
+
+def adapted(gm: fx.GraphModule) -> fx.GraphModule:
     torch.manual_seed(7)
-    return lora_fx.inject(gm, {**CONFIG, **options})
+    return lora_fx.inject(gm, CONFIG)
 
 
 def llama(**options: object) -> nn.Module:
@@ -281,6 +285,37 @@ def check_save_adapter_writes_what_one_process_writes(world: World) -> None:
         assert together == (world.directory / f"alone_{world.size}_{world.rank}" / name).read_bytes(), name
 
 
+KINDS = {
+    "dora": {"use_dora": True},
+    "lookups": {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]},
+    "rows": {"trainable_token_indices": {"embed_tokens": [3, 5, 8]}, "init_lora_weights": "pissa"},
+}
+
+
+def check_adapters_of_every_kind_are_read_from_shards(world: World) -> None:
+    everything = batch(0).to(world.device)
+    for kind, options in KINDS.items():
+        gm = randomised(lora_fx.inject(world.base, {**CONFIG, **options}).to(world.device)).train()
+        loss_of(gm, everything).backward()
+        expected = {name: p.grad for name, p in gm.named_parameters() if p.grad is not None}
+        largest = max(float(gradient.abs().max()) for gradient in expected.values())
+        out = world.directory / f"{kind}_alone_{world.rank}"
+        lora_fx.save_adapter(gm, out)
+        folded = list(lora_fx.fold(gm).state_dict().values())
+        split, tree = lora_fx.distribute(gm, world.mesh), sharded(world, copy.deepcopy(gm))
+        for way, model, ids in (("split", split, everything), ("sharded", tree, world.own(batch(0)))):
+            loss_of(model.train(), ids).backward()
+            found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+            assert found.keys() == expected.keys(), (kind, way)
+            for name, gradient in expected.items():
+                assert float((found[name] - gradient).abs().max()) <= LOSS_TOLERANCE * largest, (kind, way, name)
+            together = world.directory / f"{kind}_{way}"
+            lora_fx.save_adapter(model, together)
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                assert (together / name).read_bytes() == (out / name).read_bytes(), (kind, way, name)
+            assert_same(list(lora_fx.fold(model).state_dict().values()), folded)
+
+
 def check_a_failed_save_fails_in_every_process(world: World) -> None:
     tree = sharded(world, world.gm)
     for error, others in ((OSError("disk full"), lora_fx.AdapterError), (MemoryError("none"), lora_fx.LoraFxError)):
@@ -366,6 +401,7 @@ def check_split_weights_train_as_one_process(world: World) -> None:
         is_split = side is not None and side != whole_side
         assert isinstance(parameter, DTensor) == (is_split or parameter.requires_grad), name
         assert not is_split or parameter.to_local().numel() * world.size == parameter.numel(), name
+    assert "the other order" in str(raised(lora_fx.GraphError, lambda: lora_fx.unflatten(split)))
     losses = train(split, adamw(lora_fx.lora_parameters(split)), range(STEPS), lambda ids: ids.to(world.device))
     assert_as_alone(world, losses, split, world.trained)
 
@@ -420,12 +456,14 @@ def check_heads_that_do_not_divide_are_refused(world: World) -> None:
 
 
 def check_what_cannot_be_done_with_shards_says_so(world: World) -> None:
+    saved = world.directory / f"saved_{world.rank}"
+    lora_fx.save_adapter(world.gm, saved)
     tree = sharded(world, world.gm)
     before = [whole(p).clone() for p in tree.parameters()]
     refused = {
         "inject": lambda: lora_fx.inject(tree, CONFIG, adapter_name="other"),
         "unflatten": lambda: lora_fx.unflatten(tree),
-        "optimize": lambda: lora_fx.optimize(tree),
+        "load": lambda: lora_fx.load_adapter(tree, saved, adapter_name="other"),
         "swap": lambda: lora_fx.swap_adapter(tree, "default", {"x": torch.ones(1)}),
         "delete": lambda: lora_fx.delete_adapter(tree, "default"),
         "check": lambda: lora_fx.check_effect(tree),
@@ -474,6 +512,9 @@ def randomised(gm: fx.GraphModule) -> fx.GraphModule:
 
 # Where the number of processes makes no other thing of it, two are enough; and a mesh of two dimensions needs four.
 OF_TWO = {
+    check_adapters_of_every_kind_are_read_from_shards,
+    check_fold_gives_what_one_process_folds,
+    check_save_adapter_writes_what_one_process_writes,
     check_a_failed_save_fails_in_every_process,
     check_a_sharded_graph_computes_what_the_whole_one_does,
     check_adapters_are_switched_and_found_on_shards,
@@ -525,11 +566,13 @@ def main(device: str, out: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     model = llama()  # which has to live for its graph to be had in bfloat16
-    gm = graph(model)
+    base = traced(model)
+    gm = adapted(base)
     start = {
+        "base": base,
         "gm": gm,
         "trained": alone(gm),
-        "tied": graph(llama(tie_word_embeddings=True, num_key_value_heads=2)),
+        "tied": adapted(traced(llama(tie_word_embeddings=True, num_key_value_heads=2))),
         "modes": dropping(),
         "narrow": lora_fx.unflatten(gm, dtype=torch.bfloat16),
     }

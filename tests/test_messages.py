@@ -501,6 +501,13 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         "plan=",
         "'colwise' or 'rowwise'",
     ),
+    "a plan of nothing": (
+        TargetError,
+        lambda p: lora_fx.distribute(injected(STACK, traced(STACK)), mesh(1), {}),
+        "nothing to split",
+        "2 processes",
+        "Write a plan",
+    ),
     "a plan of no site": (
         TargetError,
         lambda p: lora_fx.distribute(adapted(), mesh(1), {"fc9": "rowwise"}),

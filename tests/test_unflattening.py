@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -218,6 +219,20 @@ def test_hooks_on_a_block_hear_its_inputs_and_may_exchange_its_parameters() -> N
     tree.get_submodule("body.layers.1").register_forward_pre_hook(exchange)
     assert_same_bits([tree(x)], [expected])
     assert heard == [x.shape]
+
+
+def test_nothing_but_the_modules_holds_parameters() -> None:
+    """What shards a model wants the memory of the whole one back."""
+    tree = lora_fx.unflatten(injected(STACK, lora_fx.trace(STACK.model(), *STACK.arguments()[0]))).train()
+    gone = []
+    for module in tree.modules():
+        for name, parameter in list(module._parameters.items()):
+            gone.append(weakref.ref(parameter))
+            module._parameters[name] = nn.Parameter(parameter.detach().clone())
+    del parameter
+    gc.collect()
+    assert len(gone) > 20
+    assert not any(reference() is not None for reference in gone)
 
 
 def test_a_block_alone_keeps_the_graph_of_the_tree() -> None:
