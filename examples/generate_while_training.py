@@ -21,7 +21,9 @@ PROMPT = torch.tensor([list(b"The ")])
 
 def generated(model: torch.nn.Module) -> list[int]:
     """Greedy, with the model's own key/value cache."""
-    tokens = model.generate(PROMPT, max_new_tokens=12, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0)
+    tokens = model.generate(
+        PROMPT, max_new_tokens=12, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0
+    )
     return tokens[0].tolist()
 
 

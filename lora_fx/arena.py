@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 from torch import fx, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -43,7 +44,7 @@ def lay_out(parameters: Iterable[nn.Parameter]) -> None:
 def _with_own_storage(part: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
     """The part as a tensor whose storage is that part of the memory, and remembers all of it."""
     try:
-        own = torch.from_dlpack(part)
+        own = torch.utils.dlpack.from_dlpack(part)
     except (BufferError, RuntimeError, TypeError):  # a device without DLPack
         return part
     if own.data_ptr() != part.data_ptr():

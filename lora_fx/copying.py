@@ -19,8 +19,12 @@ from .tensor_reads import PLACES
 
 Memo = dict[int, Any]
 
-# Of a graph module: made anew, or copied by hand below.
+# Under which a graph module keeps what replaced its `forward` on the instance, when views follow it.
+WRAPPER = "_wrapper_of_forward"
+
+# Of a graph module: made anew, or copied by hand below. What replaced `forward`, as Accelerate does, is the instance's.
 _OWN = {"_modules", "_parameters", "_buffers", "_graph", "_compiled_views", PLACES}
+_OWN |= {"forward", "_original_forward", WRAPPER}
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
