@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .quantized import shared_state
 from .tensor_reads import PLACES
 
 Memo = dict[int, Any]
@@ -76,9 +77,13 @@ def copy_hooks(source: nn.Module, target: nn.Module) -> None:
 
 
 def share_tensors(module: nn.Module) -> Memo:
-    """A memo in which buffers and plain tensor attributes stand for themselves; parameters are for the caller."""
+    """A memo in which buffers and plain tensor attributes stand for themselves; parameters are for the caller.
+
+    Weights that are stored in a few bits stand for themselves, too.
+    """
     plain = (value for part in module.modules() for value in part.__dict__.values() if isinstance(value, torch.Tensor))
-    return {id(tensor): tensor for tensor in (*module.buffers(), *plain)}
+    quantized = (part for module in module.modules() for part in shared_state(module))
+    return {id(part): part for part in (*module.buffers(), *plain, *quantized)}
 
 
 @contextmanager

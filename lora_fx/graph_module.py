@@ -451,7 +451,7 @@ def copy_sharing_tensors(gm: fx.GraphModule) -> LoraGraphModule:
     original's `requires_grad` alone; ties stay ties. Buffers and constants are the same tensors.
     """
     memo = share_tensors(gm)
-    for parameter in gm.parameters():
+    for parameter in (parameter for parameter in gm.parameters() if id(parameter) not in memo):
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
     memo |= {id(tensor): tensor for tensor in record_of(gm).originals.values()}
     token = _UNCOMPILED.set(True)
