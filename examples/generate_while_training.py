@@ -2,8 +2,8 @@
 
     python examples/generate_while_training.py
 
-`fold(gm, inplace=True)` writes scaling · B @ A into the model's own weights, `unfold(gm)` takes it back bit for bit, and
-training goes on.
+`fold(gm, inplace=True)` writes scaling · B @ A into the model's own weights, `unfold(gm)` takes it back bit for bit,
+and training goes on.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def main(steps: int = 20) -> dict[str, float]:
         accelerator.save_model(model, f"{directory}/all")  # base and adapters
         written = safetensors.torch.load_file(f"{directory}/all/model.safetensors")
         assert written.keys() == trained.keys()
-        lora_fx.save_adapter(accelerator.unwrap_model(model), f"{directory}/adapter")  # PEFT's two files
+        gm = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # no autocast from here on
+        lora_fx.save_adapter(gm, f"{directory}/adapter")  # PEFT's two files
         fresh = lora_fx.load_adapter(lora_fx.trace(tiny_llama(), (), example_batch()), f"{directory}/adapter")
     with torch.no_grad():
         one, other = (graph.eval()(**example_batch(4)).loss for graph in (gm, fresh))

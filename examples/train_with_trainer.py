@@ -60,6 +60,7 @@ def main(steps: int = 20, *, bf16: bool = False) -> dict[str, float]:
         resumed = trainer_of(again, other, steps, bf16=bf16)
         resumed.train(resume_from_checkpoint=f"{directory}/checkpoint-{steps // 2}")
     pairs = zip(lora_fx.lora_parameters(gm), lora_fx.lora_parameters(again), strict=True)
+    trainer.accelerator.unwrap_model(gm, keep_fp32_wrapper=False)  # no autocast from here on
     with torch.no_grad():
         difference = max(float((one - other).abs().max()) for one, other in pairs)
         logits = lora_fx.fold(gm.eval())(**example_batch(4)).logits

@@ -22,6 +22,7 @@ from .graph_module import ROLE, record_of
 from .layouts import Layout
 from .ops import ON_WEIGHT, Use, uses_of
 from .ops.use import argument, operands_of, writer_of
+from .quantized import unpack
 from .slices import is_pieces, is_slice, slice_dimension, slice_of
 
 _aten = torch.ops.aten
@@ -395,7 +396,7 @@ def _application(
     rows = origin.sliced(1 if stored_in_out else 0)
     if isinstance(rows, str):
         return refused(_path_of(weight), rows) if use.is_certain else None
-    if not parameter.is_floating_point():
+    if not (parameter.is_floating_point() or use.family.is_quantized):
         return refused(_path_of(weight), f"{attribute} is {parameter.dtype}, which LoRA cannot be added to")
     if reason := scope.reason or _reason_not_plain(use, scope, parameters, reading.names[attribute]):
         return refused(_path_of(weight), reason)
@@ -446,7 +447,7 @@ def _module_reason(module: nn.Module) -> str | None:
         return "its forward was replaced on the instance, which symbolic_trace hides; lora_fx.trace sees through it"
     if "weight" not in module._parameters:
         return "its weight is computed (parametrised, weight-normed or pruned), not a parameter"
-    if module._forward_hooks or module._forward_pre_hooks:
+    if module._forward_hooks or any(hook is not unpack for hook in module._forward_pre_hooks.values()):
         return "it has forward hooks, which symbolic_trace hides in the module; lora_fx.trace puts them into the graph"
     return None
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 from torch import fx, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 

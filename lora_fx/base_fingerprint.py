@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .attributes import get_attribute, holds_values
 from .base_note import NOTED, UNREADABLE, encoded, places_of, read_note
@@ -26,10 +27,14 @@ _HASHED = 1024  # values of each weight
 
 
 def note_of_base(gm: fx.GraphModule, plan: Plan) -> str | None:
-    """What `check_base` compares with; None if the weights hold no values (meta device)."""
+    """What `check_base` compares with; None if the weights hold no values (meta device), or others in few bits.
+
+    An adapter that was trained over few bits is for the weights that they stand for, too.
+    """
     digest, dtypes, noted = hashlib.sha256(), set[torch.dtype](), []
     for name, weight in _weights(gm, plan):
-        if not holds_values(weight) or not weight.is_floating_point():
+        is_plain = holds_values(weight) and not is_traceable_wrapper_subclass(weight)
+        if not is_plain or not weight.is_floating_point():
             return None
         dtypes.add(weight.dtype)
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())

@@ -16,13 +16,18 @@ import torch
 from torch import fx, nn
 
 from .blocks import Block
+from .quantized import shared_state
 from .sharding import MARK, unsharded_class
 from .tensor_reads import PLACES
 
 Memo = dict[int, Any]
 
-# Of a graph module: made anew, or copied by hand below.
+# Under which a graph module keeps what replaced its `forward` on the instance, when views follow it.
+WRAPPER = "_wrapper_of_forward"
+
+# Of a graph module: made anew, or copied by hand below. What replaced `forward`, as Accelerate does, is the instance's.
 _OWN = {"_modules", "_parameters", "_buffers", "_graph", "_compiled_views", PLACES}
+_OWN |= {"forward", "_original_forward", WRAPPER}
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -75,9 +80,13 @@ def copy_hooks(source: nn.Module, target: nn.Module) -> None:
 
 
 def share_tensors(module: nn.Module) -> Memo:
-    """A memo in which buffers and plain tensor attributes stand for themselves; parameters are for the caller."""
+    """A memo in which buffers and plain tensor attributes stand for themselves; parameters are for the caller.
+
+    Weights that are stored in a few bits stand for themselves, too.
+    """
     plain = (value for part in module.modules() for value in part.__dict__.values() if isinstance(value, torch.Tensor))
-    return {id(tensor): tensor for tensor in (*module.buffers(), *plain)}
+    quantized = (part for module in module.modules() for part in shared_state(module))
+    return {id(part): part for part in (*module.buffers(), *plain, *quantized)}
 
 
 @contextmanager

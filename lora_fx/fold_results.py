@@ -25,6 +25,7 @@ class FoldedSite:
         kept: 1 − ‖rounding error‖ / ‖delta‖: the share of the delta that the weight's dtype keeps. 1 for
             a delta of zero.
         untied_from: other names of the weight that keep the base's value; empty for weights not tied.
+        stored_as: the class that stores the result in a few bits; empty for weights that are floats.
     """
 
     path: str
@@ -34,6 +35,7 @@ class FoldedSite:
     delta_norm: float
     kept: float
     untied_from: tuple[str, ...] = ()
+    stored_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def table_of(sites: Sequence[FoldedSite]) -> Table:
     rows = [
         (
             site.path or "(root)",
-            str(site.dtype).removeprefix("torch."),
+            site.stored_as or str(site.dtype).removeprefix("torch."),
             f"{site.weight_norm:.4g}",
             f"{site.delta_norm:.4g}",
             f"{site.delta_norm / site.weight_norm:.2%}" if site.weight_norm else "",
@@ -79,12 +81,18 @@ def warn_of_losses(report: FoldReport) -> None:
     lossy = [site for site in report.sites if site.kept < _KEPT_ENOUGH]
     if lossy:
         worst = min(lossy, key=lambda site: site.kept)
-        keeps = "torch.float32" if worst.dtype in (torch.bfloat16, torch.float16) else "torch.float64"
-        warn(
-            f"{worst.dtype} keeps only {worst.kept:.0%} of the delta of {worst.path!r} "
-            f"({len(lossy)} of {len(report.sites)} sites lose more than a tenth to rounding); "
-            f"{keeps} weights would keep it: convert the model before folding"
-        )
+        if worst.stored_as:
+            warn(
+                f"{worst.stored_as} keeps only {worst.kept:.0%} of the delta of {worst.path!r} ({len(lossy)} of "
+                f"{len(report.sites)} sites lose more than a tenth); fold(gm, quantized='dequantize') keeps all of it"
+            )
+        else:
+            keeps = "torch.float32" if worst.dtype in (torch.bfloat16, torch.float16) else "torch.float64"
+            warn(
+                f"{worst.dtype} keeps only {worst.kept:.0%} of the delta of {worst.path!r} "
+                f"({len(lossy)} of {len(report.sites)} sites lose more than a tenth to rounding); "
+                f"{keeps} weights would keep it: convert the model before folding"
+            )
     for site in report.sites:
         if site.untied_from:
             warn(

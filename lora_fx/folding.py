@@ -7,7 +7,8 @@ product is accumulated in at least float32 and rounded once to the weight's dtyp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import fx, nn
@@ -21,7 +22,7 @@ from .fold_results import FoldedSite, FoldReport, warn_of_losses
 from .fold_stamps import stamp_of
 from .fold_tasks import FoldTask, check_not_tied, fold_tasks, replace_weights
 from .fold_terms import BiasTerm
-from .graph import erase_low_rank_paths, finish
+from .graph import erase_low_rank_paths, finish, write_float_linears
 from .graph_module import (
     LoraGraphModule,
     checked_graph_module,
@@ -33,6 +34,7 @@ from .graph_module import (
 from .injection import Adapter
 from .merging import AnyDelta, Merged, factor_dtype, merge, norm_if_finite, sum_dtype
 from .parameters import find_adapter
+from .quantized import check_storable, dense_weight, has_quantized, is_quantized, quantized_calls, stored_again
 from .sharding import is_sharded
 from .switching import forget_adapter
 
@@ -53,6 +55,7 @@ def fold(
     reversible: bool = True,
     accumulate: torch.dtype | None = None,
     check: object = False,
+    quantized: Literal["dequantize", "requantize"] | None = None,
 ) -> LoraGraphModule:
     """Merge the adapters into the weights and take every LoRA node out of the graph.
 
@@ -77,11 +80,14 @@ def fold(
             device has it, rounded by way of float32: within 0.51 of a unit in the last place.
         check: compare the folded graph with the adapted one before anything is written, on the inputs that `trace`
             remembers (True), or on others; see `check_fold`. With inplace it takes the memory of the folded weights.
+        quantized: what becomes of linears that store their weight in a few bits. "dequantize": all of them are linears
+            with float weights then, and the delta is kept. "requantize": the sum is stored as the weight was, as PEFT's
+            merge does; what that costs stands in the report, as `kept`, and is warned of.
 
     Raises:
         AdapterError: if an adapter is not there.
-        FoldError: if there is nothing to fold, a weight would become NaN or Inf, or `inplace` meets a
-            tied weight.
+        FoldError: if there is nothing to fold, a weight would become NaN or Inf, `inplace` meets a tied weight, or
+            an adapted weight is stored in a few bits, and `quantized` is not given.
     """
     gm = checked_graph_module(gm)
     if is_sharded(gm):
@@ -93,6 +99,12 @@ def fold(
         assert isinstance(gm, LoraGraphModule)
         gm = gathered(gm)
     chosen = _chosen(gm, adapters)
+    if quantized not in (None, "dequantize", "requantize"):
+        raise FoldError(f"quantized={quantized!r} must be 'dequantize', 'requantize' or None")
+    stored = _check_quantized(gm, chosen, quantized, inplace=inplace)
+    if quantized == "dequantize" and has_quantized(gm):
+        gm = dequantized(gm)
+        chosen, stored = _chosen(gm, adapters), {}
     if accumulate not in (None, torch.float32, torch.float64):
         raise FoldError(f"accumulate={accumulate!r} must be torch.float32 or torch.float64")
     if not (inplace or reversible):
@@ -101,6 +113,8 @@ def fold(
     earlier = record_of(gm).report
     with paused_gc():
         tasks = fold_tasks(gm, read_applications(gm), chosen, record_of(gm).active)
+        if stored:
+            _check_storable(stored)
         _check_has_values(gm, tasks)
         stamps = tuple(stamp_of(gm, adapter) for adapter in chosen)
         if inplace:
@@ -124,17 +138,84 @@ def _fold_anew(
     gm: LoraGraphModule, tasks: list[FoldTask], chosen: list[Adapter], accumulate: torch.dtype | None
 ) -> tuple[LoraGraphModule, list[FoldedSite]]:
     """A new graph module with new tensors for the folded weights; the others are shared."""
-    values, sites = [], []
+    plain, values, sites = [], [], []
+    modules: dict[str, nn.Module] = {}
     for task in tasks:
-        weight = get_parameter(gm, task.attribute).detach()
-        values.append(torch.empty_like(weight))
-        sites.append(_merge(gm, task, weight, values[-1], accumulate))
+        module = quantized_owner(gm, task.attribute)
+        weight = get_parameter(gm, task.attribute).detach() if module is None else dense_weight(module)
+        value = torch.empty_like(weight)
+        site = _merge(gm, task, weight, value, accumulate)
+        if module is None:
+            plain.append(task)
+            values.append(value)
+        else:
+            modules[task.paths[0]] = again = stored_again(module, value)
+            error = float(torch.linalg.vector_norm((dense_weight(again) - value).double()))
+            kept = max(0.0, 1 - error / site.delta_norm) if site.delta_norm else 1.0
+            site = replace(site, kept=kept, stored_as=type(module).__name__)
+        sites.append(site)
     result = copy_sharing_tensors(gm)
     _detach_trained(result, chosen)
     _remove_adapters(result, chosen)
-    replace_weights(result, tasks, values)
+    for path, module in modules.items():
+        module._modules = result.get_submodule(path)._modules  # adapters that stay
+        result.set_submodule(path, module)
+    replace_weights(result, plain, values)
     finish(result)
     return result, sites
+
+
+def _check_quantized(
+    gm: fx.GraphModule, chosen: list[Adapter], quantized: str | None, *, inplace: bool
+) -> dict[str, nn.Module]:
+    """The adapted linears that store their weights in a few bits, if it is said what becomes of them."""
+    paths = dict.fromkeys(site.applied for adapter in chosen for site in adapter.sites.values())
+    owners = {path: quantized_owner(gm, f"{path}.weight") for path in paths}
+    stored = {path: owner for path, owner in owners.items() if owner is not None}
+    if not stored:
+        return {}
+    path, owner = next(iter(stored.items()))
+    what = f"{path!r} stores its weight in a few bits ({type(owner).__name__})"
+    if quantized is None:
+        raise FoldError(
+            f"{what}, and folding has to know what becomes of that: fold(gm, quantized='dequantize') gives float "
+            "weights, fold(gm, quantized='requantize') rounds the sum to as few bits again. To fold into the weights "
+            "that it was quantized from, save the adapter, and load it on a trace of the model in floats"
+        )
+    if inplace:
+        raise FoldError(f"{what}, which has no room for the folded one; leave inplace out: fold(gm, quantized=...)")
+    return stored
+
+
+def _check_storable(stored: dict[str, nn.Module]) -> None:
+    """Raise FoldError before anything is computed, if one of the results could not be stored."""
+    for module in stored.values():
+        check_storable(module)
+
+
+def quantized_owner(gm: fx.GraphModule, weight: str) -> nn.Module | None:
+    """The module that stores this weight in a few bits; None for weights that are floats."""
+    owner = get_attribute(gm, weight.rpartition(".")[0])
+    return owner if isinstance(owner, nn.Module) and is_quantized(owner) else None
+
+
+def dequantized(gm: fx.GraphModule) -> LoraGraphModule:
+    """A copy of the graph in which all linears have float weights; it shares the other tensors."""
+    result = copy_sharing_tensors(gm)
+    views = record_of(result).views.values()
+    calls = {str(node.target): node.args[0] for graph in views for node in quantized_calls(result, graph)}
+    floats = {}
+    for path, x in calls.items():
+        module, value = result.get_submodule(path), x.meta.get("val")  # type: ignore[union-attr]
+        floats[path] = holder = nn.Module()
+        weight = dense_weight(module).to(value.dtype if isinstance(value, torch.Tensor) else torch.float32)
+        holder.weight = nn.Parameter(weight, requires_grad=False)
+        holder.bias = module.bias
+        holder._modules = module._modules
+        holder.train(module.training)
+    write_float_linears(result, floats)
+    finish(result)
+    return result
 
 
 def _fold_in_place(

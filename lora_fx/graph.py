@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
@@ -23,7 +23,7 @@ from .dora import gain
 from .errors import GraphError
 from .graph_module import ROLE, LoraGraphModule, record_of
 from .layouts import Part, without_start
-from .ops.use import dialect_of, operands_of
+from .ops.use import argument, dialect_of, operands_of
 from .paths import BatchedPath, LowRankPath, Role, RowsPath
 from .rewrites.attention_masks import MaskNodes, attend, look_at
 from .rewrites.checkpointing import BlockNodes
@@ -607,6 +607,21 @@ def finish(gm: LoraGraphModule) -> None:
             module.graph.lint()
             module.recompile()
     gm.recompile()
+
+
+def write_float_linears(gm: LoraGraphModule, floats: dict[str, nn.Module]) -> None:
+    """Write y = x @ Wᵀ + b for each call of the modules at these paths, and put what holds W and b in their place."""
+    for path, holder in floats.items():
+        for graph in record_of(gm).views.values():
+            for node in [node for node in graph.nodes if node.op == "call_module" and node.target == path]:
+                with graph.inserting_before(node):
+                    names = [name for name in ("weight", "bias") if getattr(holder, name) is not None]
+                    operands = [graph.get_attr(f"{path}.{name}") for name in names]
+                    linear = graph.call_function(_aten.linear.default, (argument(node, 0, "input"), *operands))
+                linear.meta = dict(node.meta)
+                node.replace_all_uses_with(linear)
+                graph.erase_node(node)
+        gm.set_submodule(path, holder)
 
 
 def _read(scope: Scope, attribute: str, before: fx.Node, role: Role | None) -> fx.Node:

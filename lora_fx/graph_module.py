@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from .arena import lay_out
 from .attributes import get_attribute, get_parameter, holds_values, set_attribute
-from .copying import copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, share_tensors
+from .copying import WRAPPER, copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, share_tensors
 from .errors import GraphError, warn
 from .literals import find_dtype_literal, move_literals
 from .ops.use import operands_of
@@ -215,6 +215,7 @@ class LoraGraphModule(fx.GraphModule):
 
     def _show(self, mode: bool) -> None:
         """Exchange the shown view; a view keeps its compiled forward, so torch.compile meets it again."""
+        self._let_wrappers_follow()
         cache: dict[fx.Graph, dict[str, Any]] = self.__dict__.setdefault("_compiled_views", {})
         cache[self._graph] = self._compiled()
         graph = record_of(self).views[mode]
@@ -231,6 +232,7 @@ class LoraGraphModule(fx.GraphModule):
 
     def show_views(self, selection: Selection) -> None:
         """Exchange all views; those that were compiled keep what torch.compile knows them by."""
+        self._let_wrappers_follow()
         record_of(self).views.update(selection.views)
         graph = selection.views[self.training if self.training in selection.views else None]
         self.__dict__["_compiled_views"] = dict(selection.compiled)
@@ -250,6 +252,25 @@ class LoraGraphModule(fx.GraphModule):
     def _install(self, compiled: dict[str, Any]) -> None:
         unsharded_class(self).forward = compiled["forward"]
         self.__dict__.update({name: value for name, value in compiled.items() if name != "forward"})
+
+    def _let_wrappers_follow(self) -> None:
+        """Let what replaced `forward` on the instance, as Accelerate does for autocast, call the view that is shown.
+
+        It holds the function of the view that was shown when it came; that function becomes a call of the shown one's.
+        """
+        held, wrapper = type(self).forward, self.__dict__.get("forward")
+        if wrapper is self.__dict__.get(WRAPPER) or not isinstance(held, types.FunctionType):
+            return
+        self.__dict__[WRAPPER] = wrapper
+        own = types.FunctionType(held.__code__, held.__globals__, held.__name__, held.__defaults__)
+        record = record_of(self)
+        known = [made for _, _, made in record.compiled] + list(self.__dict__.get("_compiled_views", {}).values())
+        known += [made for selection in record.selections.values() for made in selection.compiled.values()]
+        for made in known:
+            if made.get("forward") is held:
+                made["forward"] = own
+        type(self).forward = own
+        held.__code__ = _call_shown_forward.__code__
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraGraphModule:
         """What `.to()`, `.half()`, `.cuda()` and the like go through: the graph's literals must follow."""
@@ -309,6 +330,7 @@ class LoraGraphModule(fx.GraphModule):
         """Compile the shown graph anew; needed after editing it by hand, as for any GraphModule."""
         if _UNCOMPILED.get():
             return None
+        self._let_wrappers_follow()
         self.__dict__.pop("_compiled_views", None)
         record = self.__dict__.get("meta", {}).get(_META_KEY)
         if record is None:
@@ -361,6 +383,10 @@ class LoraGraphModule(fx.GraphModule):
         _lay_out_moved(result, _places(self))
         result.recompile()
         return result
+
+
+def _call_shown_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(self).forward(self, *args, **kwargs)
 
 
 def _places(gm: fx.GraphModule) -> dict[str, int]:
@@ -471,7 +497,7 @@ def gathered(gm: LoraGraphModule) -> LoraGraphModule:
 def _copy_over(gm: fx.GraphModule, tensors: Mapping[int, torch.Tensor]) -> LoraGraphModule:
     """A copy whose parameters are new ones over these tensors, given by the ids of those that they stand for."""
     memo = share_tensors(gm)
-    for parameter in gm.parameters():
+    for parameter in (parameter for parameter in gm.parameters() if id(parameter) not in memo):
         memo[id(parameter)] = nn.Parameter(tensors[id(parameter)], requires_grad=parameter.requires_grad)
     memo |= {id(tensor): tensor for tensor in record_of(gm).originals.values()}
     token = _UNCOMPILED.set(True)

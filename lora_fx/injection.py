@@ -474,9 +474,16 @@ def _first_values(
 ) -> dict[str, torch.Tensor]:
     """{field of AdapterSite: its parameter or buffer, as it starts}."""
     weight = get_parameter(gm, application.attribute).detach()
-    dtype = new.dtype or (torch.float32 if weight.dtype in _HALVES else weight.dtype)
+    taken = application.use.family.dtype(application.use, weight)
+    dtype = new.dtype or (torch.float32 if taken in _HALVES else taken)
     layout, config, r = target.site.layout, new.plan.config, target.r
     start = start_of(config)
+    if application.use.family.is_quantized and (config.use_dora or (start is not None and new.draws)):
+        what = "use_dora" if config.use_dora else f"init_lora_weights={config.init_lora_weights!r}"
+        raise TargetError(
+            f"{what} takes numbers from the weight of {target.site.path!r}, which is stored in a few bits; leave it "
+            "out, or trace the model before it is quantized"
+        )
     if start is not None and start.name == "loftq":
         _check_replaceable(gm, application, target.site)
     if start is not None and (new.draws or start.changes_base):
@@ -564,7 +571,8 @@ def low_rank_path(gm: LoraGraphModule, application: Application, site: AdapterSi
         )
     weight = application.use.weight
     value = weight.meta.get("val") if isinstance(weight, fx.Node) else None
-    taken = value.dtype if isinstance(value, torch.Tensor) else get_parameter(gm, application.attribute).dtype
+    own = application.use.family.dtype(application.use, get_parameter(gm, application.attribute))
+    taken = value.dtype if isinstance(value, torch.Tensor) else own
     return LowRankPath(
         adapter=name,
         lora_a=site.lora_a,

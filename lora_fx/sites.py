@@ -187,7 +187,7 @@ def _site(
         weight=main.weight,
         layout=main.layout,
         bias=bias,
-        dtype=parameter.dtype,
+        dtype=main.use.family.dtype(main.use, parameter),
         layer_index=next((int(part) for part in main.path.split(".") if part.isdigit()), None),
         calls=max(Counter((application.mode, application.rows) for application in found).values()),
         tied_with=tuple(sorted(tied)),

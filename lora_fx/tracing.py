@@ -36,6 +36,7 @@ from .inputs import (
     spelled_out,
     without_names,
 )
+from .quantized import call_modules, keep_trainable, quantized_calls, shared_state, standing_in
 
 logger = logging.getLogger("lora_fx")
 
@@ -90,7 +91,12 @@ def trace(
         retrace=_retracer(model, traced.examples, traced.shapes),
         module_aliases=_module_aliases(model),
     )
-    gm = make_graph_module(traced.views, training=model.training, trace=record)
+    views = traced.views
+    if any(quantized_calls(view, view.graph) for view in views.values()):
+        views = copy_modules(views)  # the graph's own, as adapters go into them; the bits are the model's
+        for module in {gm.get_submodule(str(n.target)) for gm in views.values() for n in quantized_calls(gm, gm.graph)}:
+            keep_trainable(module)
+    gm = make_graph_module(views, training=model.training, trace=record)
     record_of(gm).untraceable, record_of(gm).mixed = traced.untraceable, traced.mixed
     names = list(gm.graph._codegen.pytree_info.orig_args)  # type: ignore[attr-defined]
     form = CallForm(
@@ -162,7 +168,8 @@ def _agrees(
 
 def _run_copy(module: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Any]:
     with quiet_deepcopy():
-        twin = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+        memo = {id(part): part for each in module.modules() for part in shared_state(each)}
+        twin = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()} | memo)
     args, kwargs = copied_inputs(inputs)
     if not isinstance(twin, fx.GraphModule):
         twin.eval()
@@ -184,9 +191,9 @@ def _both_modes(
     model: nn.Module, program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
 ) -> tuple[dict[bool | None, fx.GraphModule], dict[bool, str]]:
     """The graph of each mode, or one under None where they are the same; and why a mode has none."""
-    views: dict[bool | None, fx.GraphModule] = {model.training: _module_of(program)}
+    views: dict[bool | None, fx.GraphModule] = {model.training: _module_of(program, model)}
     try:
-        views[not model.training] = _module_of(_export_other_mode(model, args, kwargs, shapes))
+        views[not model.training] = _module_of(_export_other_mode(model, args, kwargs, shapes), model)
     except Exception as error:
         logger.info("no graph for training=%s: %s", not model.training, _reason(error))
         return views, {not model.training: _reason(error)}
@@ -207,7 +214,12 @@ def _retracer(model: nn.Module, examples: tuple[tuple[Any, ...], dict[str, Any]]
         if original is None:
             return None
         memo: dict[int, Any] = {id(b): converted(b, dtype if casts_buffers else b.dtype) for b in original.buffers()}
-        memo |= {id(p): nn.Parameter(converted(p, dtype), requires_grad=False) for p in original.parameters()}
+        memo |= {id(part): part for module in original.modules() for part in shared_state(module)}
+        memo |= {
+            id(p): nn.Parameter(converted(p, dtype), requires_grad=False)
+            for p in original.parameters()
+            if id(p) not in memo
+        }
         args, kwargs = pytree.tree_map(lambda x: converted(x, dtype) if isinstance(x, torch.Tensor) else x, examples)
         try:
             twin = copy.deepcopy(original, memo)
@@ -296,7 +308,9 @@ def _mixed(
     flags = {name: module.training for name, module in model.named_modules()}
     with _in_mode(model, model.training):
         names = tuple(name for name, module in model.named_modules() if module.training != flags[name])
-        if not names or _is_same_graph(_module_of(program), _module_of(_export(model, *examples, shapes))):
+        if not names or _is_same_graph(
+            _module_of(program, model), _module_of(_export(model, *examples, shapes), model)
+        ):
             return {}
     return {model.training: names}
 
@@ -337,14 +351,15 @@ def _warn_of_functions(functions: list[type]) -> None:
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    with _quiet(), spelled_out(model, kwargs):
+    with _quiet(), standing_in(model), spelled_out(model, kwargs):
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def _module_of(program: ExportedProgram) -> fx.GraphModule:
+def _module_of(program: ExportedProgram, model: nn.Module) -> fx.GraphModule:
     with _quiet():
         gm: fx.GraphModule = program.module()
     _drop_dtype_checks(gm)
+    call_modules(gm, model)
     return gm
 
 

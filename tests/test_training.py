@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import types
 import warnings
 
 import pytest
@@ -350,3 +351,31 @@ def test_a_traced_graph_in_another_dtype_is_the_model_in_that_dtype(name: str, d
         got = pytree.tree_leaves(adapted(*args, **kwargs))[0]
     assert got.dtype == expected.dtype
     torch.testing.assert_close(got, expected, rtol=0, atol=float(expected.abs().max()) * 4 * torch.finfo(dtype).eps)
+
+
+def test_what_replaces_forward_on_the_instance_follows_the_mode() -> None:
+    """As Accelerate does for autocast: it holds the function that was shown, and has to call the one that is."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Dropout(0.5), torch.nn.Linear(7, 3))
+    gm = lora_fx.inject(lora_fx.trace(model, torch.randn(4, 5)), LoraConfig(r=2, target_modules="all-linear"))
+    randomise(gm).train()
+    x = torch.randn(4, 5)
+    expected = copy.deepcopy(gm).eval()(x)
+    calls = []
+
+    def wrapped(self, *args, held=gm.forward.__func__):
+        calls.append(1)
+        return held(self, *args)
+
+    gm.forward = types.MethodType(wrapped, gm)
+    assert not torch.equal(gm(x), gm(x))
+    assert torch.equal(gm.eval()(x), expected)
+    assert torch.equal(gm.eval()(x), expected)
+    assert not torch.equal(gm.train()(x), gm(x))
+    count = len(calls)
+    assert count == 6
+    with lora_fx.disable_adapters(gm.eval()):
+        assert torch.equal(gm(x), model.eval()(x))
+    assert torch.equal(gm(x), expected)
+    assert torch.equal(copy.deepcopy(gm)(x), expected)  # a copy has its own
+    torch.testing.assert_close(lora_fx.fold(gm)(x), expected)
+    assert len(calls) == count + 2

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from torch import fx
 
 from ..errors import ConfigError
-from . import convolution, einsum, embedding, grouped, linear, matmul, on_weight
+from . import convolution, einsum, embedding, grouped, linear, matmul, on_weight, quantized
 from .use import Family, Use, argument, dialect_of
 
 FAMILIES: list[Family] = [
+    quantized.FAMILY,
     linear.FAMILY,
     embedding.FAMILY,
     convolution.FAMILY,

@@ -51,12 +51,14 @@ class Family:
         is_on_weight: whether the delta is added to the weight that the op takes, rather than to what it gives.
         takes_indices: whether it takes whole numbers, which are neither cast nor dropped out.
         bias_is_per_output: whether its bias is (out,), rather than something that broadcasts with its result.
+        is_quantized: whether the weight is stored in another form than it is applied in: see `lora_fx.quantized`.
     """
 
     is_linear = False
     is_on_weight = False
     takes_indices = False
     bias_is_per_output = True
+    is_quantized = False
 
     def recognise(self, node: fx.Node, gm: fx.GraphModule) -> Iterator[Use]:
         """The readings of `node` as a use of a weight; none if the op is not of this family."""
@@ -67,6 +69,10 @@ class Family:
         if len(shape) != 2:
             return f"its weight has {len(shape)} dimensions, where {use.kind} has two"
         return Matrix(shape[0], shape[1], stored_in_out)
+
+    def dtype(self, use: Use, weight: torch.Tensor) -> torch.dtype:
+        """What the op computes in, as far as its weight tells."""
+        return weight.dtype
 
     def emit(
         self, use: Use, layout: Layout, x: fx.Node, a: fx.Node, b: fx.Node, between: Between | None = None

@@ -1,0 +1,278 @@
+"""Training over weights that are stored in a few bits, and folding into them: bitsandbytes and torchao, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+import lora_fx
+from lora_fx import AdapterError, FoldError, GraphError, LoraConfig, LoraFxWarning, TargetError
+from lora_fx.folding import dequantized
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import bitsandbytes as bnb
+    from torchao import quantization as ao
+
+KINDS = ("nf4", "fp4", "int8", "ao-int8", "ao-int4")
+STORABLE = ("nf4", "fp4", "int8")
+CONFIG = LoraConfig(r=3, lora_alpha=5, target_modules=["up", "down"])
+X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(bitsandbytes|torchao|peft).*")
+
+
+def distance(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """Of the largest value."""
+    return float((expected - found).detach().abs().max() / expected.detach().abs().max())
+
+
+class Model(nn.Module):
+    def __init__(self, make: Any = nn.Linear) -> None:
+        super().__init__()
+        self.up, self.down, self.head = make(64, 128), make(128, 64), nn.Linear(64, 11)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.down(torch.relu(self.up(x))))
+
+
+def model_of(kind: str) -> Model:
+    """The same weights for each kind. On some CPUs bitsandbytes computes otherwise in eval mode, so it stays in train."""
+    torch.manual_seed(0)
+    floats = Model()
+    if kind.startswith("ao"):
+        config = ao.Int8WeightOnlyConfig() if kind == "ao-int8" else ao.IntxWeightOnlyConfig(weight_dtype=torch.int4)
+        ao.quantize_(floats, config, lambda module, name: name in ("up", "down"))
+        return floats
+    if kind == "int8":
+        make = lambda i, o: bnb.nn.Linear8bitLt(i, o, has_fp16_weights=False, threshold=0.0)
+    else:
+        make = lambda i, o: bnb.nn.Linear4bit(i, o, quant_type=kind, compress_statistics=kind == "nf4")
+    model = Model(make)
+    model.load_state_dict(floats.state_dict())
+    return model.to("cpu")  # bitsandbytes quantizes when it moves
+
+
+def adapted(kind: str, config: LoraConfig = CONFIG) -> tuple[Model, Any, Any]:
+    model = model_of(kind)
+    gm = lora_fx.trace(model, X)
+    torch.manual_seed(2)
+    injected = lora_fx.inject(gm, config)
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(injected):
+            parameter.normal_(std=0.2)
+    return model, gm, injected
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_they_are_sites_of_their_own_size(kind: str) -> None:
+    model, gm, injected = adapted(kind)
+    up, down, head = lora_fx.find_sites(gm)
+    assert (up.path, up.size, up.dtype, down.size) == ("up", "64 → 128", torch.float32, "128 → 64")
+    assert up.op == {"nf4": "Linear4bit", "fp4": "Linear4bit", "int8": "Linear8bitLt"}.get(kind, "linear")
+    assert head.is_output_head
+    assert lora_fx.find_all_linear_names(gm) == ["down", "up"]
+    assert torch.equal(gm(X), model(X))
+    assert {n: id(p) for n, p in gm.named_parameters()} == {n: id(p) for n, p in model.named_parameters()}
+    assert gm.state_dict().keys() == model.state_dict().keys()
+    fresh = lora_fx.inject(gm, CONFIG, check=True)
+    assert torch.equal(fresh(X), model(X))
+    assert {p.dtype for p in lora_fx.lora_parameters(injected)} == {torch.float32}
+    assert distance(model(X), injected(X)) > 1e-2
+
+
+def test_training_moves_the_adapter_and_nothing_else(kind: str) -> None:
+    model, _, gm = adapted(kind)
+    gm = lora_fx.optimize(gm) if kind == "nf4" else gm
+    before = {name: value.clone() for name, value in gm.state_dict().items()}
+    optimizer = torch.optim.AdamW(lora_fx.flat_parameters(gm), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = (gm.train()(X) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 2
+    for name, value in gm.state_dict().items():
+        values = [v.dequantize() if is_traceable_wrapper_subclass(v) else v for v in (value, before[name])]
+        assert torch.equal(*values) != ("lora_" in name), name
+    assert model(X).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_gradients_are_those_of_the_float_model(kind: str) -> None:
+    """Of one with the weights that the bits stand for."""
+    _, _, gm = adapted(kind)
+    floats = dequantized(gm)
+    gradients = []
+    for graph in (gm, floats):
+        x = X.clone().requires_grad_()
+        graph(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in lora_fx.lora_parameters(graph))])
+        graph.zero_grad()
+    for one, other in zip(*gradients, strict=True):
+        assert distance(other, one) < (1e-5 if kind == "nf4" else 2e-2)  # eight-bit kernels round what goes in
+
+
+def test_the_bits_are_kept_for_the_backward_pass_and_not_what_they_stand_for() -> None:
+    _, _, gm = adapted("nf4")
+    kept: dict[str, int] = {}
+    for name, graph in (("bits", gm), ("floats", dequantized(gm))):
+        found: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, found: dict[int, int] = found) -> torch.Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = graph(X).sum()
+        kept[name] = sum(found.values())
+        loss.backward()
+    assert kept["bits"] < kept["floats"] - 64 * 128 * 3  # one of the two weights at least, but for its bits
+
+
+def with_peft(model: Model, kind: str, directory: Path) -> Any:
+    """PEFT's model, told what transformers would tell it of the base: without, it takes the bits for the weight."""
+    model = copy.deepcopy(model)
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind in ("nf4", "fp4")
+    return peft.PeftModel.from_pretrained(model, directory).train()
+
+
+def test_files_go_to_peft_and_back(kind: str, tmp_path: Path) -> None:
+    model, gm, injected = adapted(kind)
+    lora_fx.save_adapter(injected, tmp_path)
+    assert torch.equal(lora_fx.load_adapter(gm, tmp_path)(X), injected(X))
+    theirs = with_peft(model, kind, tmp_path)
+    assert distance(theirs(X), injected(X)) < (1e-5 if kind != "int8" else 2e-2)
+    floats = lora_fx.load_adapter(lora_fx.trace(Model(), X), tmp_path)  # on the weights before they were quantized, say
+    assert lora_fx.fold_report(lora_fx.fold(floats)).sites[0].kept > 0.999
+
+
+def test_folding_has_to_be_told(kind: str) -> None:
+    _, _, gm = adapted(kind)
+    before = gm(X)
+    for options in ({}, {"inplace": True}, {"inplace": True, "quantized": "dequantize"}, {"quantized": "round"}):
+        with pytest.raises(FoldError, match=r"quantized"):
+            lora_fx.fold(gm, **options)
+    if kind not in STORABLE:
+        with pytest.raises(FoldError, match="does not remember"):
+            lora_fx.fold(gm, quantized="requantize")
+    assert torch.equal(gm(X), before)
+
+
+def test_dequantized_and_folded_computes_the_same(kind: str) -> None:
+    _, gm, injected = adapted(kind)
+    expected = injected(X)
+    folded = lora_fx.fold(injected, quantized="dequantize")
+    assert distance(expected, folded(X)) < (1e-5 if kind != "int8" else 2e-2)
+    assert all(site.op == "linear" and site.dtype is torch.float32 for site in lora_fx.find_sites(folded))
+    assert {type(p) for p in folded.parameters()} == {nn.Parameter}
+    assert all(site.kept > 0.999 for site in lora_fx.fold_report(folded).sites)
+    assert torch.equal(injected(X), expected)
+    assert {node.op for node in folded.graph.nodes if node.name != "_guards_fn"} == {
+        "placeholder", "get_attr", "call_function", "output"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STORABLE)
+def test_requantized_is_what_peft_merges_and_says_what_it_costs(kind: str, tmp_path: Path) -> None:
+    model, gm, injected = adapted(kind)
+    lora_fx.save_adapter(injected, tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", LoraFxWarning)
+        folded = lora_fx.fold(injected, quantized="requantize")
+    report = lora_fx.fold_report(folded)
+    assert any("keeps only" in str(w.message) for w in caught) == (min(site.kept for site in report.sites) < 0.9)
+    assert all(0 < site.kept < 1 for site in report.sites)
+    assert folded.code == gm.code
+    assert folded.state_dict().keys() == gm.state_dict().keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = with_peft(model, kind, tmp_path).merge_and_unload().train()
+    assert distance(merged(X), folded(X)) < 2e-2
+    assert distance(injected(X), folded(X)) < 0.3
+    assert torch.equal(gm(X), model(X))  # whose bits are as they were
+
+
+def test_an_adapter_can_stay_when_another_is_folded() -> None:
+    _, _, gm = adapted("nf4")
+    gm = lora_fx.inject(gm, CONFIG, adapter_name="second")
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(gm, "second"):
+            parameter.normal_(std=0.2)
+    expected = gm(X)
+    for how, bound in (("dequantize", 1e-5), ("requantize", 0.3)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LoraFxWarning)
+            folded = lora_fx.fold(gm, adapters=["default"], quantized=how)
+        assert lora_fx.adapter_names(folded) == ("second",)
+        assert distance(expected, folded(X)) < bound
+    assert torch.equal(gm(X), expected)
+
+
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "loftq"}])
+def test_what_reads_the_weight_is_refused(fields: dict[str, Any]) -> None:
+    gm = lora_fx.trace(model_of("nf4"), X)
+    with pytest.raises(TargetError, match="stored in a few bits"):
+        lora_fx.inject(gm, LoraConfig(r=2, target_modules=["up"], **fields))
+
+
+def test_a_model_of_one_linear_is_refused() -> None:
+    with pytest.raises(GraphError, match="wrap it"):
+        lora_fx.trace(model_of("nf4").up, X)
+
+
+def test_under_no_grad_inside_the_model_is_refused() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model_of("nf4").up
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                y = self.inner(x)
+            return y * x.sum()
+
+    model = Frozen()
+    with pytest.raises(GraphError, match="can call no module"):
+        lora_fx.trace(model, X)
+    assert type(model.inner) is bnb.nn.Linear4bit
+
+
+def test_a_batch_that_mixes_adapters() -> None:
+    _, gm, injected = adapted("nf4")
+    injected = lora_fx.inject(injected, CONFIG, adapter_name="second")
+    batched = lora_fx.batch_adapters(injected)
+    ids = torch.tensor([0, 1, 2, 1, 0])
+    mixed = batched(X, adapter_ids=ids)
+    lora_fx.set_adapters(injected, "default")
+    assert distance(injected(X)[ids == 1], mixed[ids == 1]) < 1e-5
+    assert distance(gm(X)[ids == 0], mixed[ids == 0]) < 1e-5
+
+
+def test_the_inference_form_of_some_cpus_is_taken_back() -> None:
+    """In which bitsandbytes has no backward pass; the user's model may be brought to it between two steps."""
+    model, _, gm = adapted("nf4")
+    model.eval()
+    with torch.no_grad():
+        model(X)
+    gm.train()(X.clone().requires_grad_()).sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in lora_fx.lora_parameters(gm))
+
+
+def test_an_adapter_that_is_not_there() -> None:
+    with pytest.raises(AdapterError):
+        lora_fx.fold(adapted("nf4")[2], adapters=["other"], quantized="dequantize")
