@@ -30,8 +30,8 @@ _PAGE = """<!doctype html>
 </html>
 """
 
-_TABLES = """<p><b class="{{ 'ok' if report.ok else 'bad' }}">{{ 'ok' if report.ok else 'FAILED' }}</b>: <code>{{ report.path }}</code>,
-asked for {{ report.asked }}, ran on {{ report.providers | join(', ') }};
+_TABLES = """<p><b class="{{ 'ok' if report.ok else 'bad' }}">{{ 'ok' if report.ok else 'FAILED' }}</b>:
+<code>{{ report.path }}</code>, asked for {{ report.asked }}, ran on {{ report.providers | join(', ') }};
 {{ report.tolerance }}.</p>
 <{{ heading }}>Outputs: torch against ONNX Runtime</{{ heading }}>
 <table><tr><th>inputs<th>adapter<th>output<th>error / max |y|<th>allowed<th>share of it<th></tr>
@@ -65,9 +65,7 @@ asked for {{ report.asked }}, ran on {{ report.providers | join(', ') }};
 
 def verification_page(report: VerifyReport) -> str:
     """The page's HTML."""
-    return (
-        _environment().from_string(_PAGE).render(report=report, tables=verification_tables(report))
-    )
+    return _environment().from_string(_PAGE).render(report=report, tables=verification_tables(report))
 
 
 def verification_tables(report: VerifyReport, heading: str = "h2") -> str:
@@ -81,9 +79,7 @@ def verification_tables(report: VerifyReport, heading: str = "h2") -> str:
     def counts(ops: dict[str, int]) -> str:
         return ", ".join(f"{op} {count}" for op, count in ops.items()) or "none"
 
-    return _environment().from_string(_TABLES).render(
-        report=report, share=share, counts=counts, heading=heading
-    )
+    return _environment().from_string(_TABLES).render(report=report, share=share, counts=counts, heading=heading)
 
 
 def _environment() -> jinja2.Environment:

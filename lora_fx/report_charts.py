@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 # viridis (van der Walt and Smith, BSD): even steps of lightness, so that it reads in grey and to the colour-blind.
@@ -19,25 +19,34 @@ _MOST_POINTS = 240
 
 
 def palette() -> list[tuple[str, str]]:
-    """(background, text) of each level."""
-    colours = []
-    for level in range(LEVELS):
-        position = level / (LEVELS - 1) * (len(_VIRIDIS) - 1)
-        start = min(int(position), len(_VIRIDIS) - 2)
-        share = position - start
-        rgb = [round(a + (b - a) * share) for a, b in zip(_VIRIDIS[start], _VIRIDIS[start + 1], strict=True)]
-        colours.append((f"#{rgb[0]:02x}{rgb[1]:02x}{rgb[2]:02x}", "#000" if _luminance(rgb) > _MIDDLE else "#fff"))
-    return colours
+    """(background, text) of each level: the text black or white, whichever has more contrast."""
+    colours = [_colour(level / (LEVELS - 1)) for level in range(LEVELS)]
+    return [(colour, "#000" if luminance(colour) > _MIDDLE else "#fff") for colour in colours]
+
+
+def line_colours(*, on_dark: bool) -> list[str]:
+    """Of each level, for lines: of the whole scale, what has a contrast of 3 to the page (WCAG 2.2, 1.4.11)."""
+    low, high = (0.32, 1.0) if on_dark else (0.0, 0.55)
+    return [_colour(low + (high - low) * level / (LEVELS - 1)) for level in range(LEVELS)]
 
 
 # The luminance at which black and white text have the same contrast (WCAG 2.2: √(1.05 · 0.05) − 0.05).
 _MIDDLE = 0.179
 
 
-def _luminance(rgb: Sequence[int]) -> float:
-    """Relative luminance by WCAG 2.2."""
-    parts = [c / 12.92 if (c := value / 255) <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for value in rgb]
-    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+def _colour(share: float) -> str:
+    """The colour at a place of the scale, from 0 to 1."""
+    position = share * (len(_VIRIDIS) - 1)
+    start = min(int(position), len(_VIRIDIS) - 2)
+    rgb = [round(a + (b - a) * (position - start)) for a, b in zip(_VIRIDIS[start], _VIRIDIS[start + 1], strict=True)]
+    return f"#{rgb[0]:02x}{rgb[1]:02x}{rgb[2]:02x}"
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb by WCAG 2.2."""
+    values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in values)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ class Grid:
         columns: layer indices.
         stacks: the rows.
         low, high: what the first and last colour mean.
+        empty: what a square without a colour means.
         left_out: rows that are not drawn, because there are too many.
     """
 
@@ -83,6 +93,7 @@ class Grid:
     stacks: tuple[Stack, ...]
     low: str
     high: str
+    empty: str
     left_out: int = 0
 
 
@@ -110,12 +121,14 @@ _DIGITS = 9
 def make_grid(
     title: str,
     note: str,
-    values: dict[str, float | None],
-    others: dict[str, str],
+    values: Mapping[str, float | None],
+    others: Mapping[str, str],
     *,
+    order: Iterable[str] = (),
     low: float = 0.0,
     high: float | None = None,
     text: Callable[[float], str],
+    empty: str,
     most_rows: int,
 ) -> Grid | None:
     """The grid of a measure; None if no site lies in a layer.
@@ -123,11 +136,15 @@ def make_grid(
     Args:
         values: {path: value}; None where there is none.
         others: {path: why it has no value}, for sites that are drawn empty.
+        order: paths as they follow one another in the model; others come behind.
         low, high: the range of colours; `high` None is the largest value.
         text: a value in words.
+        empty: what a square without a value means.
         most_rows: how many modules are drawn.
     """
-    places = {path: place for path in (*values, *others) if (place := place_of(path)) is not None}
+    known = {*values, *others}
+    paths = dict.fromkeys((*(path for path in order if path in known), *values, *others))
+    places = {path: place for path in paths if (place := place_of(path)) is not None}
     if not any(path in places for path in values):
         return None
     finite = [value for value in values.values() if value is not None and math.isfinite(value)]
@@ -153,6 +170,7 @@ def make_grid(
         tuple(Stack(name, found) for name, found in stacks.items()),
         text(low),
         text(top),
+        empty,
         len(rows) - len(shown),
     )
 

@@ -17,7 +17,19 @@ from typing import Any
 from .delta_comparison import AdapterComparison
 from .delta_statistics import MOST, AdapterStatistics, SiteDelta
 from .plan import Plan
-from .report_charts import HEIGHT, WIDTH, Chart, Grid, bars, make_chart, make_grid, palette, place_of, short
+from .report_charts import (
+    HEIGHT,
+    WIDTH,
+    Chart,
+    Grid,
+    bars,
+    line_colours,
+    make_chart,
+    make_grid,
+    palette,
+    place_of,
+    short,
+)
 from .site_graphs import SiteGraphs
 from .training_log import TrainingLog
 
@@ -42,6 +54,7 @@ class Report:
     Attributes:
         model, adapter: where they were read from.
         parameters: of the model.
+        sites: paths of all sites of the model, in its order.
         plan: of the adapter.
         statistics: its numbers.
         graphs: the graph around some of its sites.
@@ -55,6 +68,7 @@ class Report:
     model: str
     adapter: str
     parameters: int
+    sites: tuple[str, ...]
     plan: Plan
     statistics: AdapterStatistics
     graphs: tuple[SiteGraphs, ...] = ()
@@ -95,12 +109,14 @@ def report_page(report: Report) -> str:
         spectra=spectra[:_MOST_CHARTS],
         spectra_left_out=max(0, len(spectra) - _MOST_CHARTS),
         curves=_curves(report.log),
-        comparison_grids=_comparison_grids(report.comparison),
+        comparison_grids=_comparison_grids(report),
         pairs=report.comparison.sites[:_MOST_ROWS] if report.comparison else (),
         most_values=_MOST_VALUES,
         most=MOST,
         angles=_angles,
         palette=palette(),
+        light_lines=line_colours(on_dark=False),
+        dark_lines=line_colours(on_dark=True),
         width=WIDTH,
         height=HEIGHT,
         script=script,
@@ -123,8 +139,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("‖ΔW‖ / ‖W‖", _range(ratios, "{:.2%}")),
         ("kept by folding", _range(kept, "{:.2%}")),
         (
-            "rank",
-            f"too high for {few} of {len(sites)} sites, perhaps; too low for {full}, perhaps; no effect at {none}",
+            "hints",
+            f"{few} of {len(sites)} sites may do with a lower rank, {full} may use a higher, {none} have no effect",
         ),
     ]
 
@@ -157,16 +173,19 @@ def _grids(report: Report) -> list[Grid]:
             _percent,
         ),
     ]
-    return _made((t, n, v, others, 0.0, high, text) for t, n, v, high, text in measures)
+    return _made(report, "not adapted", [(t, n, v, others, 0.0, high, text) for t, n, v, high, text in measures])
 
 
-def _comparison_grids(comparison: AdapterComparison | None) -> list[Grid]:
+def _comparison_grids(report: Report) -> list[Grid]:
+    comparison = report.comparison
     if comparison is None:
         return []
     sites = comparison.sites
     only = dict.fromkeys(comparison.only_first, f"only {comparison.first} adapts it")
     only |= dict.fromkeys(comparison.only_second, f"only {comparison.second} adapts it")
     return _made(
+        report,
+        "of one alone",
         [
             ("Cosine", "⟨Δ₁, Δ₂⟩ / (‖Δ₁‖ ‖Δ₂‖)", {s.path: s.cosine for s in sites}, only, -1.0, 1.0, "{:.2f}".format),
             (
@@ -187,13 +206,24 @@ def _comparison_grids(comparison: AdapterComparison | None) -> list[Grid]:
                 1.0,
                 _percent,
             ),
-        ]
+        ],
     )
 
 
-def _made(measures: Any) -> list[Grid]:
+def _made(report: Report, empty: str, measures: Any) -> list[Grid]:
     found = [
-        make_grid(title, note, values, others, low=low, high=high, text=text, most_rows=_MOST_MODULES)
+        make_grid(
+            title,
+            note,
+            values,
+            others,
+            order=report.sites,
+            low=low,
+            high=high,
+            text=text,
+            empty=empty,
+            most_rows=_MOST_MODULES,
+        )
         for title, note, values, others, low, high, text in measures
     ]
     return [grid for grid in found if grid is not None]
@@ -237,11 +267,15 @@ def _percent(value: float | None) -> str:
     if value is None:
         return ""
     percent = 100 * value
+    if percent == 0:
+        return "0"
     if 0 < percent < 0.1:
         return f"{percent:.1g}"
     if 99.95 <= percent < 100:
-        return ">99.9"
-    return f"{percent:.1f}" if percent < 10 or 99 < percent < 100 else f"{percent:.0f}"
+        return "≈100"
+    if abs(percent) >= 1000:
+        return f"{percent / 1000:.1f}k"
+    return f"{percent:.1f}" if percent < 10 or 95 <= percent < 100 else f"{percent:.0f}"
 
 
 def _angles(angles: Sequence[float]) -> str:
