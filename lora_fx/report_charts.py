@@ -13,9 +13,9 @@ _VIRIDIS = (
 )  # fmt: skip
 LEVELS = 32
 
-# Size of a chart in its own units, and how many points of a curve are drawn at most.
+# Size of a chart in its own units, and how many points of a curve, and of all curves, are drawn at most.
 WIDTH, HEIGHT = 300, 120
-_MOST_POINTS = 240
+_MOST_POINTS, _MOST_POINTS_IN_ALL = 240, 1600
 
 
 def palette() -> list[tuple[str, str]]:
@@ -26,7 +26,7 @@ def palette() -> list[tuple[str, str]]:
 
 def line_colours(*, on_dark: bool) -> list[str]:
     """Of each level, for lines: of the whole scale, what has a contrast of 3 to the page (WCAG 2.2, 1.4.11)."""
-    low, high = (0.32, 1.0) if on_dark else (0.0, 0.55)
+    low, high = (0.4, 1.0) if on_dark else (0.0, 0.55)
     return [_colour(low + (high - low) * level / (LEVELS - 1)) for level in range(LEVELS)]
 
 
@@ -129,7 +129,7 @@ def make_grid(
     high: float | None = None,
     text: Callable[[float], str],
     empty: str,
-    most_rows: int,
+    most_cells: int,
 ) -> Grid | None:
     """The grid of a measure; None if no site lies in a layer.
 
@@ -140,7 +140,7 @@ def make_grid(
         low, high: the range of colours; `high` None is the largest value.
         text: a value in words.
         empty: what a square without a value means.
-        most_rows: how many modules are drawn.
+        most_cells: how many squares are drawn; at least one module is.
     """
     known = {*values, *others}
     paths = dict.fromkeys((*(path for path in order if path in known), *values, *others))
@@ -154,7 +154,7 @@ def make_grid(
     for path, place in places.items():
         cell = _cell(path, values.get(path), others.get(path), low, top, text)
         rows.setdefault((place.stack, place.module), {})[place.layer] = cell
-    shown = list(rows)[:most_rows]
+    shown = list(rows)[: max(1, most_cells // len(columns))]
     stacks = {
         stack: tuple(
             Row(module, tuple(rows[stack, module].get(layer) for layer in columns))
@@ -233,9 +233,12 @@ def make_chart(
     xs = [x for _, points in named for x, _ in points]
     ys = [y for _, points in named for _, y in points]
     left, right, low, high = min(xs), max(xs), 0.0 if from_zero else min(ys), max(ys)
+    most = min(_MOST_POINTS, max(_MOST_POINTS_IN_ALL // len(named), 16))
     lines = [
         Line(
-            _path([(_scaled(x, left, right) * WIDTH, HEIGHT - _scaled(y, low, high) * HEIGHT) for x, y in _thin(p)]),
+            _path(
+                [(_scaled(x, left, right) * WIDTH, HEIGHT - _scaled(y, low, high) * HEIGHT) for x, y in _thin(p, most)]
+            ),
             round(index / max(1, len(named) - 1) * (LEVELS - 1)),
             name,
         )
@@ -262,11 +265,11 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
     """Of many points, the lowest and the highest of each stretch, so that no peak is lost."""
-    if len(points) <= _MOST_POINTS:
+    if len(points) <= most:
         return list(points)
-    size = -(-2 * len(points) // _MOST_POINTS)
+    size = -(-2 * len(points) // most)
     found: list[tuple[float, float]] = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]

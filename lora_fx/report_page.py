@@ -31,10 +31,10 @@ from .report_charts import (
     short,
 )
 from .site_graphs import SiteGraphs
-from .training_log import TrainingLog
+from .training_log import LOSSES, TrainingLog
 
 # What keeps the page of a model with thousands of sites below 2 MB.
-_MOST_ROWS, _MOST_MODULES, _MOST_CHARTS, _MOST_VALUES = 600, 40, 24, 16
+_MOST_ROWS, _MOST_CELLS, _MOST_CHARTS, _MOST_VALUES = 400, 700, 24, 16
 _MOST_ANGLES = 8
 
 
@@ -222,7 +222,7 @@ def _made(report: Report, empty: str, measures: Any) -> list[Grid]:
             high=high,
             text=text,
             empty=empty,
-            most_rows=_MOST_MODULES,
+            most_cells=_MOST_CELLS,
         )
         for title, note, values, others, low, high, text in measures
     ]
@@ -252,7 +252,7 @@ def _curves(log: TrainingLog | None) -> list[Chart]:
         return []
     together: dict[str, list[Any]] = {}
     for series in log.series:
-        is_loss = series.name in ("loss", "eval_loss")
+        is_loss = series.name in LOSSES
         together.setdefault("loss" if is_loss else series.name, []).append((series.name, series.points))
     charts = [make_chart(name, curves) for name, curves in together.items()]
     return [chart for chart in charts if chart is not None]
