@@ -129,9 +129,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     ratios = [site.ratio for site in sites if site.ratio is not None]
     kept = [site.kept for site in sites if site.kept is not None]
     share = f" ({plan.parameters / report.parameters:.2%} of the model's)" if report.parameters else ""
-    few = sum("lower" in site.hint for site in sites)
-    full = sum("higher" in site.hint for site in sites)
-    none = sum("no effect" in site.hint for site in sites)
+    hints = [site.hint for site in sites]
+    few, full, none = (sum(word in hint for hint in hints) for word in ("lower", "higher", "no effect"))
     return [
         ("sites adapted", f"{len(sites):,}"),
         ("parameters added", f"{plan.parameters:,}{share}"),

@@ -27,6 +27,7 @@ import lora_fx
 from exporters.onnx_adapters import read_onnx_adapter
 from exporters.onnx_files import open_model
 from lora_fx import LoraFxError
+from lora_fx.atomic import replace_file
 from lora_fx.hf_folding import HfFold, fold_into
 from lora_fx.hf_models import HfModel, load_model
 from lora_fx.hf_saving import save_folded
@@ -161,6 +162,18 @@ def export(files: Path, here: Path) -> None:
     exporters.export_onnx(FOLDED, here / "model.onnx", external_data=True, check=False)
 
 
+def page(size: int) -> Callable[[Path, Path], object]:
+    """What `lora-fx report` writes."""
+
+    def write(files: Path, here: Path) -> None:
+        try:
+            replace_file(here / "report.html", b"page" * size)
+        except OSError as error:  # which the command line reports
+            raise lora_fx.AdapterError(str(error)) from error
+
+    return write
+
+
 WORK = {
     "save": Work(nothing, save(2)),
     "save over another": Work(save(4), save(2)),
@@ -183,6 +196,8 @@ WORK = {
         weights_if_any,
     ),
     "export over another": Work(copied("external"), export, weights),
+    "page": Work(nothing, page(200)),
+    "page over another": Work(page(300), page(200)),
     "transformers model": Work(load_hf, save_hf),
     "transformers model over another": Work(unfolded_hf, save_hf),
 }  # fmt: skip
