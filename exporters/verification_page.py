@@ -30,8 +30,8 @@ _PAGE = """<!doctype html>
 </html>
 """
 
-_TABLES = """<p><b class="{{ 'ok' if report.ok else 'bad' }}">{{ 'ok' if report.ok else 'FAILED' }}</b>: <code>{{ report.path }}</code>,
-asked for {{ report.asked }}, ran on {{ report.providers | join(', ') }};
+_TABLES = """<p><b class="{{ 'ok' if report.ok else 'bad' }}">{{ 'ok' if report.ok else 'FAILED' }}</b>:
+<code>{{ report.path }}</code>, asked for {{ report.asked }}, ran on {{ report.providers | join(', ') }};
 {{ report.tolerance }}.</p>
 <{{ heading }}>Outputs: torch against ONNX Runtime</{{ heading }}>
 <table><tr><th>inputs<th>adapter<th>output<th>error / max |y|<th>allowed<th>share of it<th></tr>

@@ -96,6 +96,7 @@ def make_report(
         model=str(loaded.directory),
         adapter=str(wanted.adapter),
         parameters=lora_fx.trainable_parameters(gm)[1],
+        sites=tuple(site.path for site in lora_fx.find_sites(gm)),
         plan=plan,
         statistics=statistics,
         graphs=tuple(graphs),
@@ -149,7 +150,8 @@ def _verified(
         with progress("verifying"):
             verification = verify_onnx(file, graphs[2], base=base)
         with progress("timing"):
-            sessions = [make_session(path) for path in (base, file)]
+            provider = "cuda" if verification.providers[0].startswith("CUDA") else "cpu"
+            sessions = [make_session(path, provider=provider) for path in (base, file)]
             latency = _latency(graphs, sessions, loaded.inputs)
     verification = dataclasses.replace(verification, path=file.name)
     page = dataclasses.replace(report, verification=verification_tables(verification, "h3"), latency=tuple(latency))
@@ -170,7 +172,7 @@ def _latency(graphs: Sequence[LoraGraphModule], sessions: Sequence[Any], inputs:
     if any(port.name not in feed for session in sessions for port in session.get_inputs()):
         return found
     feeds = [{port.name: feed[port.name] for port in session.get_inputs()} for session in sessions]
-    runs = [lambda s=s, f=f: s.run(None, f) for s, f in zip(sessions, feeds, strict=True)]  # type: ignore[misc]
+    runs = [lambda s=s, f=f: s.run(None, f) for s, f in zip(sessions, feeds, strict=True)]
     where = sessions[0].get_providers()[0].removesuffix("ExecutionProvider")
     ways = f"base, ONNX Runtime ({where})", f"folded, ONNX Runtime ({where})"
     return found + _ways(ways, medians(runs, _ROUNDS))

@@ -89,7 +89,8 @@ class SiteDelta:
     @property
     def ranks_for_most(self) -> int:
         """The smallest k such that the k largest singular values carry 99 % of Σ σ² = ‖scaling · B @ A‖²."""
-        squares = [value * value for value in self.singular_values]
+        largest = max(self.singular_values, default=0.0) or 1.0  # divided by, so that no square is out of range
+        squares = [(value / largest) ** 2 for value in self.singular_values]
         total, carried = math.fsum(squares), 0.0
         for count, square in enumerate(squares, 1):
             carried += square

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 # viridis (van der Walt and Smith, BSD): even steps of lightness, so that it reads in grey and to the colour-blind.
@@ -13,31 +13,40 @@ _VIRIDIS = (
 )  # fmt: skip
 LEVELS = 32
 
-# Size of a chart in its own units, and how many points of a curve are drawn at most.
+# Size of a chart in its own units, and how many points of a curve, and of all curves, are drawn at most.
 WIDTH, HEIGHT = 300, 120
-_MOST_POINTS = 240
+_MOST_POINTS, _MOST_POINTS_IN_ALL = 240, 1600
 
 
 def palette() -> list[tuple[str, str]]:
-    """(background, text) of each level."""
-    colours = []
-    for level in range(LEVELS):
-        position = level / (LEVELS - 1) * (len(_VIRIDIS) - 1)
-        start = min(int(position), len(_VIRIDIS) - 2)
-        share = position - start
-        rgb = [round(a + (b - a) * share) for a, b in zip(_VIRIDIS[start], _VIRIDIS[start + 1], strict=True)]
-        colours.append((f"#{rgb[0]:02x}{rgb[1]:02x}{rgb[2]:02x}", "#000" if _luminance(rgb) > _MIDDLE else "#fff"))
-    return colours
+    """(background, text) of each level: the text black or white, whichever has more contrast."""
+    colours = [_colour(level / (LEVELS - 1)) for level in range(LEVELS)]
+    return [(colour, "#000" if luminance(colour) > _MIDDLE else "#fff") for colour in colours]
+
+
+def line_colours(*, on_dark: bool) -> list[str]:
+    """Of each level, for lines: of the whole scale, what has a contrast of 3 to the page (WCAG 2.2, 1.4.11)."""
+    low, high = (0.4, 1.0) if on_dark else (0.0, 0.55)
+    return [_colour(low + (high - low) * level / (LEVELS - 1)) for level in range(LEVELS)]
 
 
 # The luminance at which black and white text have the same contrast (WCAG 2.2: √(1.05 · 0.05) − 0.05).
 _MIDDLE = 0.179
 
 
-def _luminance(rgb: Sequence[int]) -> float:
-    """Relative luminance by WCAG 2.2."""
-    parts = [c / 12.92 if (c := value / 255) <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for value in rgb]
-    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+def _colour(share: float) -> str:
+    """The colour at a place of the scale, from 0 to 1."""
+    position = share * (len(_VIRIDIS) - 1)
+    start = min(int(position), len(_VIRIDIS) - 2)
+    rgb = [round(a + (b - a) * (position - start)) for a, b in zip(_VIRIDIS[start], _VIRIDIS[start + 1], strict=True)]
+    return f"#{rgb[0]:02x}{rgb[1]:02x}{rgb[2]:02x}"
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb by WCAG 2.2."""
+    values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in values)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ class Grid:
         columns: layer indices.
         stacks: the rows.
         low, high: what the first and last colour mean.
+        empty: what a square without a colour means.
         left_out: rows that are not drawn, because there are too many.
     """
 
@@ -83,6 +93,7 @@ class Grid:
     stacks: tuple[Stack, ...]
     low: str
     high: str
+    empty: str
     left_out: int = 0
 
 
@@ -110,24 +121,30 @@ _DIGITS = 9
 def make_grid(
     title: str,
     note: str,
-    values: dict[str, float | None],
-    others: dict[str, str],
+    values: Mapping[str, float | None],
+    others: Mapping[str, str],
     *,
+    order: Iterable[str] = (),
     low: float = 0.0,
     high: float | None = None,
     text: Callable[[float], str],
-    most_rows: int,
+    empty: str,
+    most_cells: int,
 ) -> Grid | None:
     """The grid of a measure; None if no site lies in a layer.
 
     Args:
         values: {path: value}; None where there is none.
         others: {path: why it has no value}, for sites that are drawn empty.
+        order: paths as they follow one another in the model; others come behind.
         low, high: the range of colours; `high` None is the largest value.
         text: a value in words.
-        most_rows: how many modules are drawn.
+        empty: what a square without a value means.
+        most_cells: how many squares are drawn; at least one module is.
     """
-    places = {path: place for path in (*values, *others) if (place := place_of(path)) is not None}
+    known = {*values, *others}
+    paths = dict.fromkeys((*(path for path in order if path in known), *values, *others))
+    places = {path: place for path in paths if (place := place_of(path)) is not None}
     if not any(path in places for path in values):
         return None
     finite = [value for value in values.values() if value is not None and math.isfinite(value)]
@@ -137,7 +154,7 @@ def make_grid(
     for path, place in places.items():
         cell = _cell(path, values.get(path), others.get(path), low, top, text)
         rows.setdefault((place.stack, place.module), {})[place.layer] = cell
-    shown = list(rows)[:most_rows]
+    shown = list(rows)[: max(1, most_cells // len(columns))]
     stacks = {
         stack: tuple(
             Row(module, tuple(rows[stack, module].get(layer) for layer in columns))
@@ -153,6 +170,7 @@ def make_grid(
         tuple(Stack(name, found) for name, found in stacks.items()),
         text(low),
         text(top),
+        empty,
         len(rows) - len(shown),
     )
 
@@ -215,9 +233,12 @@ def make_chart(
     xs = [x for _, points in named for x, _ in points]
     ys = [y for _, points in named for _, y in points]
     left, right, low, high = min(xs), max(xs), 0.0 if from_zero else min(ys), max(ys)
+    most = min(_MOST_POINTS, max(_MOST_POINTS_IN_ALL // len(named), 16))
     lines = [
         Line(
-            _path([(_scaled(x, left, right) * WIDTH, HEIGHT - _scaled(y, low, high) * HEIGHT) for x, y in _thin(p)]),
+            _path(
+                [(_scaled(x, left, right) * WIDTH, HEIGHT - _scaled(y, low, high) * HEIGHT) for x, y in _thin(p, most)]
+            ),
             round(index / max(1, len(named) - 1) * (LEVELS - 1)),
             name,
         )
@@ -244,11 +265,11 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
     """Of many points, the lowest and the highest of each stretch, so that no peak is lost."""
-    if len(points) <= _MOST_POINTS:
+    if len(points) <= most:
         return list(points)
-    size = -(-2 * len(points) // _MOST_POINTS)
+    size = -(-2 * len(points) // most)
     found: list[tuple[float, float]] = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]

@@ -17,12 +17,24 @@ from typing import Any
 from .delta_comparison import AdapterComparison
 from .delta_statistics import MOST, AdapterStatistics, SiteDelta
 from .plan import Plan
-from .report_charts import HEIGHT, WIDTH, Chart, Grid, bars, make_chart, make_grid, palette, place_of, short
+from .report_charts import (
+    HEIGHT,
+    WIDTH,
+    Chart,
+    Grid,
+    bars,
+    line_colours,
+    make_chart,
+    make_grid,
+    palette,
+    place_of,
+    short,
+)
 from .site_graphs import SiteGraphs
-from .training_log import TrainingLog
+from .training_log import LOSSES, TrainingLog
 
 # What keeps the page of a model with thousands of sites below 2 MB.
-_MOST_ROWS, _MOST_MODULES, _MOST_CHARTS, _MOST_VALUES = 600, 40, 24, 16
+_MOST_ROWS, _MOST_CELLS, _MOST_CHARTS, _MOST_VALUES = 400, 700, 24, 16
 _MOST_ANGLES = 8
 
 
@@ -42,6 +54,7 @@ class Report:
     Attributes:
         model, adapter: where they were read from.
         parameters: of the model.
+        sites: paths of all sites of the model, in its order.
         plan: of the adapter.
         statistics: its numbers.
         graphs: the graph around some of its sites.
@@ -55,6 +68,7 @@ class Report:
     model: str
     adapter: str
     parameters: int
+    sites: tuple[str, ...]
     plan: Plan
     statistics: AdapterStatistics
     graphs: tuple[SiteGraphs, ...] = ()
@@ -95,12 +109,14 @@ def report_page(report: Report) -> str:
         spectra=spectra[:_MOST_CHARTS],
         spectra_left_out=max(0, len(spectra) - _MOST_CHARTS),
         curves=_curves(report.log),
-        comparison_grids=_comparison_grids(report.comparison),
+        comparison_grids=_comparison_grids(report),
         pairs=report.comparison.sites[:_MOST_ROWS] if report.comparison else (),
         most_values=_MOST_VALUES,
         most=MOST,
         angles=_angles,
         palette=palette(),
+        light_lines=line_colours(on_dark=False),
+        dark_lines=line_colours(on_dark=True),
         width=WIDTH,
         height=HEIGHT,
         script=script,
@@ -113,9 +129,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     ratios = [site.ratio for site in sites if site.ratio is not None]
     kept = [site.kept for site in sites if site.kept is not None]
     share = f" ({plan.parameters / report.parameters:.2%} of the model's)" if report.parameters else ""
-    few = sum("lower" in site.hint for site in sites)
-    full = sum("higher" in site.hint for site in sites)
-    none = sum("no effect" in site.hint for site in sites)
+    hints = [site.hint for site in sites]
+    few, full, none = (sum(word in hint for hint in hints) for word in ("lower", "higher", "no effect"))
     return [
         ("sites adapted", f"{len(sites):,}"),
         ("parameters added", f"{plan.parameters:,}{share}"),
@@ -123,8 +138,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("‖ΔW‖ / ‖W‖", _range(ratios, "{:.2%}")),
         ("kept by folding", _range(kept, "{:.2%}")),
         (
-            "rank",
-            f"too high for {few} of {len(sites)} sites, perhaps; too low for {full}, perhaps; no effect at {none}",
+            "hints",
+            f"{few} of {len(sites)} sites may do with a lower rank, {full} may use a higher, {none} have no effect",
         ),
     ]
 
@@ -157,16 +172,19 @@ def _grids(report: Report) -> list[Grid]:
             _percent,
         ),
     ]
-    return _made((t, n, v, others, 0.0, high, text) for t, n, v, high, text in measures)
+    return _made(report, "not adapted", [(t, n, v, others, 0.0, high, text) for t, n, v, high, text in measures])
 
 
-def _comparison_grids(comparison: AdapterComparison | None) -> list[Grid]:
+def _comparison_grids(report: Report) -> list[Grid]:
+    comparison = report.comparison
     if comparison is None:
         return []
     sites = comparison.sites
     only = dict.fromkeys(comparison.only_first, f"only {comparison.first} adapts it")
     only |= dict.fromkeys(comparison.only_second, f"only {comparison.second} adapts it")
     return _made(
+        report,
+        "of one alone",
         [
             ("Cosine", "⟨Δ₁, Δ₂⟩ / (‖Δ₁‖ ‖Δ₂‖)", {s.path: s.cosine for s in sites}, only, -1.0, 1.0, "{:.2f}".format),
             (
@@ -187,13 +205,24 @@ def _comparison_grids(comparison: AdapterComparison | None) -> list[Grid]:
                 1.0,
                 _percent,
             ),
-        ]
+        ],
     )
 
 
-def _made(measures: Any) -> list[Grid]:
+def _made(report: Report, empty: str, measures: Any) -> list[Grid]:
     found = [
-        make_grid(title, note, values, others, low=low, high=high, text=text, most_rows=_MOST_MODULES)
+        make_grid(
+            title,
+            note,
+            values,
+            others,
+            order=report.sites,
+            low=low,
+            high=high,
+            text=text,
+            empty=empty,
+            most_cells=_MOST_CELLS,
+        )
         for title, note, values, others, low, high, text in measures
     ]
     return [grid for grid in found if grid is not None]
@@ -222,7 +251,7 @@ def _curves(log: TrainingLog | None) -> list[Chart]:
         return []
     together: dict[str, list[Any]] = {}
     for series in log.series:
-        is_loss = series.name in ("loss", "eval_loss")
+        is_loss = series.name in LOSSES
         together.setdefault("loss" if is_loss else series.name, []).append((series.name, series.points))
     charts = [make_chart(name, curves) for name, curves in together.items()]
     return [chart for chart in charts if chart is not None]
@@ -237,11 +266,15 @@ def _percent(value: float | None) -> str:
     if value is None:
         return ""
     percent = 100 * value
+    if percent == 0:
+        return "0"
     if 0 < percent < 0.1:
         return f"{percent:.1g}"
     if 99.95 <= percent < 100:
-        return ">99.9"
-    return f"{percent:.1f}" if percent < 10 or 99 < percent < 100 else f"{percent:.0f}"
+        return "≈100"
+    if abs(percent) >= 1000:
+        return f"{percent / 1000:.1f}k"
+    return f"{percent:.1f}" if percent < 10 or 95 <= percent < 100 else f"{percent:.0f}"
 
 
 def _angles(angles: Sequence[float]) -> str:

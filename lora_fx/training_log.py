@@ -20,6 +20,9 @@ LOG_FILE = "trainer_state.json"
 _LARGEST = 64 * 2**20  # bytes
 _MOST_SERIES = 100
 
+# Of training and of evaluation.
+LOSSES = ("loss", "eval_loss")
+
 # What is said at every step, and is no measure of it.
 _NOT_DRAWN = {"step", "epoch", "total_flos"}
 
@@ -113,11 +116,8 @@ def _series(history: list[dict[str, Any]]) -> list[Series]:
                 found[step] = value
             else:
                 left_out[name] = left_out.get(name, 0) + 1
-    return [
-        Series(name, tuple(sorted(found.items())), left_out.get(name, 0))
-        for name, found in points.items()
-        if found or left_out.get(name)
-    ]
+    order = sorted(points, key=lambda name: name not in LOSSES)  # the file has them by the alphabet
+    return [Series(name, tuple(sorted(points[name].items())), left_out.get(name, 0)) for name in order]
 
 
 def _number(value: Any) -> float | None:

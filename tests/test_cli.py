@@ -617,7 +617,7 @@ def test_a_terminal_sees_what_is_going_on(directories, tmp_path, monkeypatch) ->
         assert step in screen.getvalue()
 
 
-@pytest.mark.parametrize("command", ["", "demo", "inspect", "fold", "export", "verify", "doctor", "bench"])
+@pytest.mark.parametrize("command", ["", "demo", "inspect", "fold", "export", "verify", "report", "doctor", "bench"])
 def test_help(command: str, monkeypatch, capsys) -> None:
     assert run(monkeypatch, *filter(None, [command]), "--help") == 0
     assert "--help" in capsys.readouterr().out

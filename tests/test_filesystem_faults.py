@@ -28,6 +28,7 @@ import lora_fx
 from exporters.onnx_adapters import read_onnx_adapter
 from exporters.onnx_files import open_model
 from lora_fx import LoraFxError
+from lora_fx.atomic import replace_file
 from lora_fx.fold_work import IN_PLACE
 from lora_fx.hf_folding import HfFold, fold_into
 from lora_fx.hf_models import HfModel, load_model
@@ -179,6 +180,18 @@ def fold_in_place(files: Path, here: Path) -> None:
     lora_fx.fold_checkpoint(here, files / "r2", here, in_place=True)
 
 
+def page(size: int) -> Callable[[Path, Path], object]:
+    """What `lora-fx report` writes."""
+
+    def write(files: Path, here: Path) -> None:
+        try:
+            replace_file(here / "report.html", b"page" * size)
+        except OSError as error:  # which the command line reports
+            raise lora_fx.AdapterError(str(error)) from error
+
+    return write
+
+
 WORK = {
     "save": Work(nothing, save(2)),
     "save over another": Work(save(4), save(2)),
@@ -202,6 +215,8 @@ WORK = {
     ),
     "export over another": Work(copied("external"), export, weights),
     "shards": Work(nothing, fold_shards(2)),
+    "page": Work(nothing, page(200)),
+    "page over another": Work(page(300), page(200)),
     "transformers model": Work(load_hf, save_hf),
     "transformers model over another": Work(unfolded_hf, save_hf),
 }  # fmt: skip
