@@ -71,7 +71,7 @@ class LowRankTerm:
             a, b = without_start(a, b, _value(gm, site.start_a, dtype), _value(gm, site.start_b, dtype))
         gains = None
         if site.magnitude is not None:
-            matrices, product = layout.matrices(tensor), Delta(*layout.factors(a, b), site.scaling)
+            matrices, product = layout.matrices(tensor.detach()), Delta(*layout.factors(a, b), site.scaling)
             norms = norms_by_block(layout, blocks(matrices, dtype), product, tuple(matrices.shape))
             gains = gain_of(layout, _value(gm, site.magnitude, dtype), norms.to(dtype))
             b = scaled_outputs(layout, b, gains)  # m / ‖W + ΔW‖ on ΔW, and on W:

@@ -24,6 +24,7 @@ from .fold_tasks import FoldTask, check_not_tied, fold_tasks, replace_weights
 from .fold_terms import BiasTerm
 from .graph import erase_low_rank_paths, finish, write_float_linears
 from .graph_module import (
+    ROLE,
     LoraGraphModule,
     checked_graph_module,
     copy_sharing_tensors,
@@ -99,6 +100,11 @@ def fold(
         assert isinstance(gm, LoraGraphModule)
         gm = gathered(gm)
     chosen = _chosen(gm, adapters)
+    if record_of(gm).wide and record_of(gm).active.keys() - {adapter.name for adapter in chosen}:
+        raise FoldError(
+            "this tree is made to compute in another dtype than its parameters have, and all its adapters are folded "
+            "at once; leave `adapters` out, or fold the graph that it was made from"
+        )
     if quantized not in (None, "dequantize", "requantize"):
         raise FoldError(f"quantized={quantized!r} must be 'dequantize', 'requantize' or None")
     stored = _check_quantized(gm, chosen, quantized, inplace=inplace)
@@ -491,12 +497,25 @@ def _remove_adapters(gm: LoraGraphModule, chosen: list[Adapter]) -> None:
         del record.adapters[adapter.name]
         record.active.pop(adapter.name, None)
     record.selections.clear()
+    if not record.active:
+        _show_traced(gm)
     if not record.adapters:
-        if record.lowering is not None and not record.lowering.trains_only:
-            record.lowering = None  # a tree of blocks becomes the graph that was traced
         flags = record.requires_grad
         for name, parameter in gm.named_parameters():
             parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+
+
+def _show_traced(gm: LoraGraphModule) -> None:
+    """A tree of blocks becomes the graph that was traced, in the dtype that it was traced in."""
+    record = record_of(gm)
+    if record.lowering is not None and not record.lowering.trains_only:
+        record.lowering = None
+    if record.wide:
+        gm.show_wide()
+        roles = {
+            node.meta[ROLE].adapter for graph in record.views.values() for node in graph.nodes if ROLE in node.meta
+        }
+        erase_low_rank_paths(gm, roles)
 
 
 def _exchange(a: LoraGraphModule, b: LoraGraphModule) -> None:

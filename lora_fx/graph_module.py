@@ -138,6 +138,7 @@ class GraphRecord:
         stashed: what an adapter that does not count trains in full: {fqn: tensor}.
         requires_grad: the flags the base parameters had before the first injection froze them.
         originals: base tensors that an adapter trains in full, as they were: {fqn: tensor}.
+        wide: with views that compute in another dtype than the parameters have (see `unflatten`), those of this one.
         traced: the views as tracing wrote them, by value, to know them again.
         reinsert: writes the adapters' nodes into views that have none; set by `inject`.
         lowering: makes what is compiled in place of the graph, which stays as it is; set by `optimize` and `unflatten`.
@@ -158,6 +159,7 @@ class GraphRecord:
     stashed: dict[str, torch.Tensor] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    wide: dict[bool | None, fx.Graph] = field(default_factory=dict)
     traced: dict[bool | None, Written] = field(default_factory=dict)
     reinsert: Callable[[LoraGraphModule], None] | None = None
     lowering: Lowering | None = None
@@ -171,6 +173,7 @@ class GraphRecord:
         return replace(
             self,
             views={mode: copy_graph(graph, memo) for mode, graph in self.views.items()},
+            wide={mode: copy_graph(graph, memo) for mode, graph in self.wide.items()},
             adapters=dict(self.adapters),
             active=dict(self.active),
             selections={},
@@ -301,6 +304,11 @@ class LoraGraphModule(fx.GraphModule):
         if node is None:
             return
         record = record_of(self)
+        if record.wide:
+            raise GraphError(
+                f"this tree is made to compute in another dtype than its parameters have, which cannot become {new}; "
+                "convert the graph first: lora_fx.unflatten(gm.to(dtype), ...)"
+            )
         views = record.trace.retrace(new, casts_buffers=casts_buffers) if record.trace is not None else None
         if views is None or set(views) != set(record.views):
             raise GraphError(
@@ -322,8 +330,16 @@ class LoraGraphModule(fx.GraphModule):
             record.reinsert(self)
         self.recompile()
 
+    def show_wide(self) -> None:
+        """Go back to the views that compute in the parameters' own dtype, as they were; `recompile` is the caller's."""
+        record = record_of(self)
+        record.views, record.wide = dict(record.wide), {}
+        record.traced = {mode: _as_traced(graph) for mode, graph in record.views.items()}
+        self._graph = record.views[self.training if self.training in record.views else None]
+
     def _all_graphs(self) -> Iterator[fx.Graph]:
         yield from record_of(self).views.values()
+        yield from record_of(self).wide.values()
         yield from (m.graph for m in self.modules() if isinstance(m, fx.GraphModule) and m is not self)
 
     def recompile(self) -> Any:
@@ -378,7 +394,7 @@ class LoraGraphModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoraGraphModule:
         result: LoraGraphModule = copy_graph_module(self, memo)
-        for graph in record_of(result).views.values():
+        for graph in (*record_of(result).views.values(), *record_of(result).wide.values()):
             graph.owning_module = result
         _lay_out_moved(result, _places(self))
         result.recompile()

@@ -106,7 +106,9 @@ def unflatten(
     result = copy_sharing_tensors(gm)
     paths = _block_paths(result, blocks)
     if dtype is not None:
+        views = dict(record_of(result).views)
         result.follow_dtype(dtype, casts_buffers=False)
+        record_of(result).wide = views
     for path in paths:
         set_attribute(result, path, _as_block(get_attribute(result, path)))
     record_of(result).lowering = Blocks(tuple(paths))

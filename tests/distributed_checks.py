@@ -388,6 +388,9 @@ def check_mixed_precision_computes_what_bfloat16_does(world: World) -> None:
     for mine, theirs in zip(together, losses[1], strict=True):
         assert abs(mine - theirs) <= 4 * eps * abs(theirs), (together, losses[1])
     assert all(p.dtype == torch.float32 for p in tree.parameters())
+    folded = lora_fx.fold(tree)
+    assert folded.code == lora_fx.fold(world.gm).code
+    assert tensors(folded(input_ids=ids, use_cache=False))[0].dtype == torch.float32
 
 
 def check_split_weights_train_as_one_process(world: World) -> None:

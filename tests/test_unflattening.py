@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import BY_NAME, STACK, assert_same_bits, fingerprint, in_mode, injected, loss_of, randomise, run, traced
 
 import lora_fx
-from lora_fx import Block, GraphError, LoraConfig, unflattening
+from lora_fx import Block, FoldError, GraphError, LoraConfig, unflattening
 from lora_fx.graph_module import record_of
 
 # All models as `trace` gives them; the other tracers where they give a graph of another kind.
@@ -289,6 +289,19 @@ def test_a_dtype_is_that_of_the_models_parameters() -> None:
     other = lora_fx.inject(lora_fx.trace(model, x.bfloat16()), config, adapter_dtype=torch.bfloat16)
     other.load_state_dict(narrow, strict=False)
     assert_same_bits([found], [other(x.bfloat16())])
+    for folded in (
+        lora_fx.fold(tree),
+        lora_fx.fold(copy.deepcopy(tree)),
+        lora_fx.fold(copy.deepcopy(tree), inplace=True),
+    ):
+        assert folded.code == lora_fx.fold(gm).code
+        assert_same_bits(run(folded, ((x,), {})), run(lora_fx.fold(gm), ((x,), {})))
+    two = lora_fx.inject(tree, config, adapter_name="two")
+    with pytest.raises(FoldError, match="all its adapters are folded at once"):
+        lora_fx.fold(two, adapters=["two"])
+    assert lora_fx.fold(two).code == lora_fx.fold(gm).code
+    with pytest.raises(GraphError, match="another dtype than its parameters have"):
+        tree.double()
     del model, parameter
     gc.collect()
     with pytest.raises(GraphError, match="the model that could tell"):
