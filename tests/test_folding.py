@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -31,8 +30,8 @@ from zoo import (
 
 import lora_fx
 from lora_fx import FoldError, LoraConfig, LoraFxWarning
-from lora_fx.folding import _sum_dtype
 from lora_fx.graph_module import record_of
+from lora_fx.merging import sum_dtype
 
 MLP = BY_NAME["mlp"]
 
@@ -822,10 +821,9 @@ def test_what_sums_are_made_in() -> None:
         (torch.float16, torch.float32): torch.float32,
     }
     for (dtype, accumulate), width in wanted.items():
-        assert _sum_dtype(torch.empty(1, dtype=dtype), accumulate) == width
+        assert sum_dtype(dtype, accumulate) == width
     for dtype in (torch.float16, torch.float32):
-        on_apple = types.SimpleNamespace(dtype=dtype, device=torch.device("mps"))
-        assert _sum_dtype(on_apple, None) == torch.float32  # type: ignore[arg-type]
+        assert sum_dtype(dtype, None, has_float64=False) == torch.float32
 
 
 def test_with_float64_the_sum_is_rounded_once_where_two_roundings_differ() -> None:
