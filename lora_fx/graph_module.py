@@ -462,6 +462,10 @@ def checked_graph_module(gm: object) -> fx.GraphModule:
             "this is an ExportedProgram, which torch keeps read-only; "
             "pass its graph module, ep.module(), or trace the model with lora_fx.trace(model, args)"
         )
+    if isinstance(gm, nn.Module) and isinstance(getattr(gm, "module", None), fx.GraphModule):
+        raise GraphError(
+            f"{type(gm).__name__} wraps a graph module, as DistributedDataParallel does; pass what it wraps: gm.module"
+        )
     if isinstance(gm, nn.Module):
         raise GraphError(
             f"{type(gm).__name__} is a plain nn.Module, not a graph; "

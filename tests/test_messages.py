@@ -54,6 +54,13 @@ def private() -> fx.GraphModule:
     return injected(MLP, lora_fx.trace(MLP.model(), X))
 
 
+def wrapped() -> nn.Module:
+    class Wrapper(nn.Module):
+        module = adapted()
+
+    return Wrapper()
+
+
 def mesh(dimensions: int):
     """What a mesh says of itself, of two processes in each dimension."""
     return SimpleNamespace(ndim=dimensions, mesh_dim_names=("dp", "tp")[:dimensions], size=lambda: 2)
@@ -500,6 +507,13 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         "'rows'",
         "plan=",
         "'colwise' or 'rowwise'",
+    ),
+    "a wrapped graph": (
+        GraphError,
+        lambda p: lora_fx.save_adapter(wrapped(), p / "adapter"),
+        "wraps a graph module",
+        "Wrapper",
+        "gm.module",
     ),
     "a plan of nothing": (
         TargetError,
