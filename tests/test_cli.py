@@ -130,10 +130,8 @@ def test_fold_writes_what_peft_merges(directories, tmp_path, monkeypatch, capsys
 
 
 def test_fold_goes_from_files_to_files(directories, tmp_path, monkeypatch, capsys) -> None:
-    """The same weights as with the model, no model, and a bar on a terminal."""
+    """No model, and a bar on a terminal."""
     model, adapter = directories
-    assert run(monkeypatch, "fold", model, adapter, tmp_path / "loaded") == 0
-    capsys.readouterr()
     monkeypatch.setattr(hf_models, "load_model", None)
     terminal = io.StringIO()
     monkeypatch.setattr(cli_console, "_stderr", Console(file=terminal, force_terminal=True, width=90))
@@ -143,14 +141,14 @@ def test_fold_goes_from_files_to_files(directories, tmp_path, monkeypatch, capsy
     assert len(printed["sites"]) == 5
     assert printed["shards"] == 1
     assert "folding" in terminal.getvalue()
-    loaded, ours = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("loaded", "out"))
-    assert all(torch.equal(ours[name], loaded[name]) for name in loaded)
+    before, after = (safetensors.torch.load_file(where / "model.safetensors") for where in (model, tmp_path / "out"))
+    assert sum(not torch.equal(before[name], after[name]) for name in before) == 5
     assert run(monkeypatch, "fold", *files, "--out", tmp_path / "out") == 3  # not empty
     assert run(monkeypatch, "fold", *files, "--out", tmp_path / "out", "--overwrite") == 0
     assert "1 shard" in capsys.readouterr().out
     shutil.copytree(model, tmp_path / "own")
     assert run(monkeypatch, "fold", "--base", tmp_path / "own", "--adapter", adapter, "--in-place") == 0
-    assert safetensors.torch.load_file(tmp_path / "own" / "model.safetensors").keys() == ours.keys()
+    assert safetensors.torch.load_file(tmp_path / "own" / "model.safetensors").keys() == after.keys()
     for wrong in (
         (*files,), (model, *files, "--in-place"), (model, adapter, tmp_path / "x", "--workers", 2), (model, adapter),
         (*files, "--out", tmp_path / "x", "--dtype", "float16"), (*files, "--in-place", "--out", tmp_path / "x"), (),
