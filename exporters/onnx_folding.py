@@ -33,7 +33,7 @@ from .onnx_weights import MANIFEST_KEY, Array, read_manifest, read_stamps, write
 from .paths import path_of
 from .sessions import checked_file
 from .stored_weights import Rounded, read_weight, rounded
-from .text import some, table
+from .text import Shown, Table, some, table
 
 _IN_MEMORY = "lora_fx_weights_given_at_load"  # a file that does not exist
 
@@ -62,7 +62,7 @@ class FoldedWeight:
 
 
 @dataclass(frozen=True)
-class OnnxFoldReport:
+class OnnxFoldReport(Shown):
     """What folding into a file did, weight by weight. Prints as a table.
 
     Attributes:
@@ -83,7 +83,8 @@ class OnnxFoldReport:
         """Plain values for JSON."""
         return dataclasses.asdict(self)
 
-    def __str__(self) -> str:
+    def blocks(self) -> list[str | Table]:
+        """A row for each weight."""
         rows = [
             (
                 ", ".join(weight.paths),
@@ -96,11 +97,8 @@ class OnnxFoldReport:
             for weight in self.weights
         ]
         header = ("adapter's", "initializer", "type", "‖ΔW‖/‖W‖", "kept", "rounding")
-        lines = [
-            f"{self.path}: {self.adapter} folded into {len(rows)} weights, {self.seconds:.2f} s",
-            table(header, rows),
-        ]
-        return "\n".join([*lines, *self.notes])
+        head = f"{self.path}: {self.adapter} folded into {len(rows)} weights, {self.seconds:.2f} s"
+        return [head, table(header, rows), *self.notes]
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 from torch import fx, nn
-from zoo import BY_NAME, injected, randomise, traced
+from zoo import BY_NAME, folded, injected, randomise, traced
 
 import lora_fx
 from lora_fx import AdapterError, TargetError, cli, cli_report
@@ -123,8 +123,7 @@ def graphs(case=STACK, tracer: str = "symbolic", **options) -> list[fx.GraphModu
 
 
 def test_the_graph_around_a_site() -> None:
-    base, adapted, folded = graphs(EXPERTS)
-    (found,) = site_graphs(base, adapted, folded, ["gate_up"])
+    (found,) = site_graphs(*graphs(EXPERTS), ["gate_up"])
     rows = {row.injected.partition(" = ")[0]: row for row in found.rows}
     added = [row for row in found.rows if row.change == "added"]
     assert len(added) >= 5
@@ -139,10 +138,27 @@ def test_the_graph_around_a_site() -> None:
     assert "before" in str(found)
 
 
+@pytest.mark.parametrize(("name", "tracer", "site"), [
+    ("tied_head", "export", "lm_head"), ("no_grad", "export", "frozen"), ("mlp", "symbolic", "fc1"),
+])  # fmt: skip
+def test_new_values_are_marked_wherever_they_are_read(name, tracer, site) -> None:
+    """Under a new name, as an operand of a sub-graph, and in a module that is called."""
+    case = BY_NAME[name]
+    base = traced(case, tracer)
+    adapted = randomise(injected(case, base))
+    (found,) = site_graphs(base, adapted, folded(case, adapted), [site])
+    (row,) = [row for row in found.rows if row.change == "new values"]
+    assert row.folded
+    assert (row.before == "") == (name == "tied_head")
+    assert all(row.before != row.injected for row in found.rows if row.change == "added" and row.injected)
+    unchanged = site_graphs(base, base, base, [site])[0]
+    assert {row.change for row in unchanged.rows} == {""}
+
+
 def test_each_site_has_its_own_nodes_and_calls() -> None:
-    base, adapted, folded = graphs()
+    base, adapted, merged = graphs()
     paths = [site.path for site in lora_fx.find_sites(base)]
-    found = site_graphs(base, adapted, folded, paths)
+    found = site_graphs(base, adapted, merged, paths)
     names = [[row.injected.partition(" = ")[0] for row in each.rows if row.change == "added"] for each in found]
     assert all(names)
     assert len({name for each in names for name in each}) == sum(map(len, names))  # nobody's twice
@@ -152,7 +168,7 @@ def test_each_site_has_its_own_nodes_and_calls() -> None:
     assert down.calls > 1
     assert "the first of" in str(down)
     with pytest.raises(TargetError, match=r"no site 'haed'. Did you mean 'head'"):
-        site_graphs(base, adapted, folded, ["haed"])
+        site_graphs(base, adapted, merged, ["haed"])
 
 
 # What is drawn ------------------------------------------------------------------------------------
@@ -221,7 +237,7 @@ def test_curves_keep_their_peaks_and_their_place() -> None:
 
 
 def make_report(**changes) -> Report:
-    base, adapted, folded = graphs(targets=["q_proj", "down", "head"])
+    base, adapted, merged = graphs(targets=["q_proj", "down", "head"])
     second = randomise(injected(STACK, base, targets=["q_proj", "up"]), size=0.3)
     report = Report(
         model="model",
@@ -230,7 +246,7 @@ def make_report(**changes) -> Report:
         sites=tuple(site.path for site in lora_fx.find_sites(base)),
         plan=record_of(adapted).adapters["default"].plan,
         statistics=lora_fx.adapter_statistics(adapted),
-        graphs=tuple(site_graphs(base, adapted, folded, ["head", "body.layers.0.down"])),
+        graphs=tuple(site_graphs(base, adapted, merged, ["head", "body.layers.0.down"])),
         notes=("a note",),
         log=TrainingLog((Series("loss", ((1.0, 3.0), (2.0, 2.0))), Series("eval_loss", ((2.0, 2.5),), 1))),
         comparison=lora_fx.compare_adapters(adapted, second),
@@ -354,7 +370,7 @@ def sites_of(layers: int, modules: int, r: int) -> tuple[SiteDelta, ...]:
     return tuple(SiteDelta(path, 0, r, 2.0, 10.0, 1.0, 0.999, values) for path in paths)
 
 
-@pytest.mark.parametrize(("layers", "modules", "r"), [(32, 7, 64), (94, 50, 256)])
+@pytest.mark.parametrize(("layers", "modules", "r"), [(32, 7, 64), (64, 30, 128)])
 def test_the_page_of_a_large_model_stays_small(layers, modules, r) -> None:
     report = make_report()
     sites = sites_of(layers, modules, r)
