@@ -431,7 +431,7 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         TargetError,
         lambda p: site_graphs(base(), adapted(), None, ["fc9"]),
         "no site 'fc9'",
-        "Did you mean 'fc1'",
+        "Did you mean",
         "find_sites(gm) lists them all",
     ),
     "nothing to optimise": (

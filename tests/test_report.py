@@ -509,7 +509,9 @@ def test_inspect_prints_the_statistics(directories, quick, monkeypatch, capsys) 
     assert json.loads(capsys.readouterr().out)["statistics"] is None
 
 
-def test_verify_puts_both_tables_on_the_page_and_tells_a_file_that_disagrees(monkeypatch) -> None:
+def test_verify_puts_both_tables_on_the_page_and_tells_a_file_that_disagrees(
+    directories, quick, tmp_path, monkeypatch, capsys
+) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
     model.forward = types.MethodType(lambda self, x: self[2](self[1](self[0](x))), model)
@@ -527,7 +529,17 @@ def test_verify_puts_both_tables_on_the_page_and_tells_a_file_that_disagrees(mon
     assert "ONNX Runtime (" in page
     assert len(report.latency) == 5
     assert report.latency[0].ratio == report.latency[3].ratio == 1
-    assert "lora_fx." not in page.replace("lora_fx.trace", "")  # no temporary path
+    assert "folded.onnx" in page
+    assert "/folded.onnx" not in page  # a directory that is gone
+    for value, count in ((verification, 2), (verification.base, 1)):
+        assert value._repr_html_().count("<table>") == count
+        assert "<td" in value._repr_html_()
+    wrong = dataclasses.replace(verification, unexpected=("w",))
+    monkeypatch.setattr(cli_report, "make_report", lambda *_: (report, wrong))
+    out = tmp_path / "report.html"
+    assert run(monkeypatch, "report", *directories[:2], "--verify", "--out", out) == 4
+    assert "'w' differ from the base's" in capsys.readouterr().err
+    assert out.read_text() == page
 
 
 # Chromium -----------------------------------------------------------------------------------------
