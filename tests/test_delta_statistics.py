@@ -213,7 +213,8 @@ def test_a_weight_of_two_sites_and_a_part_of_one() -> None:
 
 
 def test_a_graph_whose_rows_choose_adapters_is_refused() -> None:
-    gm = lora_fx.batch_adapters(injected(STACK, traced(STACK)))
+    gm = adapted()
+    record_of(gm).batched = "as batch_adapters leaves it"
     for call in (lora_fx.adapter_statistics, lambda gm: lora_fx.compare_adapters(gm, gm)):
         with pytest.raises(GraphError, match="unbatch_adapters"):
             call(gm)
