@@ -203,13 +203,17 @@ def test_a_weight_of_two_sites_and_a_part_of_one() -> None:
             q, k, v = self.c_attn(self.b(self.a(x))).split(6, dim=-1)
             return q * k + v
 
-    gm = lora_fx.inject(fx.symbolic_trace(Tied()), LoraConfig(r=2, target_modules=["a", "b", "c_attn[q]"]))
-    gm = randomise(gm)
+    config = LoraConfig(r=2, target_modules=["a", "b", "c_attn[q]"], init_lora_weights=False)
+    gm = lora_fx.inject(fx.symbolic_trace(Tied()), config)
     a, b, part = lora_fx.adapter_statistics(gm).sites
     assert dataclasses.replace(b, path="a", remarks=()) == a
     assert b.remarks == ("same adapter as a",)
     assert part.remarks == ("‖W‖ and kept are of the whole weight",)
     assert part.weight_norm == pytest.approx(float(gm.get_parameter("c_attn.weight").norm()), rel=1e-6)
+    up, down = (gm.get_parameter(f"c_attn.lora_{half}_q.default.weight").detach() for half in "BA")
+    expected = torch.linalg.svdvals(part.scaling * (up @ down).double())[:2].tolist()
+    assert part.singular_values == pytest.approx(expected, rel=1e-5)
+    assert part.delta_norm == pytest.approx(math.hypot(*expected), rel=1e-5)
 
 
 def test_a_graph_whose_rows_choose_adapters_is_refused() -> None:

@@ -183,7 +183,8 @@ def test_evaluation_is_shown_and_the_whole_of_a_part() -> None:
             return q * k + v
 
     base = lora_fx.trace(Packed(), torch.randn(2, 6))
-    adapted = randomise(lora_fx.inject(base, lora_fx.LoraConfig(r=2, target_modules=["c_attn[q]"])))
+    config = lora_fx.LoraConfig(r=2, target_modules=["c_attn[q]"], init_lora_weights=False)
+    adapted = lora_fx.inject(base, config)
     (found,) = site_graphs(base, adapted, lora_fx.fold(adapted), ["c_attn[q]"])
     assert (found.path, found.calls) == ("c_attn[q]", 1)
     nodes = [row.before for row in found.rows]
