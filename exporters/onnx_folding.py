@@ -35,7 +35,7 @@ from .paths import path_of
 from .sessions import checked_file
 from .stored_weights import Rounded, read_weight, rounded
 from .streamed_weights import StreamedTensor, can_stream
-from .text import some, table
+from .text import Shown, Table, some, table
 
 _IN_MEMORY = "lora_fx_weights_given_at_load"  # a file that does not exist
 
@@ -64,7 +64,7 @@ class FoldedWeight:
 
 
 @dataclass(frozen=True)
-class OnnxFoldReport:
+class OnnxFoldReport(Shown):
     """What folding into a file did, weight by weight. Prints as a table.
 
     Attributes:
@@ -85,7 +85,8 @@ class OnnxFoldReport:
         """Plain values for JSON."""
         return dataclasses.asdict(self)
 
-    def __str__(self) -> str:
+    def blocks(self) -> list[str | Table]:
+        """A row for each weight."""
         rows = [
             (
                 ", ".join(weight.paths),
@@ -98,11 +99,8 @@ class OnnxFoldReport:
             for weight in self.weights
         ]
         header = ("adapter's", "initializer", "type", "‖ΔW‖/‖W‖", "kept", "rounding")
-        lines = [
-            f"{self.path}: {self.adapter} folded into {len(rows)} weights, {self.seconds:.2f} s",
-            table(header, rows),
-        ]
-        return "\n".join([*lines, *self.notes])
+        head = f"{self.path}: {self.adapter} folded into {len(rows)} weights, {self.seconds:.2f} s"
+        return [head, table(header, rows), *self.notes]
 
 
 @dataclass(frozen=True, eq=False)

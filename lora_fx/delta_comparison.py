@@ -171,12 +171,9 @@ def principal_angles(u1: torch.Tensor, s1: torch.Tensor, u2: torch.Tensor, s2: t
     """
     angles: list[float] = []
     for n in range(len(u1)):
-        one, two = (
-            u[n][:, s[n] > _NEGLIGIBLE * float(s.max())] if s.numel() else u[n] for u, s in ((u1, s1), (u2, s2))
-        )
-        if one.shape[1] and two.shape[1]:
-            cosines = torch.linalg.svdvals(one.T @ two).clamp(max=1.0)
-            angles += torch.rad2deg(torch.arccos(cosines)).tolist()
+        one, two = (u[n][:, s[n] > _NEGLIGIBLE * float(s.max())] for u, s in ((u1, s1), (u2, s2)))
+        cosines = torch.linalg.svdvals(one.T @ two).clamp(max=1.0)
+        angles += torch.rad2deg(torch.arccos(cosines)).tolist()
     return tuple(sorted(angles))
 
 

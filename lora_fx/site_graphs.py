@@ -25,7 +25,8 @@ class GraphRow:
 
     Attributes:
         before, injected, folded: the node as text.
-        change: "", "added" by injection, "changed" (it reads something else), or "new values" (a folded weight).
+        change: "", "added" (by injection, or by folding where it unties a weight), "changed" (it reads something else),
+            or "new values" (a folded weight).
     """
 
     before: str
@@ -110,8 +111,8 @@ class _View:
         shown = {op, *sums, *_inserted(op, sums), *_operands(op, application.use.x)}
         shown |= set((sums[-1] if sums else op).users)
         nodes = {node.name: node for node in application.scope.graph.nodes}
-        readers = {op.name} if op.op == "call_module" else set()
-        readers |= {n.name for n in shown if n.op == "get_attr" and str(n.target) == application.attribute}
+        readers = {n.name for n in shown if n.op == "get_attr" and str(n.target) == application.attribute}
+        readers = readers or {op.name}  # which holds it, or gets it as an operand of the sub-graph that it is in
         weight = get_attribute(gm, application.attribute)
         return cls(nodes, {node.name for node in shown}, readers, weight)
 
@@ -171,11 +172,11 @@ def _rows(before: _View, injected: _View, folded: _View) -> tuple[GraphRow, ...]
 
 
 def _change(name: str, texts: tuple[str, str, str], before: _View, folded: _View) -> str:
-    if not texts[0]:
-        return "added"
     if name in folded.readers and not _has_same_values(before.weight, folded.weight):
         return "new values"
-    return "changed" if texts[1] and texts[0] != texts[1] else ""
+    if not texts[0]:
+        return "added"
+    return "changed" if any(text and text != texts[0] for text in texts) else ""
 
 
 def _has_same_values(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -32,12 +32,14 @@ def _html_cell(cell: str) -> str:
 class Shown:
     """What prints as paragraphs and tables, and is shown as such by notebooks."""
 
+    between = "\n\n"
+
     def blocks(self) -> Sequence[str | Table]:
         """Paragraphs and tables, in order."""
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self.blocks()))
+        return self.between.join(map(str, self.blocks()))
 
     def _repr_html_(self) -> str:
         return "".join(

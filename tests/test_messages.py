@@ -35,6 +35,8 @@ from lora_fx import (
     TargetError,
 )
 from lora_fx.errors import closest
+from lora_fx.site_graphs import site_graphs
+from lora_fx.training_log import read_training_log
 
 MLP = BY_NAME["mlp"]
 PACKAGE = Path(lora_fx.__file__).parent
@@ -535,6 +537,26 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         "'fc1' cannot be split rowwise",
         "do not divide by 2 processes",
         "Leave it out of the plan",
+    "a broken adapter's statistics": (
+        AdapterError,
+        lambda p: lora_fx.adapter_statistics(with_value(float("nan"))),
+        "fc1.lora_B.default.weight",
+        "holds NaN or Inf",
+        "train it again or reload it",
+    ),
+    "a training log": (
+        AdapterError,
+        lambda p: read_training_log(p / "trainer_state.json"),
+        "trainer_state.json",
+        "cannot be read",
+        "name a trainer_state.json",
+    ),
+    "a graph around no site": (
+        TargetError,
+        lambda p: site_graphs(base(), adapted(), None, ["fc9"]),
+        "no site 'fc9'",
+        "Did you mean",
+        "find_sites(gm) lists them all",
     ),
     "nothing to optimise": (
         GraphError,

@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 from torch import fx, nn
-from zoo import BY_NAME, injected, randomise, traced
+from zoo import BY_NAME, folded, injected, randomise, traced
 
 import lora_fx
 from lora_fx import AdapterError, TargetError, cli, cli_report
@@ -123,8 +123,7 @@ def graphs(case=STACK, tracer: str = "symbolic", **options) -> list[fx.GraphModu
 
 
 def test_the_graph_around_a_site() -> None:
-    base, adapted, folded = graphs(EXPERTS)
-    (found,) = site_graphs(base, adapted, folded, ["gate_up"])
+    (found,) = site_graphs(*graphs(EXPERTS), ["gate_up"])
     rows = {row.injected.partition(" = ")[0]: row for row in found.rows}
     added = [row for row in found.rows if row.change == "added"]
     assert len(added) >= 5
@@ -139,10 +138,27 @@ def test_the_graph_around_a_site() -> None:
     assert "before" in str(found)
 
 
+@pytest.mark.parametrize(("name", "tracer", "site"), [
+    ("tied_head", "export", "lm_head"), ("no_grad", "export", "frozen"), ("mlp", "symbolic", "fc1"),
+])  # fmt: skip
+def test_new_values_are_marked_wherever_they_are_read(name, tracer, site) -> None:
+    """Under a new name, as an operand of a sub-graph, and in a module that is called."""
+    case = BY_NAME[name]
+    base = traced(case, tracer)
+    adapted = randomise(injected(case, base))
+    (found,) = site_graphs(base, adapted, folded(case, adapted), [site])
+    (row,) = [row for row in found.rows if row.change == "new values"]
+    assert row.folded
+    assert (row.before == "") == (name == "tied_head")
+    assert all(row.before != row.injected for row in found.rows if row.change == "added" and row.injected)
+    unchanged = site_graphs(base, base, base, [site])[0]
+    assert {row.change for row in unchanged.rows} == {""}
+
+
 def test_each_site_has_its_own_nodes_and_calls() -> None:
-    base, adapted, folded = graphs()
+    base, adapted, merged = graphs()
     paths = [site.path for site in lora_fx.find_sites(base)]
-    found = site_graphs(base, adapted, folded, paths)
+    found = site_graphs(base, adapted, merged, paths)
     names = [[row.injected.partition(" = ")[0] for row in each.rows if row.change == "added"] for each in found]
     assert all(names)
     assert len({name for each in names for name in each}) == sum(map(len, names))  # nobody's twice
@@ -151,8 +167,30 @@ def test_each_site_has_its_own_nodes_and_calls() -> None:
     down = site_graphs(*graphs(EXPERTS), ["down"])[0]
     assert down.calls > 1
     assert "the first of" in str(down)
+    assert str(without).startswith("head\n\n")
     with pytest.raises(TargetError, match=r"no site 'haed'. Did you mean 'head'"):
-        site_graphs(base, adapted, folded, ["haed"])
+        site_graphs(base, adapted, merged, ["haed"])
+
+
+def test_evaluation_is_shown_and_the_whole_of_a_part() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c_attn, self.drop = nn.Linear(6, 18), nn.Dropout(0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.c_attn(self.drop(x)).split(6, dim=-1)
+            return q * k + v
+
+    base = lora_fx.trace(Packed(), torch.randn(2, 6))
+    config = lora_fx.LoraConfig(r=2, target_modules=["c_attn[q]"], init_lora_weights=False)
+    adapted = lora_fx.inject(base, config)
+    (found,) = site_graphs(base, adapted, lora_fx.fold(adapted), ["c_attn[q]"])
+    assert (found.path, found.calls) == ("c_attn[q]", 1)
+    nodes = [row.before for row in found.rows]
+    assert any("c_attn.weight" in node for node in nodes)
+    assert ["True" in node for node in nodes if "aten.dropout" in node] in ([], [False])
+    assert sum(row.change == "new values" for row in found.rows) == 1
 
 
 # What is drawn ------------------------------------------------------------------------------------
@@ -221,7 +259,7 @@ def test_curves_keep_their_peaks_and_their_place() -> None:
 
 
 def make_report(**changes) -> Report:
-    base, adapted, folded = graphs(targets=["q_proj", "down", "head"])
+    base, adapted, merged = graphs(targets=["q_proj", "down", "head"])
     second = randomise(injected(STACK, base, targets=["q_proj", "up"]), size=0.3)
     report = Report(
         model="model",
@@ -230,7 +268,7 @@ def make_report(**changes) -> Report:
         sites=tuple(site.path for site in lora_fx.find_sites(base)),
         plan=record_of(adapted).adapters["default"].plan,
         statistics=lora_fx.adapter_statistics(adapted),
-        graphs=tuple(site_graphs(base, adapted, folded, ["head", "body.layers.0.down"])),
+        graphs=tuple(site_graphs(base, adapted, merged, ["head", "body.layers.0.down"])),
         notes=("a note",),
         log=TrainingLog((Series("loss", ((1.0, 3.0), (2.0, 2.0))), Series("eval_loss", ((2.0, 2.5),), 1))),
         comparison=lora_fx.compare_adapters(adapted, second),
@@ -354,7 +392,7 @@ def sites_of(layers: int, modules: int, r: int) -> tuple[SiteDelta, ...]:
     return tuple(SiteDelta(path, 0, r, 2.0, 10.0, 1.0, 0.999, values) for path in paths)
 
 
-@pytest.mark.parametrize(("layers", "modules", "r"), [(32, 7, 64), (94, 50, 256)])
+@pytest.mark.parametrize(("layers", "modules", "r"), [(32, 7, 64), (64, 30, 128)])
 def test_the_page_of_a_large_model_stays_small(layers, modules, r) -> None:
     report = make_report()
     sites = sites_of(layers, modules, r)
@@ -493,7 +531,9 @@ def test_inspect_prints_the_statistics(directories, quick, monkeypatch, capsys) 
     assert json.loads(capsys.readouterr().out)["statistics"] is None
 
 
-def test_verify_puts_both_tables_on_the_page_and_tells_a_file_that_disagrees(monkeypatch) -> None:
+def test_verify_puts_both_tables_on_the_page_and_tells_a_file_that_disagrees(
+    directories, quick, tmp_path, monkeypatch, capsys
+) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
     model.forward = types.MethodType(lambda self, x: self[2](self[1](self[0](x))), model)
@@ -509,9 +549,22 @@ def test_verify_puts_both_tables_on_the_page_and_tells_a_file_that_disagrees(mon
     page = report_page(report)
     assert "op for op" in page
     assert "ONNX Runtime (" in page
-    assert len(report.latency) == 5
-    assert report.latency[0].ratio == report.latency[3].ratio == 1
-    assert "lora_fx." not in page.replace("lora_fx.trace", "")  # no temporary path
+    assert [way.name.partition(",")[0] for way in report.latency] == [
+        "base", "injected", "folded", "base again", "base", "folded", "base again",
+    ]  # fmt: skip
+    assert report.latency[0].ratio == report.latency[4].ratio == 1
+    assert all(way.ratio == pytest.approx(way.seconds / report.latency[0].seconds) for way in report.latency[:4])
+    assert "folded.onnx" in page
+    assert "/folded.onnx" not in page  # a directory that is gone
+    for value, count in ((verification, 2), (verification.base, 1)):
+        assert value._repr_html_().count("<table>") == count
+        assert "<td" in value._repr_html_()
+    wrong = dataclasses.replace(verification, unexpected=("w",))
+    monkeypatch.setattr(cli_report, "make_report", lambda *_: (report, wrong))
+    out = tmp_path / "report.html"
+    assert run(monkeypatch, "report", *directories[:2], "--verify", "--out", out) == 4
+    assert "'w' differ from the base's" in capsys.readouterr().err
+    assert out.read_text() == page
 
 
 # Chromium -----------------------------------------------------------------------------------------
