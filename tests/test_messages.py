@@ -341,6 +341,13 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         "no adapter",
         "inject(gm, config)",
     ),
+    "fold with no such way for few bits": (
+        FoldError,
+        lambda p: lora_fx.fold(adapted(), quantized="round"),
+        "quantized='round'",
+        "dequantize",
+        "must be",
+    ),
     "fold NaN": (
         FoldError,
         lambda p: lora_fx.fold(with_value(float("nan"))),
