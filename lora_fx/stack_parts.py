@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +12,38 @@ from torch import nn
 
 from .arena import watch_optimizers
 from .errors import GraphError
+
+_CLEARED = "_lora_fx_cleared"
+
+
+@dataclass
+class _Cleared:
+    """Places of a gradient that were taken away one by one, which is done in memory when the next one is added."""
+
+    gradient: torch.Tensor | None = None
+    places: set[tuple[int, int, int]] = field(default_factory=set)
+
+
+def _cleared(whole: nn.Parameter) -> set[tuple[int, int, int]]:
+    """Of the gradient that the parameter has now."""
+    known: _Cleared = whole.__dict__[_CLEARED]
+    if known.gradient is not whole.grad:
+        known.gradient, known.places = whole.grad, set()
+    return known.places
+
+
+def _zeroed(reference: weakref.ref[nn.Parameter]) -> Callable[[torch.Tensor], None]:
+    """What runs before a gradient is added to that of the parameter."""
+
+    def zero(gradient: torch.Tensor) -> None:
+        whole = reference()
+        if whole is None or whole.grad is None:
+            return
+        for dim, start, stop in _cleared(whole):
+            whole.grad.narrow(dim, start, stop - start).zero_()
+        _cleared(whole).clear()
+
+    return zero
 
 
 class StackPart(nn.Parameter):
@@ -29,6 +64,10 @@ class StackPart(nn.Parameter):
         view = whole.detach().narrow(dim, start, stop - start)
         part: StackPart = torch.Tensor._make_subclass(StackPart, view, whole.requires_grad)
         part.members, part._place = (whole,), (dim, start, stop)
+        if _CLEARED not in whole.__dict__:
+            whole.__dict__[_CLEARED] = _Cleared()
+            if whole.requires_grad:
+                whole.register_hook(_zeroed(weakref.ref(whole)))  # type: ignore[no-untyped-call]
         watch_optimizers()
         return part
 
@@ -49,19 +88,24 @@ class StackPart(nn.Parameter):
                 "a parameter of the batched graph was moved (by .to() or the like) since "
                 "lora_parameters(gm, adapter_name) was called; call it again, and make the optimizer anew"
             )
-        return None if whole.grad is None else self._of(whole.grad)
+        if whole.grad is None or self._place in _cleared(whole):
+            return None
+        return self._of(whole.grad)
 
     @grad.setter
     def grad(self, value: torch.Tensor | None) -> None:
-        """None takes this part's gradient away, and leaves the others theirs: it is zero then."""
         (whole,) = self.members
-        if value is None:
-            if whole.grad is not None:
-                self._of(whole.grad).zero_()
-            return
-        if whole.grad is None:
-            whole.grad = torch.zeros_like(whole)
-        self._of(whole.grad).copy_(value)
+        cleared = _cleared(whole)
+        if value is None and whole.grad is not None:
+            cleared.add(self._place)
+            if sum(stop - start for _, start, stop in cleared) == whole.shape[self._place[0]]:
+                whole.grad, whole.__dict__[_CLEARED] = None, _Cleared()
+        if value is not None:
+            if whole.grad is None:
+                whole.grad = torch.zeros_like(whole)
+                cleared = _cleared(whole)
+            self._of(whole.grad).copy_(value)
+            cleared.discard(self._place)
 
     @grad.deleter
     def grad(self) -> None:

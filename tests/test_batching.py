@@ -388,7 +388,7 @@ def test_training_at_once_is_training_one_by_one(separate: bool) -> None:
     trained = lora_fx.unbatch_adapters(batched)
     start = dict(ours.named_parameters())
     for index, (name, rate) in enumerate(RATES.items()):
-        alone = several("llama", ["q_proj", "down_proj"])
+        alone = copy.deepcopy(ours)
         lora_fx.set_adapters(alone, name)
         parameters = lora_fx.lora_parameters(alone, name)
         optimizer = torch.optim.AdamW(parameters, lr=rate)
@@ -419,10 +419,16 @@ def test_parts_are_views_of_the_stacks() -> None:
     for stack in stacks:
         stack.grad = torch.ones_like(stack)
     one[0].grad = None  # takes away its own
-    assert not bool(one[0].grad.any())
+    assert one[0].grad is None
     assert bool(two[0].grad.all())
     one[0].grad = torch.full_like(one[0], 3.0)
     assert float(stacks[0].grad.sum()) == float(stacks[0].numel() + 2 * one[0].numel())
+    one[0].grad = None
+    stacks[0].sum().backward()  # adds to what the others have
+    assert (float(one[0].grad.mean()), float(two[0].grad.mean())) == (1, 2)
+    for name in NAMES:
+        lora_fx.lora_parameters(batched, name)[0].grad = None
+    assert stacks[0].grad is None
     version = stacks[0]._version
     torch.optim.SGD(one, lr=0.1).step()
     assert stacks[0]._version > version

@@ -79,3 +79,9 @@ def test_quantized(kind: str) -> None:
     assert found["sites"] == 7
     assert found["dequantize"] < 1e-5 < found["original"] < 0.1
     assert kind != "nf4" or (0.5 < found["kept"] < 1 and found["requantize"] < 0.1)
+
+
+def test_many_adapters() -> None:
+    found = _run("train_many_adapters", adapters=3, steps=6)
+    assert found["after"] < found["before"] - 0.05
+    assert found["difference"] < 1e-4  # of steps of 3e-3 to 9e-3
