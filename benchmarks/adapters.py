@@ -26,7 +26,9 @@ def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, .
     swapped = workloads.llama(12, 128 if quick else 768, 16)  # 84 sites, 168 tensors
     mixed = workloads.llama(2, 256, 2) if quick else workloads.llama(4, 512, 2)
     tables = [batch_table(replace(mixed, r=r), rounds) for r in (8, 16)]
-    return swap_table(swapped, rounds), *tables
+    trained = workloads.llama(2, 64, 16) if quick else workloads.llama(4, 256, 64)
+    many = many_table(replace(trained, r=8), (1, 2, 4, 8) if quick else (1, 2, 4, 8, 16), rounds)
+    return swap_table(swapped, rounds), *tables, many
 
 
 def swap_table(workload: Workload, rounds: int) -> Table:
@@ -126,6 +128,97 @@ def batch_table(workload: Workload, rounds: int) -> Table:
         tuple(rows),
         (f"checked first: the mixed batch equals PEFT's within {error:.1e}",),
     )
+
+
+def many_table(workload: Workload, counts: tuple[int, ...], rounds: int) -> Table:
+    """A training step of N adapters in one graph, two rows each, against N steps of one in a graph of its own."""
+    steps = {count: _training_step(workload, count) for count in counts}
+    steps[0] = _training_step(workload, 1, batched=False)
+    for count in counts:
+        _check_training(workload, count)
+    times = interleave({str(count): Variant(lambda _, step=step: step()) for count, step in steps.items()}, rounds)
+    rows = []
+    counted = {}
+    for count, step in steps.items():
+        with OpCounter() as counter:
+            step()
+        counted[count] = counter.kernels, counter.flops
+    for count in (0, *counts):
+        per = max(count, 1)
+        kernels, flops = counted[count]
+        rows.append(
+            (
+                f"{count} at once" if count else "one, in a graph of its own",
+                kernels,
+                kernels / per / counted[0][0],
+                flops / per / counted[0][1],
+                1e3 * times.median(str(count)),
+                times.ratio(str(count), "0") / per,
+                f"{times.spread(str(count)):.0%}",
+            )
+        )
+    return Table(
+        f"a training step of many adapters: {workload.name}, r = {workload.r}, two rows each, AdamW ({rounds} rounds)",
+        ("adapters", "kernels", "/ N runs", "FLOPs / N runs", "ms", "/ N runs ", "spread"),
+        tuple(rows),
+        (
+            "checked first: each adapter's gradients are those of a run of its own",
+            "each has a learning rate of its own",
+        ),
+    )
+
+
+def _many(workload: Workload, count: int) -> tuple[Any, torch.Tensor]:
+    """A graph with so many adapters, B ≠ 0, and two rows for each."""
+    tokens = workload.inputs[1]["input_ids"].shape[1]
+    ids = torch.randint(0, 512, (2 * count, tokens), generator=torch.Generator().manual_seed(1))
+    graph = workloads.traced(replace(workload, inputs=((), {"input_ids": ids[:2], "use_cache": False})))
+    for index in range(count):
+        graph = lora_fx.inject(graph, lora_fx.LoraConfig(**workload.fields()), adapter_name=f"x{index}")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(graph):
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return graph, ids
+
+
+def _loss(graph: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """The sum of what each two rows give alone: their mean, here."""
+    logits = first_tensor(graph(input_ids=ids, use_cache=False, **kwargs))
+    total: torch.Tensor = logits.log_softmax(-1).square().mean() * (len(ids) // 2)
+    return total
+
+
+def _training_step(workload: Workload, count: int, *, batched: bool = True) -> Any:
+    graph, ids = _many(workload, count)
+    names, kwargs = [f"x{index}" for index in range(count)], {}
+    if batched:
+        graph = lora_fx.batch_adapters(graph)
+        kwargs = {"adapter_ids": torch.arange(1, count + 1).repeat_interleave(2)}
+    groups = [
+        {"params": lora_fx.lora_parameters(graph, name), "lr": 1e-4 * (1 + index)} for index, name in enumerate(names)
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    graph.train()
+
+    def step() -> None:
+        _loss(graph, ids, **kwargs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _check_training(workload: Workload, count: int) -> None:
+    graph, ids = _many(workload, count)
+    batched = lora_fx.batch_adapters(graph).train()
+    _loss(batched, ids, adapter_ids=torch.arange(1, count + 1).repeat_interleave(2)).backward()
+    for index in range(count):
+        lora_fx.set_adapters(graph.train(), f"x{index}")
+        own = lora_fx.lora_parameters(graph, f"x{index}")
+        gradients = torch.autograd.grad(_loss(graph, ids[2 * index : 2 * index + 2]), own)
+        for part, gradient in zip(lora_fx.lora_parameters(batched, f"x{index}"), gradients, strict=True):
+            assert_same(f"a gradient of adapter {index}", part.grad, gradient, eps=4096.0)
 
 
 def _kernels(call: Any) -> int:

@@ -197,7 +197,7 @@ def flatten(named: dict[str, nn.Parameter], gm: fx.GraphModule) -> list[nn.Param
             runs[-1].append((name, parameter))
         else:
             runs.append([(name, parameter)])
-    _watch_optimizers()
+    watch_optimizers()
     return [
         run[0][1] if len(run) == 1 else FlatParameter.over([p for _, p in run], [n for n, _ in run], gm) for run in runs
     ]
@@ -208,7 +208,8 @@ def _can_join(before: nn.Parameter, parameter: nn.Parameter) -> bool:
     return plain and joined([before, parameter]) is not None
 
 
-def _watch_optimizers() -> None:
+def watch_optimizers() -> None:
+    """From the first call on, tell autograd what an optimizer's step writes beside its own parameters."""
     if not _watching:
         _watching.append(register_optimizer_step_post_hook(_count_versions))
 
@@ -220,5 +221,6 @@ def _count_versions(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) ->
     """A step wrote the members, too: autograd has to know, or it would differentiate with values that are gone."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if isinstance(parameter, FlatParameter):
-                torch.autograd.graph.increment_version(parameter.members)
+            members = getattr(parameter, "members", ()) if type(parameter) is not nn.Parameter else ()
+            if members:
+                torch.autograd.graph.increment_version(members)

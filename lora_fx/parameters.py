@@ -10,9 +10,10 @@ from torch import fx, nn
 from .arena import flatten
 from .attributes import get_attribute, get_parameter
 from .errors import AdapterError, closest
-from .graph_module import check_editable, checked_graph_module, record_of
+from .graph_module import checked_graph_module, record_of
 from .injection import Adapter
 from .sharding import settle
+from .stack_parts import StackPart
 
 
 def lora_parameters(gm: fx.GraphModule, adapter_name: str | None = None) -> list[nn.Parameter]:
@@ -20,7 +21,8 @@ def lora_parameters(gm: fx.GraphModule, adapter_name: str | None = None) -> list
 
     Args:
         gm: an injected graph.
-        adapter_name: one adapter's only; None for all.
+        adapter_name: one adapter's only; None for all. Of a graph from `batch_adapters`, one adapter's are parts of the
+            stacks, which an optimizer can give a learning rate of their own: see `stack_parts.StackPart`.
 
     Raises:
         AdapterError: if the graph has no adapter, or none of that name.
@@ -32,7 +34,7 @@ def lora_parameters(gm: fx.GraphModule, adapter_name: str | None = None) -> list
         raise AdapterError("the graph has no adapter; inject one: gm = lora_fx.inject(gm, config)")
     if batched is not None:
         if adapter_name is not None:
-            check_editable(gm)
+            return _parts_of(gm, find_adapter(gm, adapter_name))
         return list({id(p): p for p in (get_parameter(gm, n) for n in (*batched.stacks, *batched.single))}.values())
     chosen = list(adapters.values()) if adapter_name is None else [find_adapter(gm, adapter_name)]
     unique = {id(p): p for adapter in chosen for p in _parameters_of(gm, adapter)}
@@ -91,6 +93,23 @@ def trained_tensor(gm: fx.GraphModule, name: str) -> torch.Tensor:
     """A tensor that an adapter trains in full, whether or not the adapter counts at the moment."""
     tensor: torch.Tensor = record_of(gm).stashed.get(name, get_attribute(gm, name))
     return tensor
+
+
+def _parts_of(gm: fx.GraphModule, adapter: Adapter) -> list[nn.Parameter]:
+    """What an adapter of a batched graph has: parts of the stacks, and parameters that are not stacked."""
+    batched = record_of(gm).batched
+    if adapter.name not in batched.names:
+        raise AdapterError(
+            f"adapter {adapter.name!r} was left out when the graph was batched; it has {', '.join(batched.names)}. "
+            "batch_adapters(gm) takes all of them"
+        )
+    own = {name for member in adapter.members for name in member.tensors.values()}
+    found: list[nn.Parameter] = []
+    for stack, pieces in batched.stacks.items():
+        whole = get_parameter(gm, stack)
+        found += [StackPart.of(whole, dim, start, stop) for name, dim, start, stop in pieces if name in own]
+    single = {id(p): p for p in (get_parameter(gm, name) for name in batched.single if name in own)}
+    return found + list(single.values())
 
 
 def _parameters_of(gm: fx.GraphModule, adapter: Adapter) -> Iterator[nn.Parameter]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -296,7 +298,6 @@ def test_what_a_batched_graph_does_not_do(tmp_path: Any) -> None:
         "swap": lambda: lora_fx.swap_adapter(batched, "one", {}),
         "fold": lambda: lora_fx.fold(batched),
         "batch": lambda: lora_fx.batch_adapters(batched),
-        "parameters": lambda: lora_fx.lora_parameters(batched, "one"),
     }
     for attempt in refusals.values():
         with pytest.raises(lora_fx.LoraFxError, match="comes from batch_adapters"):
@@ -341,3 +342,107 @@ def test_a_copy_and_both_modes_of_a_batched_graph() -> None:
         for parameter in lora_fx.lora_parameters(twin):
             parameter.zero_()
     assert_same_bits(expected, run(batched, arguments))
+
+
+# Training several at once ---------------------------------------------------------------------------------
+
+RATES = {"one": 3e-3, "two": 1e-2, "three": 3e-2}
+
+
+def _rows_of(step: int, index: int) -> torch.Tensor:
+    """Data of its own for each adapter, two rows a step."""
+    return torch.randint(0, 60, (2, 5), generator=torch.Generator().manual_seed(10 * step + index))
+
+
+def _inputs(rows: torch.Tensor) -> dict[str, Any]:
+    return {"input_ids": rows, "attention_mask": torch.ones_like(rows), "use_cache": False}
+
+
+def _loss(output: Any, rows: torch.Tensor) -> torch.Tensor:
+    logits = next(leaf for leaf in torch.utils._pytree.tree_leaves(output) if leaf.is_floating_point())
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+
+
+def _clip(parameters: list[nn.Parameter]) -> None:
+    torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["groups", "optimizers"])
+def test_training_at_once_is_training_one_by_one(separate: bool) -> None:
+    """Each with its own rows, learning rate and clipping, over ten steps of AdamW."""
+    ours = several("llama", ["q_proj", "down_proj"])
+    batched = lora_fx.batch_adapters(ours).train()
+    groups = [{"params": lora_fx.lora_parameters(batched, name), "lr": rate} for name, rate in RATES.items()]
+    optimizers = [torch.optim.AdamW([g]) for g in groups] if separate else [torch.optim.AdamW(groups)]
+    ids = torch.tensor([1, 1, 2, 2, 3, 3])
+    for step in range(10):
+        rows = [_rows_of(step, index) for index in range(3)]
+        logits = batched(**_inputs(torch.cat(rows)), adapter_ids=ids)
+        leaf = next(x for x in torch.utils._pytree.tree_leaves(logits) if x.is_floating_point())
+        torch.stack([_loss(part, own) for part, own in zip(leaf.split(2), rows, strict=True)]).sum().backward()
+        for group in groups:
+            _clip(group["params"])
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    trained = lora_fx.unbatch_adapters(batched)
+    start = dict(ours.named_parameters())
+    for index, (name, rate) in enumerate(RATES.items()):
+        alone = copy.deepcopy(ours)
+        lora_fx.set_adapters(alone, name)
+        parameters = lora_fx.lora_parameters(alone, name)
+        optimizer = torch.optim.AdamW(parameters, lr=rate)
+        for step in range(10):
+            rows = _rows_of(step, index)
+            _loss(alone.train()(**_inputs(rows)), rows).backward()
+            _clip(parameters)
+            optimizer.step()
+            optimizer.zero_grad()
+        found = dict(trained.named_parameters())
+        expected = {key: value for key, value in alone.named_parameters() if f".{name}." in key}
+        assert expected
+        for key, value in expected.items():
+            moved = float((value - start[key]).detach().abs().max())
+            assert moved > rate
+            torch.testing.assert_close(found[key], value, rtol=0, atol=1e-3 * moved)
+
+
+def test_parts_are_views_of_the_stacks() -> None:
+    batched = lora_fx.batch_adapters(several("mlp"))
+    stacks = lora_fx.lora_parameters(batched)
+    one, two = (lora_fx.lora_parameters(batched, name) for name in ("one", "two"))
+    assert sorted(min(part.shape) for part in (*one, *two)) == [2, 2, 2, 2, 3, 3, 3, 3]  # r of each
+    assert sum(p.numel() for name in NAMES for p in lora_fx.lora_parameters(batched, name)) == sum(
+        p.numel() for p in stacks
+    )
+    assert all(part.grad is None for part in one)
+    for stack in stacks:
+        stack.grad = torch.ones_like(stack)
+    one[0].grad = None  # takes away its own
+    assert one[0].grad is None
+    assert bool(two[0].grad.all())
+    one[0].grad = torch.full_like(one[0], 3.0)
+    assert float(stacks[0].grad.sum()) == float(stacks[0].numel() + 2 * one[0].numel())
+    one[0].grad = None
+    stacks[0].sum().backward()  # adds to what the others have
+    assert (float(one[0].grad.mean()), float(two[0].grad.mean())) == (1, 2)
+    for name in NAMES:
+        lora_fx.lora_parameters(batched, name)[0].grad = None
+    assert stacks[0].grad is None
+    version = stacks[0]._version
+    torch.optim.SGD(one, lr=0.1).step()
+    assert stacks[0]._version > version
+    for change in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(GraphError, match="a part of a parameter"):
+            change(one[0])
+    batched.to(torch.float64)
+    with pytest.raises(GraphError, match="was moved"):
+        _ = one[0].grad
+
+
+def test_parts_of_adapters_that_are_not_there() -> None:
+    batched = lora_fx.batch_adapters(several("mlp"), ["one"])
+    with pytest.raises(AdapterError, match="was left out when the graph was batched; it has one"):
+        lora_fx.lora_parameters(batched, "two")
+    with pytest.raises(AdapterError, match="no adapter 'four'"):
+        lora_fx.lora_parameters(batched, "four")

@@ -304,6 +304,14 @@ def test_the_tables_of_adapters_hold_what_they_promise() -> None:
     assert base[4] < ours[4]
 
 
+def test_the_table_of_training_many() -> None:
+    many = adapters.many_table(dataclasses.replace(workloads.llama(1, 32, 8), r=2), (1, 3), rounds=1)
+    own, one, three = many.rows
+    assert (own[0], one[0], three[0]) == ("one, in a graph of its own", "1 at once", "3 at once")
+    assert own[2] == own[3] == 1
+    assert three[2] < 0.8  # kernels of each
+
+
 def test_the_check_of_a_mixed_batch_sees_a_wrong_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     real = adapters._batched_alike
 

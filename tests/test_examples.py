@@ -69,3 +69,19 @@ def test_generating_while_training() -> None:
     assert all(text != first for text in later)
     assert found["is_base"]
     assert found["last"] == later[-1]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:(bitsandbytes|torchao).*")
+@pytest.mark.parametrize("kind", ["nf4", "torchao-int4"])
+def test_quantized(kind: str) -> None:
+    found = _run("train_quantized", kind=kind, steps=6)
+    assert found["after"] < found["before"] - 0.05
+    assert found["sites"] == 7
+    assert found["dequantize"] < 1e-5 < found["original"] < 0.1
+    assert kind != "nf4" or (0.5 < found["kept"] < 1 and found["requantize"] < 0.1)
+
+
+def test_many_adapters() -> None:
+    found = _run("train_many_adapters", adapters=3, steps=6)
+    assert found["after"] < found["before"] - 0.05
+    assert found["difference"] < 1e-4  # of steps of 3e-3 to 9e-3

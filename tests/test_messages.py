@@ -363,6 +363,13 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         "no adapter",
         "inject(gm, config)",
     ),
+    "fold with no such way for few bits": (
+        FoldError,
+        lambda p: lora_fx.fold(adapted(), quantized="round"),
+        "quantized='round'",
+        "dequantize",
+        "must be",
+    ),
     "fold NaN": (
         FoldError,
         lambda p: lora_fx.fold(with_value(float("nan"))),
@@ -537,6 +544,7 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         "'fc1' cannot be split rowwise",
         "do not divide by 2 processes",
         "Leave it out of the plan",
+    ),
     "a broken adapter's statistics": (
         AdapterError,
         lambda p: lora_fx.adapter_statistics(with_value(float("nan"))),

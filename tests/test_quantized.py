@@ -45,7 +45,7 @@ class Model(nn.Module):
 
 
 def model_of(kind: str) -> Model:
-    """The same weights for each kind. On some CPUs bitsandbytes computes otherwise in eval mode, so it stays in train."""
+    """The same weights for each kind, in train mode: in eval, bitsandbytes computes otherwise on some CPUs."""
     torch.manual_seed(0)
     floats = Model()
     if kind.startswith("ao"):
@@ -124,7 +124,7 @@ def test_gradients_are_those_of_the_float_model(kind: str) -> None:
         gradients.append([x.grad, *(p.grad for p in lora_fx.lora_parameters(graph))])
         graph.zero_grad()
     for one, other in zip(*gradients, strict=True):
-        assert distance(other, one) < (1e-5 if kind == "nf4" else 2e-2)  # eight-bit kernels round what goes in
+        assert distance(other, one) < 1e-5
 
 
 def test_the_bits_are_kept_for_the_backward_pass_and_not_what_they_stand_for() -> None:
@@ -156,7 +156,7 @@ def test_files_go_to_peft_and_back(kind: str, tmp_path: Path) -> None:
     lora_fx.save_adapter(injected, tmp_path)
     assert torch.equal(lora_fx.load_adapter(gm, tmp_path)(X), injected(X))
     theirs = with_peft(model, kind, tmp_path)
-    assert distance(theirs(X), injected(X)) < (1e-5 if kind != "int8" else 2e-2)
+    assert distance(theirs(X), injected(X)) < 1e-5
     floats = lora_fx.load_adapter(lora_fx.trace(Model(), X), tmp_path)  # on the weights before they were quantized, say
     assert lora_fx.fold_report(lora_fx.fold(floats)).sites[0].kept > 0.999
 
@@ -174,10 +174,10 @@ def test_folding_has_to_be_told(kind: str) -> None:
 
 
 def test_dequantized_and_folded_computes_the_same(kind: str) -> None:
-    _, gm, injected = adapted(kind)
+    _, _, injected = adapted(kind)
     expected = injected(X)
     folded = lora_fx.fold(injected, quantized="dequantize")
-    assert distance(expected, folded(X)) < (1e-5 if kind != "int8" else 2e-2)
+    assert distance(expected, folded(X)) < 1e-5
     assert all(site.op == "linear" and site.dtype is torch.float32 for site in lora_fx.find_sites(folded))
     assert {type(p) for p in folded.parameters()} == {nn.Parameter}
     assert all(site.kept > 0.999 for site in lora_fx.fold_report(folded).sites)
@@ -202,8 +202,8 @@ def test_requantized_is_what_peft_merges_and_says_what_it_costs(kind: str, tmp_p
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         merged = with_peft(model, kind, tmp_path).merge_and_unload().train()
-    assert distance(merged(X), folded(X)) < 2e-2
-    assert distance(injected(X), folded(X)) < 0.3
+    assert distance(merged(X), folded(X)) < 1e-5
+    assert distance(injected(X), folded(X)) < 0.2
     assert torch.equal(gm(X), model(X))  # whose bits are as they were
 
 
@@ -214,7 +214,7 @@ def test_an_adapter_can_stay_when_another_is_folded() -> None:
         for parameter in lora_fx.lora_parameters(gm, "second"):
             parameter.normal_(std=0.2)
     expected = gm(X)
-    for how, bound in (("dequantize", 1e-5), ("requantize", 0.3)):
+    for how, bound in (("dequantize", 1e-5), ("requantize", 0.2)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LoraFxWarning)
             folded = lora_fx.fold(gm, adapters=["default"], quantized=how)

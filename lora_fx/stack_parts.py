@@ -1,0 +1,118 @@
+"""What one adapter of a batched graph has of the parameters that hold all of them, as parameters for an optimizer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .arena import watch_optimizers
+from .errors import GraphError
+
+_CLEARED = "_lora_fx_cleared"
+
+
+@dataclass
+class _Cleared:
+    """Places of a gradient that were taken away one by one, which is done in memory when the next one is added."""
+
+    gradient: torch.Tensor | None = None
+    places: set[tuple[int, int, int]] = field(default_factory=set)
+
+
+def _cleared(whole: nn.Parameter) -> set[tuple[int, int, int]]:
+    """Of the gradient that the parameter has now."""
+    known: _Cleared = whole.__dict__[_CLEARED]
+    if known.gradient is not whole.grad:
+        known.gradient, known.places = whole.grad, set()
+    return known.places
+
+
+def _zeroed(reference: weakref.ref[nn.Parameter]) -> Callable[[torch.Tensor], None]:
+    """What runs before a gradient is added to that of the parameter."""
+
+    def zero(gradient: torch.Tensor) -> None:
+        whole = reference()
+        if whole is None or whole.grad is None:
+            return
+        for dim, start, stop in _cleared(whole):
+            whole.grad.narrow(dim, start, stop - start).zero_()
+        _cleared(whole).clear()
+
+    return zero
+
+
+class StackPart(nn.Parameter):
+    """A part of a parameter: it shares its memory, and its gradient is that part of the whole's.
+
+    So optimizers and parameter groups can treat the adapters of a batched graph one by one. An adapter that no row of a
+    batch chose has a gradient of zero.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    members: tuple[nn.Parameter]  # the whole
+    _place: tuple[int, int, int]
+
+    @staticmethod
+    def of(whole: nn.Parameter, dim: int, start: int, stop: int) -> StackPart:
+        """The part from `start` to `stop` along `dim`."""
+        view = whole.detach().narrow(dim, start, stop - start)
+        part: StackPart = torch.Tensor._make_subclass(StackPart, view, whole.requires_grad)
+        part.members, part._place = (whole,), (dim, start, stop)
+        if _CLEARED not in whole.__dict__:
+            whole.__dict__[_CLEARED] = _Cleared()
+            if whole.requires_grad:
+                whole.register_hook(_zeroed(weakref.ref(whole)))  # type: ignore[no-untyped-call]
+        watch_optimizers()
+        return part
+
+    def _of(self, gradient: torch.Tensor) -> torch.Tensor:
+        dim, start, stop = self._place
+        return gradient.narrow(dim, start, stop - start)
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        """That part of the whole's gradient.
+
+        Raises:
+            GraphError: if the whole was moved since, so that an optimizer would train what nobody reads.
+        """
+        (whole,) = self.members
+        if self._of(whole.detach()).data_ptr() != self.data_ptr():
+            raise GraphError(
+                "a parameter of the batched graph was moved (by .to() or the like) since "
+                "lora_parameters(gm, adapter_name) was called; call it again, and make the optimizer anew"
+            )
+        if whole.grad is None or self._place in _cleared(whole):
+            return None
+        return self._of(whole.grad)
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        (whole,) = self.members
+        cleared = _cleared(whole)
+        if value is None and whole.grad is not None:
+            cleared.add(self._place)
+            if sum(stop - start for _, start, stop in cleared) == whole.shape[self._place[0]]:
+                whole.grad, whole.__dict__[_CLEARED] = None, _Cleared()
+        if value is not None:
+            if whole.grad is None:
+                whole.grad = torch.zeros_like(whole)
+                cleared = _cleared(whole)
+            self._of(whole.grad).copy_(value)
+            cleared.discard(self._place)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StackPart:
+        raise GraphError("a part of a parameter is not copied; call lora_fx.lora_parameters on the copy of the graph")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise GraphError("a part of a parameter is not pickled; save the adapter, and optimizer.state_dict()")
