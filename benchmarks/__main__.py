@@ -21,6 +21,7 @@ SUBJECTS = (
     "latency",
     "deployment",
     "reliability",
+    "scale",
     "gpu",
     "goals",
     "optimizer",

@@ -1,8 +1,9 @@
-"""What cannot go wrong unnoticed, counted: bad inputs, flipped bits, kills, refused writes, programs, threads, ulps."""
+"""What cannot go wrong unnoticed, counted: bad inputs, flipped bits, kills, programs, threads, ulps, changed lines."""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import signal
@@ -40,6 +41,7 @@ def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, .
             _threads(2_000 if quick else 100_000),
             _numbers(quick),
             _models(quick),
+            _mutants(quick),
         )
     finally:
         sys.path.remove(str(TESTS))
@@ -397,3 +399,39 @@ def _ulp(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The distance of neighbouring numbers of a type there."""
     exponent = torch.floor(torch.log2(exact.abs().clamp_min(torch.finfo(dtype).tiny)))
     return torch.exp2(exponent) * torch.finfo(dtype).eps
+
+
+# The modules in whose functions one thing at a time is changed.
+_MUTATED = tuple(f"lora_fx/{name}.py" for name in ("sites", "plan", "folding", "fold_tasks", "fold_terms"))
+
+
+def _mutants(quick: bool) -> Table:
+    """Some of the changes of one operator, condition, number or call; and what was recorded of all of them."""
+    import mutation
+
+    every, files = (40, _MUTATED[3:]) if quick else (10, _MUTATED)
+    suites = ["fold_tasks", "fold_terms", *([] if quick else ["sites", "plan", "plan_checks", "folding"])]
+    with tempfile.TemporaryDirectory() as name:
+        found = Path(name) / "found.json"
+        command = [sys.executable, "mutation.py", *files, f"--every={every}", "--seconds=60", f"--json={found}"]
+        subprocess.run([*command, "--tests", *suites], cwd=TESTS, capture_output=True, check=True)
+        counts = mutation.counts_of(mutation.Found(**each) for each in json.loads(found.read_text()))
+    rows = [_mutant_row(f"each {every}th, with the tests of {', '.join(suites)}", counts)]
+    record = json.loads(mutation.RECORD.read_text())
+    for file in _MUTATED:
+        is_new = record[file]["sha256"] != mutation.digest_of(mutation.ROOT / file)
+        rows.append(_mutant_row(f"all of {file}, recorded{' before it was edited' * is_new}", Counter(record[file])))
+    return Table(
+        "Changes of one operator, condition, number or call",
+        ("which", "tried", "a test fails", "nothing changes", "unexplained"),
+        tuple(rows),
+        (
+            "nothing changes: the same result for every input, each for a reason in tests/mutation_equivalents.toml",
+            "a test that does not end fails",
+        ),
+    )
+
+
+def _mutant_row(what: str, counts: Counter[str]) -> tuple[str, int, int, int, int]:
+    noticed = counts["killed"] + counts["timeout"] + counts["impossible"]
+    return what, counts["mutants"], noticed, counts["equivalent"], counts["unexplained"]

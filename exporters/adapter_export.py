@@ -37,12 +37,12 @@ from .onnx_report import OnnxReport
 from .onnx_weights import Array
 from .precision import as_data_type
 from .slots_check import check_base, check_rows, rows_of
-from .text import table
+from .text import Shown, Table, table
 from .verification import ShapeCheck, check_shape, feed_of, open_for_check
 
 
 @dataclass(frozen=True)
-class AdaptersReport:
+class AdaptersReport(Shown):
     """What `export_onnx_adapters` or `export_onnx_batched` wrote. Prints as tables.
 
     Attributes:
@@ -67,11 +67,12 @@ class AdaptersReport:
         """Plain values for JSON."""
         return dataclasses.asdict(self)
 
-    def __str__(self) -> str:
+    def blocks(self) -> list[str | Table]:
+        """A row for each adapter."""
         errors = {name: f"{error:.1e}" for name, error in self.max_errors.items()}
         rows = [(name, where, errors.get(name, "not checked")) for name, where in self.adapters.items()]
         head = f"{self.path}: {self.base.nodes} → {self.nodes} nodes, {self.seconds:.1f} s; base exact without adapters"
-        return "\n".join([head, table(("adapter", "in", "error of max |y|"), rows)])
+        return [head, table(("adapter", "in", "error of max |y|"), rows)]
 
 
 def export_onnx_adapters(

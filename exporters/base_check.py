@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_fx import AdapterError
-from lora_fx.base_note import KEY, NOTED, places_of, read_note
+from lora_fx.base_note import EPS, KEY, NOTED, is_noted, noted_values, places_of
 
 from .onnx_weights import Array, read_stamps
-from .stored_weights import read_weight
 
 if TYPE_CHECKING:
     from .named_weights import Held, OnnxWeights
-
-_EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 def check_base_note(weights: OnnxWeights) -> None:
@@ -27,24 +24,15 @@ def check_base_note(weights: OnnxWeights) -> None:
     Raises:
         AdapterError: if a weight is another, or the note cannot be read.
     """
-    text = weights.adapter.metadata.get(KEY)
-    if text is None or read_stamps(weights.model.metadata_props):
+    if read_stamps(weights.model.metadata_props):
         return
     where = str(weights.adapter.directory)
-    noted, dtype, _ = read_note(text, where)
-    if dtype not in _EPS or len(noted) % NOTED:
-        return
-    theirs = noted.reshape(-1, NOTED)
-    for low in weights.adapter.low_rank:
+    noted = noted_values(weights.adapter.metadata.get(KEY), where)
+    for low in () if noted is None else weights.adapter.low_rank:
         name = weights.weight_of(low)
         for held in () if name is None else weights.held(name):
             own = _values(held, is_recorded=held.value.name in weights.recorded)
-            if own is None:
-                continue
-            values, own_dtype = own
-            eps = max(_EPS[dtype], _EPS[own_dtype])
-            apart = np.abs(values[:, None] - theirs) > eps * np.maximum(np.abs(values[:, None]), np.abs(theirs))
-            if bool(apart.any(axis=-1).all()):
+            if own is not None and noted is not None and not is_noted(noted, *own):
                 raise AdapterError(
                     f"{where} was saved over a base model with other weights ({held.value.name!r} is another, for "
                     "one); take the file of that base. If this one is meant, read_adapter(directory, "
@@ -57,9 +45,10 @@ def _values(held: Held, *, is_recorded: bool) -> tuple[Array, str] | None:
     tensor = held.value.const_value
     dtype = "" if tensor is None else tensor.dtype.name.lower()
     dtype = {"float": "float32", "double": "float64"}.get(dtype, dtype)
-    if dtype not in _EPS or held.value.shape is None or np.prod(held.own_shape) < NOTED:
+    if dtype not in EPS or held.value.shape is None or np.prod(held.own_shape) < NOTED:
         return None
-    stored = read_weight(held.value)
+    assert tensor is not None
+    stored = tensor.numpy()  # a view of the file, of which a few values are read
     own = stored if held.perm is None else stored.transpose(np.argsort(held.perm))
     lying = [own] if is_recorded or own.ndim != 2 else [own, own.T]
     rows = [each[np.unravel_index(places_of(each.size, NOTED), each.shape)] for each in lying]

@@ -22,7 +22,7 @@ from lora_fx import ExportError
 
 from . import cuda_libraries
 from .quiet import stderr_caught
-from .text import reason, table
+from .text import Shown, Table, reason, table
 
 Severity = Literal["ok", "warning", "error"]
 
@@ -53,10 +53,11 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Shown):
     """What `diagnose` found. Prints as a table, and the commands below it."""
 
     findings: tuple[Finding, ...]
+    between = "\n\n"
 
     @property
     def ok(self) -> bool:
@@ -72,14 +73,14 @@ class Diagnosis:
         """Plain values for JSON."""
         return {"ok": self.ok, "findings": [dataclasses.asdict(finding) for finding in self.findings]}
 
-    def __str__(self) -> str:
+    def blocks(self) -> list[str | Table]:
+        """What was found, and what mends it."""
         rows = [(finding.severity, finding.subject, finding.what) for finding in self.findings]
-        text = table(("", "what", "found"), rows)
+        found = table(("", "what", "found"), rows)
         mending = [finding for finding in self.findings if finding.fix]
         if not mending:
-            return f"{text}\n\nnothing to mend"
-        fixes = table(("to mend", "do"), [(finding.subject, finding.fix) for finding in mending])
-        return f"{text}\n\n{fixes}"
+            return [found, "nothing to mend"]
+        return [found, table(("to mend", "do"), [(finding.subject, finding.fix) for finding in mending])]
 
 
 def diagnose() -> Diagnosis:

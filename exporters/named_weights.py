@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from lora_fx import AdapterArrays, AdapterError, LowRankArrays
-from lora_fx.config import ALL_LINEAR
+from lora_fx.adapter_places import AdapterPlaces, find_renaming, joined
 from lora_fx.errors import closest
-from lora_fx.matching import matches_names
 
 from .base_check import check_base_note
 from .onnx_sites import Mapped, OnnxSite, find_onnx_sites, parameter_names, permutation, recorded_weights
@@ -20,37 +19,20 @@ from .stored_weights import shape_of
 from .text import some
 
 
-@dataclass(frozen=True)
-class Renaming:
-    """What the file's names begin with and the adapter's do not, or the other way round."""
-
-    added: str = ""
-    cut: str = ""
-
-    def __call__(self, name: str) -> str:
-        """The file's name for the adapter's."""
-        return self.added + name.removeprefix(self.cut)
-
-    @property
-    def note(self) -> str | None:
-        """What to say about it."""
-        if self.cut:
-            return f"names of the adapter begin with {self.cut!r}, which the file's have not"
-        return f"names in the file begin with {self.added!r}, which the adapter's have not" if self.added else None
-
-
-class OnnxWeights:
+class OnnxWeights(AdapterPlaces):
     """The weights of an ONNX file, by the names that an adapter has for them.
 
     Raises:
         AdapterError: if the adapter was saved over other weights.
     """
 
+    _HELP = "mapping={initializer: module} tells what is what, or fold in the graph, and export that"
+
     def __init__(
         self, model: ir.Model, adapter: AdapterArrays, mapping: Mapped | None = None, *, partial: bool = False
     ) -> None:
+        super().__init__(adapter)
         self.model = model
-        self.adapter = adapter
         self.partial = partial
         self.left_out: list[str] = []
         self.sites = find_onnx_sites(model, mapping)
@@ -60,7 +42,8 @@ class OnnxWeights:
             for parameter in parameter_names(value, self.recorded.get(name)):
                 held = Held(value, permutation(value, self.recorded.get(name)))
                 self._parameters.setdefault(parameter, []).append(held)
-        self.rename = _renaming(self, [low.path for low in adapter.low_rank])
+        known = {*self.module_names, *(name.rpartition(".")[0] for name in self.parameter_names)}
+        self.rename = find_renaming([low.path for low in adapter.low_rank], known)
         check_base_note(self)
 
     def only_whole(self) -> OnnxWeights:
@@ -102,35 +85,14 @@ class OnnxWeights:
         self.left_out.append(name)
         return False
 
-    def attention_of(self, path: str) -> str | None:
-        """The nn.MultiheadAttention whose output projection this is: PEFT's patterns name it by that."""
-        attention = path.removesuffix("out_proj").removesuffix(".")
-        if attention == path:
-            return None
-        is_adapted = any(low.path == attention for low in self.adapter.low_rank)  # a file may have lost the names
-        return attention if is_adapted or self.held(joined(attention, "in_proj_weight")) else None
+    def shape_of_parameter(self, parameter: str) -> tuple[int, ...] | None:
+        """The shape that a parameter has in the model, by its full name in the adapter; None if it is not there."""
+        found = self.held(parameter)
+        return found[0].own_shape if found else None
 
-    def pattern_names(self, path: str) -> tuple[str, ...]:
-        """What the keys of rank_pattern and alpha_pattern are matched with."""
-        attention = self.attention_of(path)
-        return (path,) if attention is None else (path, attention)
-
-    def names_at_slot(self, low: LowRankArrays) -> tuple[str, ...]:
-        """What the keys of the patterns are matched with, for modules and for parameters."""
-        parameter = self.parameter_of(low)
-        if parameter is None:
-            return self.pattern_names(low.path)
-        return (parameter,) if self.adapter.config.target_parameters else (low.path,)
-
-    def scaling_at_slot(self, low: LowRankArrays) -> float:
-        """What multiplies B @ A, for modules and for parameters."""
-        return self.adapter.scaling_at(*self.names_at_slot(low)) * self._times_counted(low)
-
-    def _times_counted(self, low: LowRankArrays) -> int:
-        """2 for the output projection of an attention that PEFT adapts whole: it applies that twice (peft#3774)."""
-        attention = self.attention_of(low.path)
-        doubled = attention is not None and any(other.path == attention for other in self.adapter.low_rank)
-        return 2 if doubled else 1
+    def has_module(self, low: LowRankArrays) -> bool:
+        """Whether the file applies the weight of the module that A and B are named after."""
+        return bool(self.places(low))
 
     def slot_name(self, low: LowRankArrays) -> str:
         """What the file calls that which A and B are for."""
@@ -142,48 +104,6 @@ class OnnxWeights:
             return self.parameter_of(low) or joined(low.path, "weight")
         except AdapterError:
             return None
-
-    def parameter_of(self, low: LowRankArrays) -> str | None:
-        """The parameter that A and B are for, if it is not the module's weight that is meant.
-
-        Raises:
-            AdapterError: if it may be one of several.
-        """
-        named = self.adapter.config.target_parameters
-        if not named:
-            packed = joined(low.path, "in_proj_weight")
-            if self.held(packed):
-                return packed
-            itself = self.held(low.path)  # the adapter names the parameter
-            is_matrix = bool(itself) and len(itself[0].own_shape) == 2
-            return low.path if itself and not (is_matrix and self.places(low)) else None
-        endings = dict.fromkeys(entry.rpartition(".")[2] for entry in named)
-        own = [joined(low.path, ending) for ending in endings]
-        meant = [name for name in own if any(f".{name}".endswith(f".{entry}") for entry in named)]
-        own = [name for name in meant if self.held(name)]
-        if meant and not own and not self._is_targeted(low.path):
-            raise AdapterError(
-                f"target_parameters means {some(meant)}, whose name the file has lost; mapping={{initializer: module}} "
-                "tells what is what, or fold in the graph, and export that"
-            )
-        fitting = [name for name in own if self._may_be(low, name)]
-        if len(fitting) < 2:
-            return fitting[0] if fitting else None
-        raise AdapterError(
-            f"A and B of {low.path!r} may be of {some(fitting)}, and the files do not tell which; fold with the model: "
-            "lora_fx.load_adapter"
-        )
-
-    def _is_targeted(self, path: str) -> bool:
-        """Whether the adapter may mean the module as well as its parameter."""
-        targets = self.adapter.config.target_modules or ()
-        return targets == ALL_LINEAR or matches_names(path, targets)
-
-    def _may_be(self, low: LowRankArrays, name: str) -> bool:
-        shape, r = self.held(name)[0].own_shape, self.adapter.rank_at(name)
-        if len(shape) == 2:
-            return (len(low.b), low.a.shape[1]) == shape and len(low.a) == r
-        return len(shape) == 3 and len(low.a) == r * shape[0] and {len(low.b), low.a.shape[1]} == set(shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,23 +122,6 @@ class Held:
     def lying(self, own: Array) -> Array:
         """An array of the parameter's shape as the initializer has it."""
         return own if self.perm is None else own.transpose(self.perm)
-
-
-def joined(path: str, name: str) -> str:
-    """The full name of a module's own tensor."""
-    return f"{path}.{name}" if path else name
-
-
-def _renaming(weights: OnnxWeights, paths: list[str]) -> Renaming:
-    """How names differ, if none is found as it is and exactly one difference in the beginning explains all of them."""
-    known = {*weights.module_names, *(name.rpartition(".")[0] for name in weights.parameter_names)}
-    if not paths or any(path in known for path in paths):
-        return Renaming()
-    first = paths[0]
-    found = [Renaming(added=name[: -len(first)]) for name in known if name.endswith(f".{first}")]
-    found += [Renaming(cut=first[: -len(name)]) for name in known if name and first.endswith(f".{name}")]
-    fitting = [each for each in found if all(path.startswith(each.cut) and each(path) in known for path in paths)]
-    return fitting[0] if len(fitting) == 1 else Renaming()
 
 
 def no_place(weights: OnnxWeights, path: str, low: LowRankArrays | None = None) -> str:

@@ -34,13 +34,13 @@ from .onnx_files import check_apart, check_derived, checked_target, has_external
 from .onnx_sites import Mapped
 from .onnx_weights import Array
 from .sessions import checked_file
-from .text import reason, some, table
+from .text import Shown, Table, reason, some, table
 
 Adapter = str | os.PathLike[str] | AdapterArrays
 
 
 @dataclass(frozen=True)
-class SlotsReport:
+class SlotsReport(Shown):
     """What `add_adapter_inputs` did. Prints as a table.
 
     Attributes:
@@ -61,12 +61,12 @@ class SlotsReport:
         """Plain values for JSON."""
         return dataclasses.asdict(self)
 
-    def __str__(self) -> str:
+    def blocks(self) -> list[str | Table]:
+        """A row for each place."""
         rows = [(name, f"{n_in} → {n_out}", rank) for name, (n_in, n_out, rank) in self.slots.items()]
         before, after = self.nodes
-        return f"{self.path}: {len(rows)} places for A and B, {before} → {after} nodes, {self.seconds:.2f} s\n" + table(
-            ("module", "in → out", "rank"), rows
-        )
+        head = f"{self.path}: {len(rows)} places for A and B, {before} → {after} nodes, {self.seconds:.2f} s"
+        return [head, table(("module", "in → out", "rank"), rows)]
 
 
 @says_damaged

@@ -16,11 +16,11 @@ from lora_fx import ExportError
 
 from .external_data import check_external_data, data_locations
 from .sessions import checked_file
-from .text import reason, some, table
+from .text import Shown, Table, reason, some, table
 
 
 @dataclass(frozen=True)
-class OnnxDiff:
+class OnnxDiff(Shown):
     """How a second ONNX file differs from a first. Node metadata and doc strings do not count.
 
     Attributes:
@@ -65,7 +65,8 @@ class OnnxDiff:
         """Plain values for JSON."""
         return dataclasses.asdict(self) | {"same_ops": self.same_ops, "same_graph": self.same_graph}
 
-    def __str__(self) -> str:
+    def blocks(self) -> list[str | Table]:
+        """What differs."""
         rows: list[tuple[str, object]] = [
             ("nodes", f"{self.nodes[0]} and {self.nodes[1]}" + (", op for op the same" if self.same_ops else "")),
             ("ops added", self.ops_added),
@@ -81,7 +82,7 @@ class OnnxDiff:
                 + (f": {some(self.values_changed)}" if self.values_changed else ""),
             ),
         ]
-        return table(("compared", ""), [row for row in rows if row[1]])
+        return [table(("compared", ""), [row for row in rows if row[1]])]
 
 
 def compare_onnx(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> OnnxDiff:

@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 
 import lora_fx
 from lora_fx import ExportError, LoraFxWarning
+from lora_fx.attributes import holds_values
 
 from .eval_mode import evaluating
 from .example_inputs import Example, make_example, second_example, torch_export_shapes, without_ones
@@ -169,11 +170,11 @@ def _check_graph(gm: Any) -> None:
 
 def _check_weights(gm: fx.GraphModule) -> None:
     tensors = [*gm.named_parameters(), *gm.named_buffers()]
-    meta = [name for name, tensor in tensors if tensor.is_meta]
+    meta = [name for name, tensor in tensors if not holds_values(tensor)]
     if meta:
         raise ExportError(
-            f"{some(meta)} have no values (device 'meta'); load the weights before tracing, or move the model "
-            'with model.to_empty(device="cpu") and load_state_dict'
+            f"{some(meta)} have no values (device 'meta', or fake tensors); load the weights before tracing, or bind "
+            "them: lora_fx.bind_weights"
         )
     bad = [name for name, parameter in gm.named_parameters() if not _is_finite(parameter)]
     bad += [name for name, buffer in gm.named_buffers() if buffer.is_floating_point() and bool(buffer.isnan().any())]

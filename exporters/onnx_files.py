@@ -107,6 +107,8 @@ def written(model: ir.Model, target: Path, *, external: bool) -> Iterator[Writte
             _check_data_place(target)
         try:
             save_files(model, files)
+        except LoraFxError:  # of a weight that is computed while it is written
+            raise
         except Exception as error:  # of the file system, or of onnx_ir, if what it read was damaged
             why = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
             raise ExportError(f"cannot write {target} ({why}); {_room(target)}") from error

@@ -10,12 +10,14 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx import AdapterError, ExportError, LowRankArrays
+from lora_fx.adapter_places import joined
 from lora_fx.errors import closest
 
-from .named_weights import Held, OnnxWeights, joined, lost_names
+from .named_weights import Held, OnnxWeights, lost_names
 from .onnx_deltas import experts_delta, gain, low_rank_delta
 from .onnx_sites import Form, OnnxSite, module_of
 from .onnx_weights import Array, read_shared_modules
+from .streamed_weights import Product
 from .text import some
 
 # The new value of a weight, float32 and in the initializer's shape, from its old one.
@@ -69,13 +71,7 @@ def match_adapter(weights: OnnxWeights) -> list[Matched]:
         places = weights.places(low)
         if not places and not weights.check_place(low.path, low):
             continue
-        names = weights.pattern_names(low.path)
-        if len(low.a) != adapter.rank_at(*names):
-            raise AdapterError(
-                f"A of {low.path!r} has {len(low.a)} ranks, and by adapter_config.json it is "
-                f"{adapter.rank_at(*names)} (r and rank_pattern); the two files do not belong together, so "
-                "take both from where they were saved"
-            )
+        weights.check_rank(low)
         matched += [Matched(low, site, piece, weights.scaling_at_slot(low)) for site, piece in places]
     for each in matched:
         _refuse_second_calls(weights, each)
@@ -113,9 +109,9 @@ def plan_changes(weights: OnnxWeights, strength: float = 1.0) -> list[WeightChan
     changes = _Changes()
     for each in matched:
         rows = None if each.piece is None else piece_of(each, matched)
-        changes.at_sites(each, _edit(each, rows, strength))
+        changes.at_sites(each, LowRankEdit(each, rows, strength))
         if each.low.bias is not None:
-            bias = each.low.bias * (each.scaling * strength / beta_of(each.site.node))
+            bias = each.low.bias * (weights.scaling_of_bias(each.low) * strength / beta_of(each.site.node))
             held = bias_of(each.site)
             check_one_reader(weights, held, weights.rename(each.low.path), f"the lora_bias of {each.low.path!r}")
             changes.of_all(WeightChange(held, (each.low.path,), (_added(bias, rows),)))
@@ -198,24 +194,48 @@ def _refuse_unclear(weights: OnnxWeights, change: WeightChange) -> None:
             )
 
 
-def _edit(matched: Matched, rows: slice | None, strength: float) -> Edit:
+@dataclass(frozen=True, eq=False)
+class LowRankEdit:
     """W + strength · (what the adapter adds to W), at the outputs `rows`."""
 
-    def edit(weight: Array) -> Array:
-        whole = _seen(weight, matched.site, rows)
-        low, form, scaling = matched.low, matched.site.form, matched.scaling
+    matched: Matched
+    rows: slice | None
+    strength: float
+
+    def __call__(self, weight: Array) -> Array:
+        """The new weight."""
+        whole = _seen(weight, self.matched.site, self.rows)
+        low, form, scaling = self.matched.low, self.matched.site.form, self.matched.scaling
         delta = low_rank_delta(low, form, whole.shape) * scaling
         if low.magnitude is not None:
             adapted = whole + delta
             delta = gain(low, adapted, form) * adapted - whole
-        result: Array = whole + delta * strength
-        if rows is None:
+        result: Array = whole + delta * self.strength
+        if self.rows is None:
             return result
         weight = weight.copy()
-        _seen(weight, matched.site, rows)[...] = result
+        _seen(weight, self.matched.site, self.rows)[...] = result
         return weight
 
-    return edit
+    def product(self) -> Product | None:
+        """The same, for a weight that is changed block by block; None if it takes all of the weight to know.
+
+        Raises:
+            AdapterError: if A and B are not of such a weight.
+        """
+        low, form, weight = self.matched.low, self.matched.site.form, self.matched.site.weight.const_value
+        if form.kind == "kernel" or weight is None:
+            return None
+        a, b = low.a.reshape(len(low.a), -1), low.b.reshape(len(low.b), -1)  # (r, in), (out, r)
+        left, right = (a.T, b.T) if form.stored_in_out else (b, a)
+        first = 0 if self.rows is None else int(self.rows.start)
+        row, column = (0, first) if form.stored_in_out else (first, 0)
+        if self.rows is None and (len(left), right.shape[1]) != tuple(weight.shape.numpy()):
+            low_rank_delta(low, form, tuple(weight.shape.numpy()))  # which says so
+        if low.magnitude is not None and low.magnitude.size != len(low.b):
+            return None  # which is refused where all of the weight is looked at
+        scaling, strength = self.matched.scaling, self.strength
+        return Product(left, right, scaling, strength, row, column, low.magnitude, form.stored_in_out)
 
 
 def _seen(weight: Array, site: OnnxSite, rows: slice | None) -> Array:

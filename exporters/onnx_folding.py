@@ -8,12 +8,13 @@ make_session(base, adapter=adapter)     at load, with nothing written (see sessi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +27,15 @@ from .external_data import sampled_sha256
 from .lora_slots import SLOTS_KEY, read_slots
 from .named_weights import OnnxWeights
 from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, says_damaged, written
-from .onnx_fold_plan import WeightChange, other_readers, plan_changes
+from .onnx_fold_plan import LowRankEdit, WeightChange, other_readers, plan_changes
 from .onnx_in_place import undo_of, unfold_in_place, write_in_place
 from .onnx_sites import Mapped
 from .onnx_weights import MANIFEST_KEY, Array, read_manifest, read_stamps, write_manifest, write_stamps
 from .paths import path_of
 from .sessions import checked_file
 from .stored_weights import Rounded, read_weight, rounded
-from .text import some, table
+from .streamed_weights import StreamedTensor, can_stream
+from .text import Shown, Table, some, table
 
 _IN_MEMORY = "lora_fx_weights_given_at_load"  # a file that does not exist
 
@@ -62,7 +64,7 @@ class FoldedWeight:
 
 
 @dataclass(frozen=True)
-class OnnxFoldReport:
+class OnnxFoldReport(Shown):
     """What folding into a file did, weight by weight. Prints as a table.
 
     Attributes:
@@ -83,7 +85,8 @@ class OnnxFoldReport:
         """Plain values for JSON."""
         return dataclasses.asdict(self)
 
-    def __str__(self) -> str:
+    def blocks(self) -> list[str | Table]:
+        """A row for each weight."""
         rows = [
             (
                 ", ".join(weight.paths),
@@ -96,11 +99,8 @@ class OnnxFoldReport:
             for weight in self.weights
         ]
         header = ("adapter's", "initializer", "type", "‖ΔW‖/‖W‖", "kept", "rounding")
-        lines = [
-            f"{self.path}: {self.adapter} folded into {len(rows)} weights, {self.seconds:.2f} s",
-            table(header, rows),
-        ]
-        return "\n".join([*lines, *self.notes])
+        head = f"{self.path}: {self.adapter} folded into {len(rows)} weights, {self.seconds:.2f} s"
+        return [head, table(header, rows), *self.notes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,13 @@ class NewWeight:
 
     change: WeightChange
     values: Rounded
-    report: FoldedWeight
+    untied: bool
+    told: Callable[[], FoldedWeight]
+
+    @property
+    def report(self) -> FoldedWeight:
+        """What folding did; of a streamed weight, once it is written."""
+        return self.told()
 
 
 @says_damaged
@@ -157,14 +163,14 @@ def fold_into_onnx(
         )
     check_apart(file, model, target, may_replace=True)
     weights = OnnxWeights(model, arrays, mapping, partial=partial)
-    new = list(new_weights(weights, strength))
+    external = has_external_data(model)
+    new = list(new_weights(weights, strength, streams=external and not in_place))
     names = list(model.graph.initializers)
     _record(model, arrays, strength, file)
     if in_place:
         _refuse_untied(new, "in place")
         write_in_place(model, file, {value: data for each in new for value, data in each.values.tensors.items()})
     else:
-        external = has_external_data(model)
         _apply(model, new)
         with written(model, target, external=external) as files:
             check_derived(files.model, file, full=False)
@@ -186,8 +192,13 @@ def unfold_onnx(path: str | os.PathLike[str]) -> None:
     unfold_in_place(file if undo_of(file).is_dir() else checked_file(path))
 
 
-def new_weights(weights: OnnxWeights, strength: float = 1.0) -> Iterator[NewWeight]:
+def new_weights(weights: OnnxWeights, strength: float = 1.0, *, streams: bool = False) -> Iterator[NewWeight]:
     """The new value of each weight that an adapter changes.
+
+    Args:
+        weights: of the file.
+        strength: multiplies all that the adapter adds.
+        streams: values of large weights may be computed when they are written.
 
     Raises:
         AdapterError: if the adapter does not fit.
@@ -201,7 +212,38 @@ def new_weights(weights: OnnxWeights, strength: float = 1.0) -> Iterator[NewWeig
     if not by_weight:
         raise AdapterError(f"{str(weights.adapter.directory)!r} changes nothing in this file")
     for changes in by_weight.values():
-        yield from _new_values(changes)
+        streamed = _streamed(changes[0]) if streams and len(changes) == 1 else None
+        yield from _new_values(changes) if streamed is None else [streamed]
+
+
+def _streamed(change: WeightChange) -> NewWeight | None:
+    """The new value of a large matrix, which is computed by the block; None if that cannot be."""
+    weight, old = change.weight, change.weight.const_value
+    if not can_stream(weight) or not isinstance(old, ir.ExternalTensor):
+        return None
+    products = [edit.product() if isinstance(edit, LowRankEdit) else None for edit in change.edits]
+    known = [product for product in products if product is not None]
+    if len(known) != len(products):
+        return None
+    tensor = StreamedTensor(old, known, change.paths)
+    untied = bool(change.sites) and bool(other_readers(weight, change.sites))
+
+    def told() -> FoldedWeight:
+        done = tensor.written
+        before, after, added, lost = map(math.sqrt, (done.before, done.after, done.added, done.lost))
+        return FoldedWeight(
+            name=str(weight.name),
+            dtype=old.dtype.name,
+            paths=change.paths,
+            weight_norm=before,
+            delta_norm=added,
+            kept=1 - lost / added if added else 1.0,
+            error=lost / after if lost else 0.0,
+            untied=untied,
+        )
+
+    values = Rounded({weight: tensor}, np.empty(0), old.dtype.name)
+    return NewWeight(change, values, untied, told)
 
 
 def _new_values(changes: Sequence[WeightChange]) -> Iterator[NewWeight]:
@@ -223,7 +265,12 @@ def _new_values(changes: Sequence[WeightChange]) -> Iterator[NewWeight]:
     for change, exact in found:
         values = rounded(weight, exact)
         is_shared = bool(change.sites) and bool(other_readers(weight, change.sites))
-        yield NewWeight(change, values, _report(change, old, exact, values, untied=is_shared))
+        report = _report(change, old, exact, values, untied=is_shared)
+        yield NewWeight(change, values, is_shared, functools.partial(_known, report))
+
+
+def _known(report: FoldedWeight) -> FoldedWeight:
+    return report
 
 
 def _report(change: WeightChange, old: Array, exact: Array, values: Rounded, *, untied: bool) -> FoldedWeight:
@@ -251,7 +298,7 @@ def _norm(array: Array) -> float:
 def _apply(model: ir.Model, new: Sequence[NewWeight]) -> None:
     """Give the model the new values; a weight that something else reads gets a second initializer."""
     for each in new:
-        if not each.report.untied:
+        if not each.untied:
             for value, tensor in each.values.tensors.items():
                 value.const_value = tensor
             continue
@@ -303,7 +350,7 @@ def _check_carriers(change: WeightChange) -> None:
 
 
 def _refuse_untied(new: Sequence[NewWeight], how: str) -> None:
-    tied = [each.report.name for each in new if each.report.untied]
+    tied = [each.report.name for each in new if each.untied]
     if tied:
         raise ExportError(
             f"{some(tied)} cannot be folded {how}: something that is not adapted reads it too, so that the graph needs "

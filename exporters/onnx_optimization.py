@@ -29,7 +29,7 @@ from .onnx_files import check_apart, check_derived, checked_target, has_external
 from .onnx_weights import MANIFEST_KEY, Array, read_manifest, read_shared_modules, write_manifest
 from .quiet import quiet, stderr_caught
 from .sessions import check_provider, checked_file, open_session
-from .text import reason, table
+from .text import Shown, Table, reason, table
 
 Feed = Mapping[str, Array]
 
@@ -63,7 +63,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class OptimizeReport:
+class OptimizeReport(Shown):
     """What was tried, and what was kept. Prints as a table.
 
     Attributes:
@@ -95,7 +95,8 @@ class OptimizeReport:
         """Plain values for JSON."""
         return dataclasses.asdict(self) | {"lost": self.lost}
 
-    def __str__(self) -> str:
+    def blocks(self) -> list[str | Table]:
+        """A row for each optimiser."""
         rows = [
             (
                 "→" if each.name == self.kept else "",
@@ -107,12 +108,11 @@ class OptimizeReport:
             for each in self.candidates
         ]
         lost = ", ".join(f"{op} {count}" for op, count in self.lost.items())
-        lines = [
+        return [
             f"{self.path}: {self.best.nodes} nodes, by {self.kept}, {self.seconds:.1f} s",
             table(("", "tried", "nodes", "error", "fusions, or why not"), rows),
             *([f"fusions that only others found: {lost}"] if lost else []),
         ]
-        return "\n".join(lines)
 
 
 def optimize_onnx(

@@ -8,13 +8,13 @@ from typing import Any
 
 from .onnx_weights import StoredWeight
 from .quantization import QuantizationReport
-from .text import table
+from .text import Shown, Table, table
 
 Dims = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
-class OnnxReport:
+class OnnxReport(Shown):
     """What `export_onnx` wrote, and how well it agrees with torch. Prints as tables.
 
     Attributes:
@@ -52,19 +52,20 @@ class OnnxReport:
         """Plain values for JSON."""
         return dataclasses.asdict(self)
 
-    def __str__(self) -> str:
+    def blocks(self) -> list[str | Table]:
+        """What was written, its ports and its ops."""
         checked = "not checked" if self.max_error is None else f"error {self.max_error:.1e} of max |y|"
         layouts = [weight.layout for weight in self.weights]
         counts = ", ".join(f"{layouts.count(layout)} {layout}" for layout in dict.fromkeys(layouts))
         ports = [("input", *port) for port in self.inputs.items()] + [
             ("output", *port) for port in self.outputs.items()
         ]
-        lines = [
+        blocks: list[str | Table] = [
             f"{self.path}: {self.size / 2**20:.1f} MiB, opset {self.opset}, {self.nodes} nodes, {self.seconds:.1f} s",
             f"weights: {counts or 'none'}" + (f"; in {self.data_path}" if self.data_path else ""),
             f"ONNX Runtime against torch: {checked}" + "".join(f"\n  {shape}" for shape in self.shapes_checked),
             table(("", "name", "dimensions"), [(kind, name, list(dims)) for kind, name, dims in ports]),
             table(("op", "nodes"), self.ops.items()),
         ]
-        lines += [str(self.quantization)] if self.quantization is not None else []
-        return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
+        blocks += [] if self.quantization is None else self.quantization.blocks()
+        return blocks + [f"warning: {text}" for text in self.warnings]

@@ -21,7 +21,7 @@ from .nbits import quantize
 from .onnx_sites import OnnxSite, find_onnx_sites
 from .onnx_weights import MANIFEST_KEY, Array, StoredWeight, read_manifest, write_manifest
 from .stored_weights import read_weight
-from .text import table
+from .text import Shown, Table, table
 
 Metric = Callable[[ort.InferenceSession], float]
 
@@ -92,7 +92,7 @@ class OutputQuality:
 
 
 @dataclass(frozen=True)
-class QuantizationReport:
+class QuantizationReport(Shown):
     """What quantizing did to a file. Prints as a table.
 
     Attributes:
@@ -123,17 +123,18 @@ class QuantizationReport:
             "try Quantization(bits=8), a smaller block_size, or exclude= what is sensitive"
         )
 
-    def __str__(self) -> str:
+    def blocks(self) -> list[str | Table]:
+        """A row for each output."""
         kind = "symmetric" if self.symmetric else "with zero points"
         rows = [(each.name, f"{each.cosine:.4f}", f"{each.relative_error:.1e}") for each in self.outputs]
-        lines = [
+        blocks: list[str | Table] = [
             f"int{self.bits}, blocks of {self.block_size}, {kind}: {self.weights} weights, "
             f"{self.bytes_before / 2**20:.1f} -> {self.bytes_after / 2**20:.1f} MiB",
             table(("against float", "cosine", "relative error"), rows),
         ]
         if self.metric is not None:
-            lines.append("metric: {:.6g} in float, {:.6g} quantized".format(*self.metric))
-        return "\n".join(lines)
+            blocks.append("metric: {:.6g} in float, {:.6g} quantized".format(*self.metric))
+        return blocks
 
 
 def quantize_weights(model: ir.Model, options: Quantization) -> int:

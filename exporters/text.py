@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from lora_fx import tables
+
 
 def reason(error: BaseException, limit: int = 400) -> str:
     """The gist of the error that another library's error comes from, without colours."""
@@ -21,13 +23,23 @@ def plain_lines(text: str) -> list[str]:
     return [line.strip() for line in plain.splitlines() if line.strip()]
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns as wide as their widest cell, two spaces between them."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-    )
+class Table(tables.Table):
+    """Columns as wide as their widest cell, two spaces between them; nothing below the header."""
+
+    def __str__(self) -> str:
+        head, _, *rows = super().__str__().split("\n")
+        return "\n".join([head, *rows])
+
+
+class Shown(tables.Shown):
+    """What prints as lines and tables, and is shown as such by notebooks."""
+
+    between = "\n"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table of anything that can be printed."""
+    return Table(tuple(header), tuple(tuple(str(cell) for cell in row) for row in rows))
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

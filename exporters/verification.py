@@ -29,7 +29,7 @@ from .onnx_weights import MANIFEST_KEY, read_manifest
 from .output_check import TOLERANCE_IN_EPS, OutputError, coarsest_dtype, compare_output
 from .paths import path_of
 from .sessions import check_provider, checked_file, open_session
-from .text import reason, some, table
+from .text import Shown, Table, reason, some, table
 from .verification_page import verification_page
 from .weight_check import WeightCheck, check_weights, used_names
 
@@ -78,7 +78,7 @@ class ShapeCheck:
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Shown):
     """What `verify_onnx` found. Prints as a table.
 
     Attributes:
@@ -167,7 +167,8 @@ class VerifyReport:
         except OSError as error:
             raise ExportError(f"cannot write {file} ({error.strerror}); choose another place") from error
 
-    def __str__(self) -> str:
+    def blocks(self) -> list[str | Table]:
+        """The outputs, the weights, and the graph beside the base's."""
         rows = [
             (
                 check.shapes,
@@ -181,17 +182,16 @@ class VerifyReport:
             for check in self.checks
             for o in check.outputs
         ]
-        lines = [
+        return [
             f"{self.path}: {'ok' if self.ok else 'FAILED'}, asked for {self.asked}, ran on {', '.join(self.providers)}",
             table(("inputs", "adapter", "output", "max |error|", "/ max |y|", "allowed", ""), rows),
             self.tolerance,
             *([NOTHING_COMPARABLE] if all(check.is_vacuous for check in self.checks) else []),
             str(self.weights),
-            *([str(self.base)] if self.base is not None else []),
+            *([] if self.base is None else self.base.blocks()),
             *([f"differ and should not: {some(self.unexpected)}"] if self.unexpected else []),
             *self.notes,
         ]
-        return "\n".join(lines)
 
 
 def verify_onnx(

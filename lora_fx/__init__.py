@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from .adapter_arrays import AdapterArrays, LowRankArrays, read_adapter
     from .adapters import load_adapter, save_adapter
     from .batching import batch_adapters, unbatch_adapters
+    from .blocks import Block
     from .calibration import Calibration, calibrate
+    from .checkpoint import CheckpointReport, fold_checkpoint
     from .checks import check_effect, check_fold
     from .combination import combine_adapters
     from .config import LoraConfig
+    from .delta_comparison import AdapterComparison, compare_adapters
+    from .delta_statistics import AdapterStatistics, adapter_statistics
     from .equivalence import GraphDiff, assert_equivalent, compare_graphs
     from .errors import (
         AdapterError,
@@ -44,7 +48,10 @@ if TYPE_CHECKING:
     from .sites import Site, find_all_linear_names, find_sites
     from .swapping import swap_adapter
     from .switching import active_adapters, delete_adapter, disable_adapters, set_adapters
+    from .tensor_parallel import distribute, tensor_parallel_plan
     from .tracing import trace
+    from .unflattening import unflatten
+    from .weight_binding import bind_weights
 
 __version__ = "0.1.0"
 
@@ -52,10 +59,14 @@ _HOMES = {
     "adapter_arrays": ("AdapterArrays", "LowRankArrays", "read_adapter"),
     "adapters": ("load_adapter", "save_adapter"),
     "batching": ("batch_adapters", "unbatch_adapters"),
+    "blocks": ("Block",),
     "calibration": ("Calibration", "calibrate"),
+    "checkpoint": ("CheckpointReport", "fold_checkpoint"),
     "checks": ("check_effect", "check_fold"),
     "combination": ("combine_adapters",),
     "config": ("LoraConfig",),
+    "delta_comparison": ("AdapterComparison", "compare_adapters"),
+    "delta_statistics": ("AdapterStatistics", "adapter_statistics"),
     "equivalence": ("GraphDiff", "assert_equivalent", "compare_graphs"),
     "errors": (
         "AdapterError",
@@ -78,14 +89,21 @@ _HOMES = {
     "sites": ("Site", "find_all_linear_names", "find_sites"),
     "switching": ("active_adapters", "delete_adapter", "disable_adapters", "set_adapters"),
     "swapping": ("swap_adapter",),
+    "tensor_parallel": ("distribute", "tensor_parallel_plan"),
     "tracing": ("trace",),
+    "unflattening": ("unflatten",),
+    "weight_binding": ("bind_weights",),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AdapterArrays",
+    "AdapterComparison",
     "AdapterError",
+    "AdapterStatistics",
+    "Block",
     "Calibration",
+    "CheckpointReport",
     "ConfigError",
     "CordaConfig",
     "EvaConfig",
@@ -108,19 +126,24 @@ __all__ = [
     "__version__",
     "active_adapters",
     "adapter_names",
+    "adapter_statistics",
     "assert_equivalent",
     "batch_adapters",
+    "bind_weights",
     "calibrate",
     "check_effect",
     "check_fold",
     "combine_adapters",
+    "compare_adapters",
     "compare_graphs",
     "delete_adapter",
     "disable_adapters",
+    "distribute",
     "find_all_linear_names",
     "find_sites",
     "flat_parameters",
     "fold",
+    "fold_checkpoint",
     "fold_report",
     "inject",
     "load_adapter",
@@ -132,10 +155,12 @@ __all__ = [
     "save_adapter",
     "set_adapters",
     "swap_adapter",
+    "tensor_parallel_plan",
     "trace",
     "trace_record",
     "trainable_parameters",
     "unbatch_adapters",
+    "unflatten",
     "unfold",
 ]
 

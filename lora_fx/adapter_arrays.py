@@ -6,13 +6,12 @@ What they mean for a weight is for whoever has the weight to say.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,20 +23,23 @@ from .adapter_files import (
     KEY_OF_ROWS,
     KEYS,
     KEYS_OF_LOOKUPS,
+    PREFIX,
     WEIGHTS_FILE,
     checked_path,
     is_left_behind,
     open_adapter,
     parse_key,
 )
-from .adapter_integrity import Integrity, digest_of, views_of
+from .adapter_integrity import Integrity, digest_of, sha256_of, views_of
 from .base_note import KEY
 from .config import ALL_LINEAR, LoraConfig, scaling_of
 from .errors import AdapterError, ConfigError
 from .init_options import init_of
 from .matching import matches_names, matches_target, matching_key
+from .packed_notes import METADATA, part_keys
 
 Array = NDArray[Any]
+T = TypeVar("T")
 
 # safetensors' names of types; bfloat16, which numpy has not, is widened.
 _TYPES = {
@@ -124,23 +126,58 @@ def read_adapter(
             one of A and B is missing.
         ConfigError: if the configuration cannot be followed, or the adapter took something out of the base.
     """
+    return _read(directory, adapter_name, integrity, mapped=False)[0]
+
+
+def map_adapter(
+    directory: str | os.PathLike[str], *, adapter_name: str = "default", integrity: Integrity = "checked"
+) -> tuple[AdapterArrays, Callable[[], object]]:
+    """What `read_adapter` reads, as views of the mapped file: an adapter may be larger than the memory.
+
+    16 bits stay as they are stored, float16 as such and bfloat16 as uint16.
+
+    Returns:
+        The arrays, and what lets go of the pages that were read of them.
+
+    Raises:
+        AdapterError, ConfigError: as `read_adapter`.
+    """
+    return _read(directory, adapter_name, integrity, mapped=True)
+
+
+def _read(
+    directory: str | os.PathLike[str], adapter_name: str, integrity: Integrity, *, mapped: bool
+) -> tuple[AdapterArrays, Callable[[], object]]:
     if adapter_name != "default" and not (checked_path(directory) / adapter_name).is_dir():
         raise AdapterError(
             f"{str(directory)!r} has no sub-directory {adapter_name!r}; leave adapter_name out for its own"
         )
-    files = open_adapter(directory, adapter_name, integrity)
+    files = open_adapter(directory, adapter_name, integrity, mapped=mapped)
     _check_start(files.config, files.folder)
     path = files.folder / WEIGHTS_FILE
     views = {key: view for key, view in views_of(files.weights).items() if not is_left_behind(key)}
-    data_sha256 = digest_of(data for _, _, data in views.values())
-    tensors = {key: _array(key, *view, path) for key, view in views.items()}
+    in_parts = part_keys(files.metadata.get(METADATA))  # which the whole has, too
+    data_sha256 = digest_of(_one_by_one((data for _, _, data in views.values()), files.let_go))
+    tensors = {
+        key: _array(key, *view, path, mapped=mapped)
+        for key, view in zip(views, _one_by_one(views.values(), files.let_go), strict=True)
+        if key.removeprefix(PREFIX) not in in_parts
+    }
     if not tensors:
         raise AdapterError(f"{str(path)!r} holds no tensor; save the adapter again")
     low_rank, full, rows = _sorted_out(tensors, path)
     _check_config(files.config, low_rank, full, files.folder)
-    sha256 = hashlib.sha256(files.weights).hexdigest()
+    sha256 = sha256_of(files.weights, files.let_go)
     metadata = {name: text for name, text in files.metadata.items() if integrity != "ignored" or name != KEY}
-    return AdapterArrays(files.folder, files.config, low_rank, full, rows, metadata, sha256, data_sha256)
+    arrays = AdapterArrays(files.folder, files.config, low_rank, full, rows, metadata, sha256, data_sha256)
+    return arrays, files.let_go
+
+
+def _one_by_one(items: Iterable[T], let_go: Callable[[], object]) -> Iterator[T]:
+    """The items, letting go of the memory of each when it is done with."""
+    for item in items:
+        yield item
+        let_go()
 
 
 def _check_config(
@@ -158,7 +195,8 @@ def _check_config(
                     f"{'are with' if there else 'are without'} it; the two files do not belong together. Take both "
                     "from where they were saved"
                 )
-        if not config.target_parameters and not _is_targeted(low.path, config):
+        is_named = config.target_parameters or config.ensure_weight_tying  # which adapts more than the targets
+        if not is_named and not _is_targeted(low.path, config):
             raise AdapterError(
                 f"{str(folder)!r} holds A and B of {low.path!r}, which target_modules and exclude_modules of "
                 "adapter_config.json rule out; the two files do not belong together. Take both from where they were "
@@ -198,21 +236,29 @@ def _check_start(config: LoraConfig, folder: Path) -> None:
         )
 
 
-def _array(key: str, kind: str, shape: list[int], data: memoryview, path: Path) -> Array:
-    """16 bits become float32, which takes twice their size and nothing besides; others stay in the file's memory."""
+def _array(key: str, kind: str, shape: list[int], data: memoryview, path: Path, *, mapped: bool) -> Array:
+    """16 bits become float32, which takes twice their size and nothing besides; others stay in the file's memory.
+
+    Those of a mapped file stay there, whatever they are.
+    """
     if kind not in _TYPES or (".lora_" in key and kind not in (*_FLOATS, "F64")):
         raise AdapterError(f"{str(path)!r}: {key!r} is {kind}; adapters are float32, float16 or bfloat16; save it so")
-    values = np.frombuffer(data, _TYPES[kind])
-    if kind == "BF16":
-        bits = values.astype(np.uint32)
-        bits <<= 16
-        values = bits.view(np.float32)
-    values = values.astype(np.float32, copy=False) if kind in _FLOATS else values
-    if values.dtype.kind == "f" and not all(
-        np.isfinite(values[at : at + _PIECE]).all() for at in range(0, values.size, _PIECE)
+    stored = np.frombuffer(data, _TYPES[kind])
+    values = stored if mapped else _wide(stored, kind)
+    if kind in (*_FLOATS, "F64") and not all(
+        np.isfinite(_wide(values[at : at + _PIECE], kind)).all() for at in range(0, values.size, _PIECE)
     ):
         raise AdapterError(f"{str(path)!r}: {key!r} holds NaN or Inf; train it again, or take an earlier one")
     return values.reshape(shape)
+
+
+def _wide(values: Array, kind: str) -> Array:
+    """16 bits as float32, if they are not that already."""
+    if kind == "BF16" and values.dtype == np.uint16:
+        bits = values.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
+    return values.astype(np.float32, copy=False) if kind in _FLOATS else values
 
 
 def _sorted_out(

@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ from .errors import AdapterError, ConfigError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# Metadata: names of weights that lie the other way round, as a JSON list: matrices that are stored (in, out), experts
+# of such, kernels of transposed convolutions. Square ones do not tell.
+TURNED = "lora_fx.turned"
 
 # What A and B are called in the file: of embeddings, and of everything else.
 KEYS_OF_LOOKUPS = ("lora_embedding_A", "lora_embedding_B")
@@ -95,12 +100,14 @@ class AdapterFiles:
         config: what adapter_config.json says.
         weights: adapter_model.safetensors, as it is.
         metadata: of its header.
+        let_go: of a mapped file, gives back the memory of what was read; else does nothing.
     """
 
     folder: Path
     config: LoraConfig
-    weights: bytes
+    weights: bytes | memoryview
     metadata: dict[str, str]
+    let_go: Callable[[], object] = lambda: None
 
     @property
     def where(self) -> str:
@@ -108,11 +115,14 @@ class AdapterFiles:
         return repr(str(self.folder / WEIGHTS_FILE))
 
 
-def open_adapter(directory: str | os.PathLike[str], adapter_name: str, integrity: Integrity) -> AdapterFiles:
+def open_adapter(
+    directory: str | os.PathLike[str], adapter_name: str, integrity: Integrity, *, mapped: bool = False
+) -> AdapterFiles:
     """Read an adapter directory, or its sub-directory `adapter_name`.
 
     Args:
         integrity: see `check_seal`.
+        mapped: leave the tensors where they are, in a file that may be larger than the memory.
 
     Raises:
         AdapterError: if files are missing, broken, or not those that were saved together.
@@ -125,16 +135,32 @@ def open_adapter(directory: str | os.PathLike[str], adapter_name: str, integrity
         raise AdapterError(f"{str(folder / CONFIG_FILE)!r} cannot be read: {error.strerror}") from error
     config = _config_of(text, folder / CONFIG_FILE)
     path = weights_path(folder)
+    let_go: Callable[[], object] = lambda: None
     try:
-        weights = path.read_bytes()
-        safetensors.deserialize(weights)  # type: ignore[no-untyped-call]
+        weights: bytes | memoryview
+        if mapped:
+            weights, let_go = _mapped(path)
+        else:
+            weights = path.read_bytes()
+            safetensors.deserialize(weights)  # type: ignore[no-untyped-call]
         metadata = metadata_of(weights)
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise AdapterError(
             f"{str(path)!r} is no readable safetensors file: {error}; copy it whole, or save it again"
         ) from error
-    check_seal(weights, text, repr(str(folder)), integrity)
-    return AdapterFiles(folder, config, weights, metadata)
+    check_seal(weights, text, repr(str(folder)), integrity, let_go if mapped else None)
+    return AdapterFiles(folder, config, weights, metadata, let_go)
+
+
+def _mapped(path: Path) -> tuple[memoryview, Callable[[], object]]:
+    """The bytes of a readable safetensors file, and what lets go of those that were read."""
+    with safetensors.safe_open(path, "np"):  # which looks at all of the header
+        pass
+    with open(path, "rb") as file:
+        # A private copy that nobody writes to: arrays of it count as writable, which torch asks for.
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    let_go = lambda: mapping.madvise(mmap.MADV_DONTNEED) if hasattr(mmap, "MADV_DONTNEED") else None
+    return memoryview(mapping), let_go
 
 
 def weights_path(directory: Path) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from .errors import AdapterError
@@ -24,6 +24,8 @@ BLANK_SEAL = {_DATA: _BLANK, _CONFIG: _BLANK, _HEADER: _BLANK}
 # Who wrote a file.
 WRITER, OURS = "writer", "lora_fx"
 
+_PIECE = 1 << 24  # bytes that are hashed in one go
+
 
 def sealed(weights: bytes, config: bytes) -> bytes:
     """A safetensors file, whose metadata has `BLANK_SEAL`, with the hashes filled in."""
@@ -34,19 +36,26 @@ def sealed(weights: bytes, config: bytes) -> bytes:
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     header = text + b" " * (-len(text) % 8)
     header = _filled(header, _HEADER, _BLANK)
-    header = _filled(header, _DATA, _sha256(data))
-    header = _filled(header, _CONFIG, _sha256(config))
-    header = _filled(header, _HEADER, _sha256(header))
+    header = _filled(header, _DATA, sha256_of(data))
+    header = _filled(header, _CONFIG, sha256_of(config))
+    header = _filled(header, _HEADER, sha256_of(header))
     return len(header).to_bytes(8, "little") + header + data
 
 
-def check_seal(weights: bytes, config: bytes, where: str, integrity: Integrity) -> None:
+def check_seal(
+    weights: bytes | memoryview,
+    config: bytes,
+    where: str,
+    integrity: Integrity,
+    after_each: Callable[[], object] | None = None,
+) -> None:
     """Whether the two files are those that were written together.
 
     Args:
         weights: adapter_model.safetensors, which is known to be one.
         where: the directory, for messages.
         integrity: "checked" verifies a seal that is there, "required" wants one, "ignored" looks for none.
+        after_each: as for `sha256_of`.
 
     Raises:
         AdapterError: if not.
@@ -64,7 +73,11 @@ def check_seal(weights: bytes, config: bytes, where: str, integrity: Integrity) 
                 "lora_fx.save_adapter writes it"
             )
         return
-    found = {_DATA: _sha256(data), _CONFIG: _sha256(config), _HEADER: _sha256(_filled(header, _HEADER, _BLANK))}
+    found = {
+        _DATA: sha256_of(data, after_each),
+        _CONFIG: sha256_of(config),
+        _HEADER: sha256_of(_filled(header, _HEADER, _BLANK)),
+    }
     for key, what in ((_HEADER, "the header"), (_DATA, "the tensors"), (_CONFIG, "adapter_config.json")):
         if noted.get(key) != found[key]:
             raise AdapterError(
@@ -76,22 +89,32 @@ def check_seal(weights: bytes, config: bytes, where: str, integrity: Integrity) 
 
 def digest_of(tensors: Iterable[bytes | memoryview]) -> str:
     """sha256 of the tensors' bytes, in whatever order and under whatever names a file or a graph has them."""
-    return _sha256(b"".join(sorted(hashlib.sha256(tensor).digest() for tensor in tensors)))
+    return sha256_of(b"".join(sorted(hashlib.sha256(tensor).digest() for tensor in tensors)))
 
 
-def split(weights: bytes) -> tuple[bytes, memoryview]:
+def sha256_of(data: bytes | memoryview, after_each: Callable[[], object] | None = None) -> str:
+    """Hash of some bytes; of a mapped file, `after_each` lets go of the piece that was read."""
+    digest, view = hashlib.sha256(), memoryview(data)
+    for start in range(0, len(view), _PIECE):
+        digest.update(view[start : start + _PIECE])
+        if after_each is not None:
+            after_each()
+    return digest.hexdigest()
+
+
+def split(weights: bytes | memoryview) -> tuple[bytes, memoryview]:
     """(header, data) of a safetensors file: 8 bytes say how long the header is. The data is not copied."""
     size = int.from_bytes(weights[:8], "little")
-    return weights[8 : 8 + size], memoryview(weights)[8 + size :]
+    return bytes(weights[8 : 8 + size]), memoryview(weights)[8 + size :]
 
 
-def metadata_of(weights: bytes) -> dict[str, str]:
+def metadata_of(weights: bytes | memoryview) -> dict[str, str]:
     """The metadata in the header of a safetensors file, which is known to be one."""
     found = json.loads(split(weights)[0]).get("__metadata__") or {}
     return {str(key): str(value) for key, value in found.items()}
 
 
-def views_of(weights: bytes) -> dict[str, tuple[str, list[int], memoryview]]:
+def views_of(weights: bytes | memoryview) -> dict[str, tuple[str, list[int], memoryview]]:
     """{name: (safetensors' name of the type, shape, bytes)} of a readable file, in its order; nothing is copied."""
     header, data = split(weights)
     entries = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
@@ -107,7 +130,3 @@ def _filled(header: bytes, key: str, value: str) -> bytes:
         return header
     start += len(key) + 4
     return header[:start] + value.encode() + header[start + len(value) :]
-
-
-def _sha256(data: bytes | memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()

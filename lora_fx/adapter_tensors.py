@@ -28,6 +28,7 @@ from .layouts import Kernel, Part, without_start
 from .packed_files import Stacked, stack
 from .parameters import trained_tensor
 from .plan import Plan, PlannedSite
+from .sharding import whole
 from .sites import Site
 
 
@@ -107,7 +108,8 @@ def normalised(key: TensorKey) -> str:
 def stacked_tensors(gm: fx.GraphModule, adapter: Adapter, *, shares: bool = False) -> Stacked:
     """The tensors as PEFT has them, contiguous, on the CPU; unless it `shares`, none has another's memory."""
     doubled = doubled_keys(adapter.plan)
-    named = dict(named_tensors(gm, adapter)) | _without_starts(gm, adapter) | _dense_kernels(gm, adapter)
+    named = {key: whole(tensor.detach()) for key, tensor in named_tensors(gm, adapter)}
+    named |= _without_starts(gm, adapter) | _dense_kernels(gm, adapter)
     named |= _turned_copies(gm, adapter, named)
     tensors = {name: target.detach().cpu().contiguous() for name, target in named.items()}
     tensors |= {name: tensors[name] * 0.5 for name in tensors.keys() & doubled}
@@ -117,7 +119,7 @@ def stacked_tensors(gm: fx.GraphModule, adapter: Adapter, *, shares: bool = Fals
     for site in adapter.sites.values() if adapter.config.use_dora else ():
         if not isinstance(site.layout, Part):
             continue
-        weight = get_parameter(gm, site.weight).detach().cpu()
+        weight = whole(get_parameter(gm, site.weight).detach()).cpu()
         norms[site.applied] = torch.linalg.vector_norm(weight.float(), dim=int(not site.layout.stored_in_out))
     return stack(adapter.plan, tensors, norms)
 
@@ -129,7 +131,8 @@ def _without_starts(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Ten
     for site in adapter.sites.values():
         if site.start_a is None or site.start_b is None:
             continue
-        values = [get_attribute(gm, name).detach() for name in (site.lora_a, site.lora_b, site.start_a, site.start_b)]
+        names = (site.lora_a, site.lora_b, site.start_a, site.start_b)
+        values = [whole(get_attribute(gm, name).detach()) for name in names]
         keys = KEYS_OF_LOOKUPS if site.is_lookup else KEYS
         found |= {prefixes[site.path] + key: whole for key, whole in zip(keys, without_start(*values), strict=True)}
     return found
@@ -154,7 +157,7 @@ def _dense_kernels(gm: fx.GraphModule, adapter: Adapter) -> dict[str, torch.Tens
     """A of convolutions with groups, with the zeros between the groups that PEFT expects."""
     prefixes = prefixes_of(gm, adapter.plan)
     return {
-        f"{prefixes[site.path]}{KEYS[0]}": site.layout.dense(get_parameter(gm, site.lora_a).detach())
+        f"{prefixes[site.path]}{KEYS[0]}": site.layout.dense(whole(get_parameter(gm, site.lora_a).detach()))
         for site in adapter.sites.values()
         if isinstance(site.layout, Kernel) and site.layout.groups > 1
     }
@@ -166,7 +169,7 @@ def read_tensors(files: AdapterFiles) -> dict[str, torch.Tensor]:
     Raises:
         AdapterError: if a tensor is not finite, of a type that no adapter has, or there twice.
     """
-    tensors = load(files.weights)
+    tensors = load(bytes(files.weights))  # which are bytes already, and are not copied
     if not tensors:
         raise AdapterError(f"{files.where} holds no tensor; save the adapter again")
     found = in_one_spelling(tensors, files.where)

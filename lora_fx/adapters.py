@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from .adapter_files import (
     KEY_OF_ROWS,
     KEYS,
     PREFIX,
+    TURNED,
     WEIGHTS_FILE,
     checked_path,
     config_text,
@@ -36,7 +38,7 @@ from .adapter_tensors import (
     targets_of,
 )
 from .atomic import replace_in_directory
-from .attributes import get_attribute
+from .attributes import get_attribute, holds_values, why_no_values
 from .base_fingerprint import check_base, note_of_base
 from .base_note import KEY
 from .config import LoraConfig
@@ -47,9 +49,11 @@ from .initialization import start_of
 from .injection import Adapter, NewAdapter, check_adapter_name, inject_new
 from .layouts import Kernel
 from .matching import matches_names, matches_suffix
-from .packed_files import METADATA, Stacked, part_keys, part_wholes, unstack, without_parts
+from .packed_files import Stacked, unstack, without_parts
+from .packed_notes import METADATA, part_keys, part_wholes
 from .parameters import find_adapter
 from .plan import Plan, PlannedSite, plan_adapters
+from .sharding import on_first_process, settle
 from .sites import find_sites
 from .tables import some_of
 
@@ -61,6 +65,9 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
 
     `peft.PeftModel.from_pretrained(model, directory)` loads it, and computes what the graph computes.
 
+    Where parameters are spread over processes (`fully_shard`), all of them call this: each gathers one tensor after the
+    other, the first writes, and if it cannot, all of them raise.
+
     Args:
         gm: an injected graph.
         directory: made if it is not there. Both files are replaced in one step, and sealed: hashes of them, and a note
@@ -70,12 +77,13 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
         AdapterError: if there is no such adapter, a value is NaN or Inf, or the directory cannot be written.
     """
     gm = checked_graph_module(gm)
+    settle(gm)
     if record_of(gm).batched is not None:
         check_editable(gm)
     adapter = find_adapter(gm, adapter_name)
     for name, tensor in named_tensors(gm, adapter):
-        if tensor.is_meta:
-            raise AdapterError(f"{name!r} is on the meta device and holds no values to save; load the weights first")
+        if not holds_values(tensor):
+            raise AdapterError(f"{name!r} {why_no_values(tensor)} to save; load the weights first: bind_weights")
     stacked = stacked_tensors(gm, adapter)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in stacked.tensors.items()}
     for key, tensor in tensors.items():
@@ -88,11 +96,16 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
     config = config_text(adapter.config, **changes).encode("utf-8")
     base = note_of_base(gm, adapter.plan)
     metadata = {"format": "pt", WRITER: OURS} | stacked.metadata | BLANK_SEAL | ({} if base is None else {KEY: base})
-    weights = sealed(save(tensors, metadata=metadata), config)
-    try:
-        replace_in_directory(path, {WEIGHTS_FILE: weights, CONFIG_FILE: config})
-    except OSError as error:
-        raise AdapterError(f"the adapter cannot be written to {str(path)!r}: {error}") from error
+    metadata |= _turned(adapter)
+
+    def write() -> None:
+        weights = sealed(save(tensors, metadata=metadata), config)
+        try:
+            replace_in_directory(path, {WEIGHTS_FILE: weights, CONFIG_FILE: config})
+        except OSError as error:
+            raise AdapterError(f"the adapter cannot be written to {str(path)!r}: {error}") from error
+
+    on_first_process(gm, write)
 
 
 def load_adapter(
@@ -169,6 +182,17 @@ def _check_start(config: LoraConfig, folder: Path) -> None:
             "model.save_pretrained(directory, path_initial_model_for_weight_conversion=...). lora_fx.save_adapter "
             "always does"
         )
+
+
+def _turned(adapter: Adapter) -> dict[str, str]:
+    """The note on weights that lie the other way round, for those who have the base's files and no graph."""
+    names = set[str]()
+    for target in adapter.plan.targets:
+        layout = target.site.layout.whole
+        is_turned = layout.is_transposed if isinstance(layout, Kernel) else layout.stored_in_out
+        if is_turned and not target.site.is_lookup:
+            names |= {target.site.weight, f"{target.site.whole_path}.weight"}
+    return {TURNED: json.dumps(sorted(names))} if names else {}
 
 
 def _patterns(adapter: Adapter, stacked: Stacked) -> dict[str, object]:

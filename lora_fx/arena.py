@@ -21,6 +21,7 @@ import torch.utils.dlpack
 from torch import fx, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .attributes import holds_values
 from .errors import GraphError
 from .tensor_reads import read
 
@@ -32,7 +33,8 @@ def lay_out(parameters: Iterable[nn.Parameter]) -> None:
     """Move parameters that nobody else shares into one memory per dtype and device, in the order given."""
     kinds: dict[tuple[torch.dtype, torch.device], dict[int, nn.Parameter]] = {}
     for parameter in parameters:
-        if not parameter.is_meta and parameter.is_contiguous() and type(parameter) is nn.Parameter:
+        is_plain = type(parameter) is nn.Parameter and holds_values(parameter)
+        if is_plain and parameter.is_contiguous() and (parameter.is_cuda or not parameter.is_shared()):  # type: ignore[no-untyped-call]
             kinds.setdefault((parameter.dtype, parameter.device), {})[id(parameter)] = parameter
     for members in (list(each.values()) for each in kinds.values()):
         if joined(members) is None:
@@ -56,15 +58,21 @@ def _with_own_storage(part: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
 def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The memory of tensors that lie one behind the other, as one vector without a copy; None if they do not."""
     first, last = tensors[0], tensors[-1]
-    at = first.data_ptr()
+    at = first.data_ptr() if holds_values(first) else 0
     for tensor in tensors:
-        if tensor.data_ptr() != at or tensor.dtype != first.dtype or not tensor.is_contiguous():
+        if (
+            not holds_values(tensor)
+            or tensor.data_ptr() != at
+            or tensor.dtype != first.dtype
+            or not tensor.is_contiguous()
+        ):
             return None
         at += tensor.nbytes
     whole = _whole_of(first)
     storage = whole.untyped_storage()
     end = storage.data_ptr() + storage.nbytes()
-    if at > end or _whole_of(last).untyped_storage().data_ptr() != storage.data_ptr():
+    is_inside = storage.data_ptr() <= first.data_ptr() and at <= end  # a storage may be moved, as share_memory_() does
+    if not is_inside or _whole_of(last).untyped_storage().data_ptr() != storage.data_ptr():
         return None  # neighbours by chance
     size = first.element_size()
     start = (first.data_ptr() - storage.data_ptr()) // size

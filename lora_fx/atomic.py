@@ -31,9 +31,22 @@ def replace_in_directory(directory: Path, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():
             write_durably(new / name, data)
         if not target.exists():
-            _rename_to(new, target)
+            rename_to(new, target)
         elif not _exchanged(new, target):
             _replace_one_by_one(new, target, list(files))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file that may be there already: in one step.
+
+    Raises:
+        OSError: if the file system refuses; the file is then as it was.
+    """
+    target = Path(os.path.realpath(path))
+    with temporary_beside(target) as new:
+        write_durably(new / target.name, data)
+        os.replace(new / target.name, target)
+    sync_directory(target.parent)
 
 
 def replace_directory(new: Path, target: Path) -> bool:
@@ -127,7 +140,8 @@ def _is_alive(process: str) -> bool:
     return True
 
 
-def _rename_to(new: Path, target: Path) -> None:
+def rename_to(new: Path, target: Path) -> None:
+    """Give a directory its name, where there is none of that name, or an empty one; parents are made."""
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

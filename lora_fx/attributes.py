@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def get_attribute(root: nn.Module, target: str) -> Any:
@@ -53,3 +54,13 @@ def delete_attribute(root: nn.Module, target: str) -> None:
         if type(container) is not nn.Module or container._modules or container._parameters or container._buffers:
             break
         delattr(owner, name)
+
+
+def holds_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has any: those of the meta device and of FakeTensorMode have a shape and a type only."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def why_no_values(tensor: torch.Tensor) -> str:
+    """What to say of one that has none."""
+    return f"is {'on the meta device' if tensor.is_meta else 'a fake tensor'} and holds no values"

@@ -16,11 +16,12 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .attributes import get_attribute
+from .attributes import get_attribute, holds_values
 from .base_note import NOTED, UNREADABLE, encoded, places_of, read_note
 from .errors import AdapterError
 from .graph_module import record_of
 from .plan import Plan
+from .sharding import whole
 
 _HASHED = 1024  # values of each weight
 
@@ -32,7 +33,8 @@ def note_of_base(gm: fx.GraphModule, plan: Plan) -> str | None:
     """
     digest, dtypes, noted = hashlib.sha256(), set[torch.dtype](), []
     for name, weight in _weights(gm, plan):
-        if weight.is_meta or not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
+        is_plain = holds_values(weight) and not is_traceable_wrapper_subclass(weight)
+        if not is_plain or not weight.is_floating_point():
             return None
         dtypes.add(weight.dtype)
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -88,7 +90,7 @@ def _weights(gm: fx.GraphModule, plan: Plan) -> Iterator[tuple[str, torch.Tensor
     for name in sorted({target.site.weight for target in plan.targets}):
         weight = originals.get(name, get_attribute(gm, name))
         if isinstance(weight, torch.Tensor):
-            yield name, weight.detach()
+            yield name, whole(weight.detach())
 
 
 def _spread(weight: torch.Tensor, count: int) -> torch.Tensor:

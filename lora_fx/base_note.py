@@ -13,6 +13,7 @@ from .errors import AdapterError
 
 KEY = "lora_fx.base"
 NOTED = 4  # values of each weight
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 UNREADABLE = f"the note on the base model ({KEY}) cannot be read"
 
 
@@ -46,3 +47,23 @@ def read_note(note: str, where: str) -> tuple[NDArray[np.float32], str, dict[str
         return decoded(fields["values"]), str(fields["dtype"]), dict(fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{where}: {UNREADABLE}: {error}; save it again") from error
+
+
+def noted_values(note: str | None, where: str) -> tuple[NDArray[np.float32], str] | None:
+    """(weights, NOTED) values, and the coarsest of their types; None if there is no note that can tell.
+
+    Raises:
+        AdapterError: if the note cannot be read.
+    """
+    if note is None:
+        return None
+    values, dtype, _ = read_note(note, where)
+    return None if dtype not in EPS or len(values) % NOTED else (values.reshape(-1, NOTED), dtype)
+
+
+def is_noted(noted: tuple[NDArray[np.float32], str], values: NDArray[np.float32], dtype: str) -> bool:
+    """Whether one of several rows of values, of a weight of that type, is among those of a note."""
+    theirs, their_dtype = noted
+    eps = max(EPS[dtype], EPS[their_dtype])
+    apart = np.abs(values[:, None] - theirs) > eps * np.maximum(np.abs(values[:, None]), np.abs(theirs))
+    return not bool(apart.any(axis=-1).all())

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .applications import Application
-from .attributes import delete_attribute, get_attribute, get_parameter, set_attribute
+from .attributes import delete_attribute, get_attribute, get_parameter, holds_values, set_attribute
 from .call_form import CallForm
 from .equivalence import default_tolerance
 from .errors import AdapterError, GraphError, TargetError
@@ -320,7 +320,7 @@ def _with_ids(trace: TraceRecord) -> TraceRecord:
         trace,
         kwargs={**trace.kwargs, INPUT: torch.zeros(len(leaf), dtype=torch.int64, device=leaf.device)},
         dimension_names=(*trace.dimension_names, {} if name is None else {0: name}),
-        retrace=lambda dtype: None,
+        retrace=lambda dtype, *, casts_buffers=True: None,
     )
 
 
@@ -340,7 +340,7 @@ def _check_rows(gm: LoraGraphModule, batched: LoraGraphModule, names: list[str])
     trace = record_of(batched).trace
     assert trace is not None
     leaves = pytree.tree_leaves((trace.args, trace.kwargs))
-    if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in (*leaves, *batched.parameters())):
+    if any(isinstance(leaf, torch.Tensor) and not holds_values(leaf) for leaf in (*leaves, *batched.parameters())):
         return  # no values to look at
     kwargs = {name: value for name, value in trace.kwargs.items() if name != INPUT}
     args, kwargs, batch = _enlarged(trace, kwargs, len(names) + 1)

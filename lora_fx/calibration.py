@@ -22,11 +22,11 @@ from .graph_module import checked_graph_module
 from .init_options import EvaConfig, init_of
 from .plan import Plan, make_plan
 from .site_statistics import Loss, SiteStatistics, input_components, input_covariances, weight_gradients
-from .tables import format_table
+from .tables import Shown, Table
 
 
 @dataclass(frozen=True, eq=False)
-class Calibration:
+class Calibration(Shown):
     """What `calibrate` found out, for `lora_fx.inject(gm, calibration.config, calibration=calibration)`.
 
     Attributes:
@@ -39,14 +39,15 @@ class Calibration:
     statistics: Mapping[str, SiteStatistics]
     ranks: Mapping[str, int]
 
-    def __str__(self) -> str:
+    def blocks(self) -> tuple[str | Table, ...]:
+        """The method, and a row for each site."""
         rows = []
         for path, rank in self.ranks.items():
             explained = self.statistics[path].explained if path in self.statistics else None
             share = "" if explained is None else f"{float(explained[:rank].sum()):.1%}"
             rows.append((path or "(root)", str(rank) if rank else "left out", share))
         header = ("site", "r", "variance explained")
-        return f"{self.config.init_lora_weights}\n\n{format_table(header, rows)}"
+        return f"{self.config.init_lora_weights}", Table(header, rows)
 
 
 def calibrate(gm: fx.GraphModule, config: object, batches: Iterable[Any], loss: Loss | None = None) -> Calibration:

@@ -1,4 +1,4 @@
-"""The command line: `lora-fx demo | inspect | fold | export | verify | doctor | bench | onnx`.
+"""The command line: `lora-fx demo | inspect | fold | export | verify | report | doctor | bench | onnx`.
 
 Exit status: 0 ok, 2 usage, 3 bad input, 4 a check failed, 5 environment (a package, a GPU or disk space is
 missing), 1 anything else, which is a bug in lora_fx, and 130 interrupted. Results go to stdout, progress and
@@ -18,15 +18,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import cli_onnx
+from . import cli_onnx, cli_report
 from .adapter_integrity import Integrity
-from .cli_console import complain, print_json, progress, show_warning
-from .cli_paths import check_model_destination, check_onnx_destination, check_writable
+from .atomic import replace_file
+from .cli_console import complain, print_json, progress, progress_bar, show_warning
+from .cli_paths import (
+    check_model_destination,
+    check_onnx_destination,
+    check_page_destination,
+    check_writable,
+    resolved,
+)
 from .errors import ExportError, LoraFxError, warn
 
 if TYPE_CHECKING:
     from exporters import VerifyReport
 
+    from .delta_statistics import AdapterStatistics
     from .graph_module import LoraGraphModule
     from .hf_models import HfModel
     from .plan import Plan
@@ -169,6 +177,8 @@ def inspect(
 ) -> None:
     """Show the sites of a model, and what an adapter, or a choice of targets, would adapt.
 
+    Of an adapter, also how large its deltas are, what folding keeps of them, and how many of its ranks carry them.
+
     Examples: `lora-fx inspect MODEL_DIR`, `lora-fx inspect MODEL_DIR ADAPTER_DIR`,
     `lora-fx inspect MODEL_DIR --target query --target value --r 16`
     """
@@ -182,7 +192,7 @@ def inspect(
     with progress("planning"):
         sites = lora_fx.find_sites(gm)
         linear_names = lora_fx.find_all_linear_names(gm)
-        plan = _plan(gm, adapter, target, r)
+        plan, statistics = _plan(gm, adapter, target, r)
     parameters = lora_fx.trainable_parameters(gm)[1]
     if as_json:
         print_json(
@@ -193,10 +203,13 @@ def inspect(
                 "all_linear_names": linear_names,
                 "targets": None if plan is None else _plan_rows(plan),
                 "not_adapted": None if plan is None else [dataclasses.asdict(skip) for skip in plan.skipped],
+                "statistics": None if statistics is None else cli_report.statistics_rows(statistics),
             }
         )
         return
     print(sites if plan is None else plan)
+    if statistics is not None:
+        print(f"\n{statistics}")
     share = (
         "" if plan is None else f", and {plan.parameters:,} more in the adapter ({plan.parameters / parameters:.2%})"
     )
@@ -204,17 +217,20 @@ def inspect(
     print(f"target_modules for every linear but the head: {linear_names}")
 
 
-def _plan(gm: LoraGraphModule, adapter: Path | None, target: list[str] | None, r: int | None) -> Plan | None:
+def _plan(
+    gm: LoraGraphModule, adapter: Path | None, target: list[str] | None, r: int | None
+) -> tuple[Plan | None, AdapterStatistics | None]:
     import lora_fx
 
     from .graph_module import record_of
 
     if adapter is not None:
-        return record_of(lora_fx.load_adapter(gm, adapter)).adapters["default"].plan
+        injected = lora_fx.load_adapter(gm, adapter)
+        return record_of(injected).adapters["default"].plan, lora_fx.adapter_statistics(injected)
     if not target:
-        return None
+        return None, None
     names: Any = target[0] if target == ["all-linear"] else target
-    return lora_fx.make_plan(gm, lora_fx.LoraConfig(r=8 if r is None else r, target_modules=names))
+    return lora_fx.make_plan(gm, lora_fx.LoraConfig(r=8 if r is None else r, target_modules=names)), None
 
 
 def _plan_rows(plan: Plan) -> list[dict[str, Any]]:
@@ -227,9 +243,14 @@ def _row(site: Any) -> dict[str, Any]:
 
 @app.command()
 def fold(
-    model: ModelDir,
-    adapter: AdapterDir,
-    out: Annotated[Path, typer.Argument(help="Model directory to write: a new one, or an empty one.")],
+    model: Annotated[Path | None, typer.Argument(help="Hugging Face model directory, to be loaded.")] = None,
+    adapter: Annotated[Path | None, typer.Argument(help="PEFT adapter directory.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="Model directory to write: a new one, or an empty one.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Checkpoint to fold file by file, without its model.")] = None,
+    adapter_option: Annotated[Path | None, typer.Option("--adapter", help="With --base: the adapter.")] = None,
+    out_option: Annotated[Path | None, typer.Option("--out", help="With --base: the directory to write.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="With --base: change its own shards.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="With --base: processes, each with a shard.")] = 1,
     dtype: Annotated[Dtype | None, typer.Option(help="Load, fold and save as this; none: as it is stored.")] = None,
     require_integrity: cli_onnx.RequireIntegrity = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the model directory at OUT.")] = False,
@@ -237,12 +258,78 @@ def fold(
 ) -> None:
     """Fold an adapter into a model and save it in Hugging Face's layout.
 
-    Nothing is written unless the folded model computes what the adapted one does. A head that is tied to the
-    embeddings and adapted is untied, in the files and in config.json.
+    MODEL ADAPTER OUT loads the model: nothing is written unless the folded model computes what the adapted one does. A
+    head that is tied to the embeddings and adapted is untied, in the files and in config.json.
 
-    Example: `lora-fx fold MODEL_DIR ADAPTER_DIR OUT_DIR`
+    --base DIR --adapter DIR --out DIR goes from shards to shards, with no model code and little memory, whatever the
+    size; the same call again goes on after an interruption.
+
+    Examples: `lora-fx fold MODEL_DIR ADAPTER_DIR OUT_DIR`, `lora-fx fold --base DIR --adapter DIR --out DIR`
     """
+    integrity = cli_onnx.integrity_of(require_integrity)
+    if base is not None:
+        _fold_files(
+            base,
+            adapter_option,
+            out_option,
+            [model, adapter, out],
+            in_place=in_place,
+            workers=workers,
+            dtype=dtype,
+            integrity=integrity,
+            overwrite=overwrite,
+            as_json=as_json,
+        )
+        return
+    if adapter_option is not None or out_option is not None or in_place or workers != 1:
+        raise typer.BadParameter("--adapter, --out, --in-place and --workers go with --base; add it, or leave them out")
+    if model is None or adapter is None or out is None:
+        raise typer.BadParameter("give MODEL ADAPTER OUT, or --base DIR --adapter DIR --out DIR")
     check_model_destination(out, (model, adapter), overwrite=overwrite)
+    _fold_model(model, adapter, out, dtype, integrity, as_json=as_json)
+
+
+def _fold_files(
+    base: Path,
+    adapter: Path | None,
+    out: Path | None,
+    positional: list[Path | None],
+    *,
+    in_place: bool,
+    workers: int,
+    dtype: Dtype | None,
+    integrity: Integrity,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    if any(each is not None for each in positional) or dtype is not None:
+        raise typer.BadParameter("--base goes with --adapter and --out, and with neither MODEL ADAPTER OUT nor --dtype")
+    if adapter is None or (out is None and not in_place):
+        raise typer.BadParameter("--base needs --adapter, and --out or --in-place")
+    if in_place and out is not None and resolved(out) != resolved(base):
+        raise typer.BadParameter("--in-place changes --base; leave --out out")
+    import lora_fx
+
+    with progress_bar("folding") as told:
+        report = lora_fx.fold_checkpoint(
+            base,
+            adapter,
+            base if out is None else out,
+            in_place=in_place,
+            overwrite=overwrite,
+            integrity=integrity,
+            workers=workers,
+            progress=told,
+        )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print(report)
+
+
+def _fold_model(
+    model: Path, adapter: Path, out: Path, dtype: Dtype | None, integrity: Integrity, *, as_json: bool
+) -> None:
     loaded = _loaded(model, adapter, dtype)
     gm = _traced(loaded)
     from safetensors import SafetensorError
@@ -253,7 +340,7 @@ def fold(
     from .hf_saving import save_folded
 
     with progress("folding and checking"):
-        injected = lora_fx.load_adapter(gm, adapter, integrity=cli_onnx.integrity_of(require_integrity))
+        injected = lora_fx.load_adapter(gm, adapter, integrity=integrity)
         outcome = fold_into(loaded, injected)
     if not outcome.ok:
         raise CheckFailedError(outcome.problem)
@@ -358,6 +445,48 @@ def verify(
         print(report)
     if not report.ok:
         raise CheckFailedError(_disagreement(report, base))
+
+
+@app.command()
+def report(
+    model: ModelDir,
+    adapter: AdapterDir,
+    out: Annotated[Path, typer.Option(help="The page to write: one .html file that fetches nothing.")],
+    other: Annotated[Path | None, typer.Option(help="Adapter directory to compare with.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Trainer's trainer_state.json; none: ADAPTER's own, if it is there.")
+    ] = None,
+    site: Annotated[list[str] | None, typer.Option(help="Show the graph around this site (repeat the option).")] = None,
+    graphs: Annotated[int, typer.Option(min=0, max=200, help="How many sites' graphs, where none is named.")] = 8,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Export the folded model, compare it with torch, and time both.")
+    ] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help="Load the model as this; none: as it is stored.")] = None,
+    require_integrity: cli_onnx.RequireIntegrity = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a file at OUT.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a page about an adapter: its deltas as a picture of the model, singular values, graphs, training curves.
+
+    With --verify, exit status 4 if the exported file disagrees; the page is written all the same.
+
+    Examples: `lora-fx report MODEL_DIR ADAPTER_DIR --out report.html`, `lora-fx report MODEL_DIR ADAPTER_DIR --other
+    ADAPTER_DIR2 --log checkpoint-500/trainer_state.json --verify --out report.html`
+    """
+    sources = [model, adapter, *([other] if other else []), *([log] if log else [])]
+    check_page_destination(out, sources, overwrite=overwrite)
+    integrity = cli_onnx.integrity_of(require_integrity)
+    wanted = cli_report.Wanted(adapter, other, log, tuple(site or ()), graphs, verify, integrity)
+    made, verification = cli_report.make_report(_loaded(model, adapter, dtype), _traced, wanted)
+    from .report_page import report_page
+
+    replace_file(out, report_page(made).encode())
+    if as_json:
+        print_json({"out": str(out)} | cli_report.report_values(made, verification))
+    else:
+        print(f"{made.statistics}\n\nwritten to {out}")
+    if verification is not None and not verification.ok:
+        raise CheckFailedError(_disagreement(verification, Path("the base's file")))
 
 
 @app.command()

@@ -52,6 +52,30 @@ def check_onnx_destination(out: Path, sources: Sequence[Path], *, overwrite: boo
             raise ExportError(f"{str(out)!r} exists and is no readable ONNX file; --overwrite replaces it")
 
 
+def check_page_destination(out: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse an OUT page that is not free to be written.
+
+    Raises:
+        typer.BadParameter: if OUT does not end in .html.
+        AdapterError: if it lies in a source, is a directory, is there already, or cannot be written.
+    """
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise typer.BadParameter(f"the page to write must end in .html, and {str(out)!r} does not")
+    target = resolved(out)
+    _check_apart(out, sources)
+    check_writable(out.parent)
+    with _telling(out):
+        if target.is_dir():
+            raise AdapterError(f"{str(out)!r} is a directory; name a file in it, such as {str(out / 'report.html')!r}")
+        if not target.parent.is_dir():
+            raise AdapterError(
+                f"cannot write {str(out)!r}: there is no directory {str(target.parent)!r}; make it first "
+                f"(mkdir -p {target.parent})"
+            )
+        if target.exists() and not overwrite:
+            raise AdapterError(f"{str(out)!r} exists; --overwrite replaces it")
+
+
 def check_writable(directory: Path) -> None:
     """Refuse a directory that is not there and cannot be made, or that cannot be written into.
 

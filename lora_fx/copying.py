@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .blocks import Block
 from .quantized import shared_state
+from .sharding import MARK, unsharded_class
 from .tensor_reads import PLACES
 
 Memo = dict[int, Any]
@@ -39,15 +41,16 @@ _HOOKS = (
 
 def copy_graph_module(gm: fx.GraphModule, memo: Memo) -> Any:
     """A copy of `gm` that is not compiled yet; what `memo` holds stands for itself or for its entry there."""
-    result = type(gm).__new__(type(gm))
+    kind = unsharded_class(gm)
+    result: Any = kind.__new__(kind)
     nn.Module.__init__(result)
-    type(result).__name__ = type(gm).__name__
+    type(result).__name__ = kind.__name__
     memo[id(gm)] = result
     with quiet_deepcopy():
         _copy_children(gm, result, memo)
         result.__dict__["_graph"] = copy_graph(gm.graph, memo)
         for name, value in gm.__dict__.items():
-            if name not in _OWN and name not in _HOOKS:
+            if name not in _OWN and name not in _HOOKS and not _is_of_sharding(name, value):
                 result.__dict__[name] = copy.deepcopy(value, memo)
     copy_hooks(gm, result)
     result.graph.owning_module = result
@@ -72,7 +75,7 @@ def copy_hooks(source: nn.Module, target: nn.Module) -> None:
     """The user's hooks go along; torch.export's own check of inputs stays, as the graph has its guards."""
     for name in _HOOKS:
         for key, hook in source.__dict__[name].items():
-            if not str(getattr(hook, "__module__", "")).startswith("torch.export"):
+            if not str(getattr(hook, "__module__", "")).startswith(("torch.export", "torch.distributed")):
                 target.__dict__[name][key] = hook
 
 
@@ -107,13 +110,22 @@ def _copy_module(module: nn.Module, memo: Memo) -> nn.Module:
     if id(module) in memo:
         known: nn.Module = memo[id(module)]
         return known
-    if type(module) is not nn.Module:
+    kind = unsharded_class(module)
+    if kind not in (nn.Module, Block):
         return copy.deepcopy(module, memo)
-    twin = nn.Module()
+    twin = kind()
     memo[id(module)] = twin
     twin.training = module.training
     twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     _copy_children(module, twin, memo)
     for name in module.__dict__.keys() - twin.__dict__.keys():  # plain attributes, tensors among them
-        twin.__dict__[name] = copy.deepcopy(module.__dict__[name], memo)
+        if not _is_of_sharding(name, module.__dict__[name]):
+            twin.__dict__[name] = copy.deepcopy(module.__dict__[name], memo)
     return twin
+
+
+def _is_of_sharding(name: str, value: object) -> bool:
+    """Whether an attribute is what `fully_shard` left on a module."""
+    hooks = value.values() if isinstance(value, dict) and "hooks" in name else ()
+    is_hook = any(str(getattr(hook, "__module__", "")).startswith("torch.distributed") for hook in hooks)
+    return is_hook or name.startswith(("__composable_api_state_key", MARK, "_fsdp_use_orig_params"))

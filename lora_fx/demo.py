@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .demo_data import Pair, RetrievalTask, make_task
+from .timing import medians
 
 if TYPE_CHECKING:
     import torch
@@ -296,7 +296,7 @@ def _measure(
     tokens = tokenizer([pair.query for pair in task.held_out[:8]], padding=True, return_tensors="np")
     feed = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
     sessions = [_one_thread_session(out / name) for name in ("folded.onnx", "base.onnx", "base.onnx")]
-    folded, base, control = _medians([lambda s=s: s.run(None, feed) for s in sessions])  # type: ignore[misc]
+    folded, base, control = medians([lambda s=s: s.run(None, feed) for s in sessions])  # type: ignore[misc]
     result.latency_ratio, result.noise_ratio = folded / base, control / base
     say.print(f"latency in one thread: folded / base {result.latency_ratio:.3f}, base / base {result.noise_ratio:.3f}")
     if result.latency_ratio > max(_LATENCY_NOISE, 1.1 * result.noise_ratio):
@@ -310,21 +310,6 @@ def _one_thread_session(file: Path) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-
-def _medians(runs: Sequence[Callable[[], Any]], rounds: int = 40) -> list[float]:
-    """Median seconds of each, taken in turns, so that what slows the machine slows all.
-
-    The order is always the same circle: a run that followed itself would find its weights in the cache.
-    """
-    times: list[list[float]] = [[] for _ in runs]
-    for turn in range(rounds + 3):
-        for index, run in enumerate(runs):
-            started = time.perf_counter()
-            run()
-            if turn >= 3:
-                times[index].append(time.perf_counter() - started)
-    return [statistics.median(taken) for taken in times]
 
 
 def _spelled(metrics: dict[str, float]) -> str:

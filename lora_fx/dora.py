@@ -2,15 +2,18 @@
 
 ‖W + s · L @ R‖² = ‖W‖² + 2 s Σ L ∘ (W Rᵀ) + s² Σ L ∘ (L (R Rᵀ)), so that W + s · ΔW is never built; no gradient goes
 through the norm (section 4.3 of the paper). Written in aten ops, for tensors and for `fx.Proxy`, as layouts.py is.
+Folding reads the weight anyway, and takes the norms block by block from W + s · ΔW itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from .layouts import Kernel, Layout, Matrix, Part, Shape
+from .merging import Summand, full_precision
 
 _aten = torch.ops.aten
 
@@ -56,5 +59,45 @@ def weight_norm(layout: Layout, weight: Any, a: Any, b: Any, scaling: float) -> 
 
 def gain(layout: Layout, weight: Any, a: Any, b: Any, magnitude: Any, scaling: float) -> Any:
     """m / ‖W + scaling · ΔW‖ of each output of the whole weight, (out,): 1 for those that are not adapted."""
-    norm = weight_norm(layout, weight, a, b, scaling)
+    return gain_of(layout, magnitude, weight_norm(layout, weight, a, b, scaling))
+
+
+def gain_of(layout: Layout, magnitude: Any, norm: Any) -> Any:
+    """The same, of norms that are known."""
     return layout.among_outputs(_aten.div.Tensor(_aten.reshape.default(magnitude, [-1]), norm), 1.0)
+
+
+def scaled_outputs(layout: Layout, b: Any, gains: Any) -> Any:
+    """B with each output times its gain, which is what the low-rank part of DoRA's delta is."""
+    return b * layout.own_outputs(gains).reshape(-1, *(1 for _ in b.shape[1:]))
+
+
+def gain_on_weight(layout: Layout, gains: Any, groups: int) -> Any:
+    """What the weight itself is multiplied with besides 1, as a `Delta` has it: (n, rows, 1) or (n, 1, columns)."""
+    return (gains - 1).reshape(1, 1, -1) if layout.stored_in_out else (gains - 1).reshape(groups, -1, 1)
+
+
+def norms_by_block(
+    layout: Layout, blocks: Iterable[tuple[int, slice, torch.Tensor]], delta: Summand, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """‖W + ΔW‖ of each output of the layout, (out,), in float64.
+
+    Args:
+        layout: of the weight.
+        blocks: (matrix, rows, these rows of W in the delta's dtype), of all of W.
+        delta: scaling · ΔW.
+        shape: (n, rows, columns) of W.
+    """
+    count, height, columns = shape
+    squares = torch.zeros(columns if layout.stored_in_out else count * height, dtype=torch.float64)
+    buffer: torch.Tensor | None = None
+    for n, rows, block in blocks:
+        squares = squares.to(block.device)
+        buffer = torch.empty_like(block) if buffer is None or len(buffer) < len(block) else buffer
+        with full_precision():
+            wide = delta.add_to(block, n, rows, buffer[: len(block)]).double()
+        if layout.stored_in_out:
+            squares += wide.square_().sum(0)
+        else:
+            squares[n * height + rows.start : n * height + rows.start + len(block)] = wide.square_().sum(1)
+    return layout.own_outputs(squares.clamp_min_(_LEAST).sqrt_())  # type: ignore[no-any-return]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .errors import warn
 from .fold_stamps import Stamp
-from .tables import counted, format_table
+from .tables import Shown, Table, counted
 
 # Below this share of the delta, folding says that much of what was trained is lost to rounding.
 _KEPT_ENOUGH = 0.9
@@ -38,7 +39,7 @@ class FoldedSite:
 
 
 @dataclass(frozen=True)
-class FoldReport:
+class FoldReport(Shown):
     """What a fold did, site by site; prints as a table.
 
     Attributes:
@@ -53,21 +54,26 @@ class FoldReport:
     trained: tuple[str, ...] = ()
     stamps: tuple[Stamp, ...] = ()
 
-    def __str__(self) -> str:
-        rows = [
-            (
-                site.path or "(root)",
-                site.stored_as or str(site.dtype).removeprefix("torch."),
-                f"{site.weight_norm:.4g}",
-                f"{site.delta_norm:.4g}",
-                f"{site.delta_norm / site.weight_norm:.2%}" if site.weight_norm else "",
-                f"{site.kept:.2%}",
-                f"untied from {', '.join(site.untied_from)}" if site.untied_from else "",
-            )
-            for site in self.sites
-        ]
-        header = ("site", "dtype", "‖W‖", "‖ΔW‖", "‖ΔW‖/‖W‖", "kept", "remarks")
-        return f"folded {', '.join(self.adapters)} into {counted(len(rows), 'weight')}\n\n{format_table(header, rows)}"
+    def blocks(self) -> tuple[str | Table, ...]:
+        """What was folded, and a row for each weight."""
+        return f"folded {', '.join(self.adapters)} into {counted(len(self.sites), 'weight')}", table_of(self.sites)
+
+
+def table_of(sites: Sequence[FoldedSite]) -> Table:
+    """What folding did, weight by weight."""
+    rows = [
+        (
+            site.path or "(root)",
+            site.stored_as or str(site.dtype).removeprefix("torch."),
+            f"{site.weight_norm:.4g}",
+            f"{site.delta_norm:.4g}",
+            f"{site.delta_norm / site.weight_norm:.2%}" if site.weight_norm else "",
+            f"{site.kept:.2%}",
+            f"untied from {', '.join(site.untied_from)}" if site.untied_from else "",
+        )
+        for site in sites
+    ]
+    return Table(("site", "dtype", "‖W‖", "‖ΔW‖", "‖ΔW‖/‖W‖", "kept", "remarks"), rows)
 
 
 def warn_of_losses(report: FoldReport) -> None:

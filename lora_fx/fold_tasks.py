@@ -44,9 +44,11 @@ class FoldTask:
     @property
     def twins(self) -> tuple[str, ...]:
         """Other names of a tied weight that keep the base's value; empty where nothing else reads it."""
-        own = self.tensor
-        names = [name for name in self.aliases if name != own] or [n for n in self.other_readers if n != own]
-        return tuple(names or (own,)) if self.other_readers else ()
+        if not self.other_readers:
+            return ()
+        adapted = {self.tensor, *self.paths, *(f"{path}.weight".lstrip(".") for path in self.paths)}
+        names = [name for name in self.aliases if name not in adapted]
+        return tuple(names or [name for name in self.other_readers if name not in adapted] or [self.tensor])
 
 
 def fold_tasks(
@@ -175,23 +177,30 @@ def _untie(gm: LoraGraphModule, reading: Reading, group: list[tuple[FoldTask, nn
     }
     owns = [list(dict.fromkeys(a.weight for path in task.paths for a in sites[path])) for task, _ in group]
     spare = [name for name in aliases if not any(name in own for own in owns)]
+    bound = {each.weight for found in sites.values() for each in found if isinstance(each.use.weight, str)}
     keeper = None
     if others:  # a name that nobody adapted, or else one whose own value then gets another
-        keeper = min(aliases, key=lambda name: (name not in spare, name not in fixed))
+        keeper = min(aliases, key=lambda name: (name in bound, name not in spare))
+    taken = {keeper, *fixed}
+    for name in sorted(bound.intersection(taken)):
+        raise FoldError(
+            f"folding would untie {name!r} from what else reads it in this graph, and its module reads it by that "
+            "name; fold a graph of lora_fx.trace(model, args), where ops read weights and modules do not"
+        )
     names = [
-        {name: _untied_name(gm, task, name, is_taken=name == keeper or name in fixed) for name in own}
+        {name: _untied_name(gm, task, name, is_taken=name in taken) for name in own}
         for (task, _), own in zip(group, owns, strict=True)
     ]
     for name in (name for each in names for name in each.values()):
         if keeper is not None:
             rename_reads(gm, name, keeper)
+    flags = record_of(gm).requires_grad
     for (task, parameter), each in zip(group, names, strict=True):
         for application in (application for path in task.paths for application in sites[path]):
-            if isinstance(application.use.weight, str):
-                set_attribute(gm, f"{application.use.node.target}.weight", parameter)
-            else:
-                set_attribute(gm, each[application.weight], parameter)
-                rebind_weight(application, each[application.weight])
+            name = each[application.weight]
+            flags[name] = flags.get(application.attribute, parameter.requires_grad)  # for when no adapter is left
+            set_attribute(gm, name, parameter)
+            rebind_weight(application, name)
 
 
 def _untied_name(gm: LoraGraphModule, task: FoldTask, own: str, *, is_taken: bool) -> str:
@@ -201,10 +210,16 @@ def _untied_name(gm: LoraGraphModule, task: FoldTask, own: str, *, is_taken: boo
     name = f"{own}_folded"
     if get_attribute(gm, name) is not None:
         raise FoldError(f"untying {own!r} needs the name {name!r}, which is taken; rename it in the model")
-    still_there = [a.name for a in record_of(gm).adapters.values() if any(s.applied == own for s in a.sites.values())]
-    if own in task.paths and still_there:  # its site is named after it
+    still_there = [a.name for a in record_of(gm).adapters.values() if not _places(a).isdisjoint(task.paths)]
+    if still_there:  # their site is named after the weight
         raise FoldError(
             f"folding would untie {own!r} under the name {name!r}, where {', '.join(map(repr, still_there))} would "
             "not find it; fold all adapters at once"
         )
     return name
+
+
+def _places(adapter: Adapter) -> set[str]:
+    """The sites whose weights it adds to."""
+    readers = (path for rows in adapter.tokens.values() for path in rows.readers)
+    return {site.applied for site in adapter.sites.values()}.union(readers)

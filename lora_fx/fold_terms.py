@@ -9,11 +9,11 @@ import torch
 from torch import fx
 
 from .attributes import get_attribute
-from .dora import gain
+from .dora import gain_of, gain_on_weight, norms_by_block, scaled_outputs
 from .errors import FoldError
 from .injection import AdapterSite, RowsSite
 from .layouts import Kernel, Layout, Part, without_start
-from .merging import AnyDelta, Delta, RowsDelta
+from .merging import AnyDelta, Delta, RowsDelta, blocks
 
 
 class Term(Protocol):
@@ -71,10 +71,11 @@ class LowRankTerm:
             a, b = without_start(a, b, _value(gm, site.start_a, dtype), _value(gm, site.start_b, dtype))
         gains = None
         if site.magnitude is not None:
-            gains = gain(layout, tensor.to(dtype), a, b, _value(gm, site.magnitude, dtype), site.scaling)
-            b = b * layout.own_outputs(gains).reshape(-1, *(1 for _ in b.shape[1:]))  # m / ‖W + ΔW‖ on ΔW, and on W:
-            gains = (gains - 1) * self.strength
-            gains = gains.reshape(1, 1, -1) if layout.stored_in_out else gains.reshape(_groups(layout), -1, 1)
+            matrices, product = layout.matrices(tensor.detach()), Delta(*layout.factors(a, b), site.scaling)
+            norms = norms_by_block(layout, blocks(matrices, dtype), product, tuple(matrices.shape))
+            gains = gain_of(layout, _value(gm, site.magnitude, dtype), norms.to(dtype))
+            b = scaled_outputs(layout, b, gains)  # m / ‖W + ΔW‖ on ΔW, and on W:
+            gains = gain_on_weight(layout, gains, groups_of(layout)) * self.strength
         scaling = site.scaling * self.strength
         if isinstance(layout, Part):  # the rest of the weight keeps its bits
             (left, right), at = layout.block(a, b), (layout.start, 0)
@@ -84,7 +85,8 @@ class LowRankTerm:
         return Delta(left, right, scaling, gains)
 
 
-def _groups(layout: Layout) -> int:
+def groups_of(layout: Layout) -> int:
+    """Groups of a convolution; 1 for all else."""
     return layout.groups if isinstance(layout, Kernel) else 1
 
 

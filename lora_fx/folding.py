@@ -15,18 +15,28 @@ from torch import fx, nn
 
 from .aliasing import storage_of
 from .applications import read_applications
-from .attributes import delete_attribute, get_attribute, get_parameter, set_attribute
+from .attributes import delete_attribute, get_attribute, get_parameter, holds_values, set_attribute, why_no_values
 from .checks import check_fold
 from .errors import FoldError
 from .fold_results import FoldedSite, FoldReport, warn_of_losses
 from .fold_stamps import stamp_of
 from .fold_tasks import FoldTask, check_not_tied, fold_tasks, replace_weights
+from .fold_terms import BiasTerm
 from .graph import erase_low_rank_paths, finish, write_float_linears
-from .graph_module import LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
+from .graph_module import (
+    ROLE,
+    LoraGraphModule,
+    checked_graph_module,
+    copy_sharing_tensors,
+    gathered,
+    paused_gc,
+    record_of,
+)
 from .injection import Adapter
-from .merging import AnyDelta, Merged, merge, norm_if_finite
+from .merging import AnyDelta, Merged, factor_dtype, merge, norm_if_finite, sum_dtype
 from .parameters import find_adapter
 from .quantized import check_storable, dense_weight, has_quantized, is_quantized, quantized_calls, stored_again
+from .sharding import is_sharded
 from .switching import forget_adapter
 
 
@@ -54,6 +64,9 @@ def fold(
     unless a tied weight has to be untied, which adds one parameter and warns. `fold_report(gm)` says,
     per site, how large the delta was and how much of it the weight's dtype keeps.
 
+    Of a graph whose parameters are spread over processes (`fully_shard`), all of them call this, and each gets the
+    folded graph with whole weights, which has to fit there. Where it does not, save_adapter, and fold what it wrote.
+
     Args:
         gm: an injected graph.
         adapters: names to fold, with the weights that `set_adapters` gave them; others stay injected. None folds those
@@ -78,7 +91,20 @@ def fold(
             an adapted weight is stored in a few bits, and `quantized` is not given.
     """
     gm = checked_graph_module(gm)
+    if is_sharded(gm):
+        if inplace:
+            raise FoldError(
+                "fold(inplace=True) cannot write weights that are spread over processes; fold(gm), called by all of "
+                "them, gives each the folded graph with whole weights"
+            )
+        assert isinstance(gm, LoraGraphModule)
+        gm = gathered(gm)
     chosen = _chosen(gm, adapters)
+    if record_of(gm).wide and record_of(gm).active.keys() - {adapter.name for adapter in chosen}:
+        raise FoldError(
+            "this tree is made to compute in another dtype than its parameters have, and all its adapters are folded "
+            "at once; leave `adapters` out, or fold the graph that it was made from"
+        )
     if quantized not in (None, "dequantize", "requantize"):
         raise FoldError(f"quantized={quantized!r} must be 'dequantize', 'requantize' or None")
     stored = _check_quantized(gm, chosen, quantized, inplace=inplace)
@@ -295,6 +321,34 @@ def fold_report(gm: fx.GraphModule) -> FoldReport:
     return report
 
 
+def measure_fold(gm: LoraGraphModule, adapter: Adapter) -> dict[str, FoldedSite | str]:
+    """{site path: what folding one adapter alone, at weight 1, would do to its weight, or why that cannot be done}.
+
+    Nothing is written but one temporary at a time.
+
+    Raises:
+        FoldError: if the base has no values.
+    """
+    reading = read_applications(gm)
+    applied = dict.fromkeys(site.applied for site in adapter.sites.values())
+    try:
+        tasks = fold_tasks(gm, reading, [adapter], {adapter.name: 1.0})
+    except FoldError as error:
+        return dict.fromkeys(applied, str(error))
+    _check_has_values(gm, tasks)
+    found: dict[str, FoldedSite | str] = {}
+    for task in tasks:
+        if isinstance(task.terms[0], BiasTerm):
+            continue
+        weight = get_parameter(gm, task.attribute).detach()
+        try:
+            result: FoldedSite | str = _merge(gm, task, weight, torch.empty_like(weight), None)
+        except FoldError as error:
+            result = str(error)
+        found |= dict.fromkeys(task.paths, result)
+    return found
+
+
 def _chosen(gm: fx.GraphModule, names: Sequence[str] | str | None) -> list[Adapter]:
     record = record_of(gm)
     if record.folded is not None:
@@ -355,21 +409,14 @@ def _merged(
     """`merge` on the weight's matrices; memory in another order (channels_last) takes a temporary."""
     target = _matrices(task, into)
     is_view = storage_of(target) == storage_of(into)
-    if not is_view:
-        target = torch.empty_like(target)
-    wide = [delta.to(_sum_dtype(weight, accumulate)) for delta in deltas]
+    # Apple's GPUs have no float64.
+    dtype = sum_dtype(weight.dtype, accumulate, has_float64=weight.device.type != "mps")
+    wide = [delta.to(dtype) for delta in deltas]
     is_exact = accumulate is torch.float64
     merged = merge(_matrices(task, weight), wide, target, is_exact=is_exact, weight_norm=weight_norm)
     if not is_view:
         into.copy_(target.reshape(into.shape))
     return merged
-
-
-def _sum_dtype(weight: torch.Tensor, accumulate: torch.dtype | None) -> torch.dtype:
-    """What to sum in; Apple's GPUs have no float64."""
-    is_half = weight.dtype in (torch.float16, torch.bfloat16)
-    default = torch.float64 if is_half and weight.device.type != "mps" else torch.float32
-    return torch.promote_types(weight.dtype, accumulate or default)
 
 
 def _folded_site(task: FoldTask, weight: torch.Tensor, merged: Merged) -> FoldedSite:
@@ -388,16 +435,15 @@ def _deltas(
     gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor, accumulate: torch.dtype | None
 ) -> list[AnyDelta]:
     """What is added, in no more memory than the adapter has: `_merged` widens it, one weight at a time."""
-    dtype = torch.promote_types(weight.dtype, accumulate or torch.float32)
+    dtype = factor_dtype(weight.dtype, accumulate)
     return [term.delta(gm, weight, dtype) for term in task.terms]
 
 
 def _check_has_values(gm: LoraGraphModule, tasks: list[FoldTask]) -> None:
     for task in tasks:
-        if get_parameter(gm, task.attribute).is_meta:
-            raise FoldError(
-                f"{task.tensor!r} is on the meta device and holds no values to fold; load the weights first"
-            )
+        weight = get_parameter(gm, task.attribute)
+        if not holds_values(weight):
+            raise FoldError(f"{task.tensor!r} {why_no_values(weight)} to fold; load the weights first: bind_weights")
 
 
 def _why_not_finite(gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor) -> str:
@@ -451,10 +497,25 @@ def _remove_adapters(gm: LoraGraphModule, chosen: list[Adapter]) -> None:
         del record.adapters[adapter.name]
         record.active.pop(adapter.name, None)
     record.selections.clear()
+    if not record.active:
+        _show_traced(gm)
     if not record.adapters:
         flags = record.requires_grad
-        for name, parameter in gm.named_parameters(remove_duplicate=False):
+        for name, parameter in gm.named_parameters():
             parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+
+
+def _show_traced(gm: LoraGraphModule) -> None:
+    """A tree of blocks becomes the graph that was traced, in the dtype that it was traced in."""
+    record = record_of(gm)
+    if record.lowering is not None and not record.lowering.trains_only:
+        record.lowering = None
+    if record.wide:
+        gm.show_wide()
+        roles = {
+            node.meta[ROLE].adapter for graph in record.views.values() for node in graph.nodes if ROLE in node.meta
+        }
+        erase_low_rank_paths(gm, roles)
 
 
 def _exchange(a: LoraGraphModule, b: LoraGraphModule) -> None:

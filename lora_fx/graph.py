@@ -8,7 +8,7 @@ operand of the call and one more placeholder of the body.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -454,6 +454,48 @@ def write_blocks(
             graph.erase_node(node)
 
 
+def write_conversions(
+    graph: fx.Graph,
+    run: Collection[fx.Node],
+    flow: Collection[fx.Node],
+    enter: Callable[..., Any],
+    leave: Callable[..., Any],
+    targets: Mapping[Any, Callable[..., Any]],
+) -> None:
+    """Let nodes in `run` take values of another kind, and give what they give as it was, but for those in `flow`.
+
+    `enter` makes a value one of that kind, and `leave` makes it what it was; values in `flow` are of that kind for the
+    nodes in `run` behind them. What only asserts something about values of that kind is left out, and `targets` are
+    called in place of ops that cannot take them.
+    """
+    entered: dict[fx.Node, fx.Node] = {}
+    left: dict[fx.Node, fx.Node] = {}
+
+    def converted(operand: fx.Node, known: dict[fx.Node, fx.Node], function: Callable[..., Any]) -> fx.Node:
+        if operand not in known:
+            known[operand] = graph.call_function(function, (operand,))
+            known[operand].meta = {key: node.meta[key] for key in ("nn_module_stack",) if key in node.meta}
+        return known[operand]
+
+    for node in list(graph.nodes):
+        if is_assertion(node) and any(operand in run for operand in node.all_input_nodes):
+            graph.erase_node(node)
+            continue
+        if node in run:
+            node.target = targets.get(node.target, node.target)
+        with graph.inserting_before(node):
+            for operand in node.all_input_nodes:
+                is_tensor = isinstance(operand.meta.get("val", torch.Tensor()), (torch.Tensor, tuple, list))
+                if node in run and operand not in flow and is_tensor:
+                    node.replace_input_with(operand, converted(operand, entered, enter))
+                elif node not in run and operand in flow:
+                    node.replace_input_with(operand, converted(operand, left, leave))
+        if node in run and node not in flow:
+            with graph.inserting_after(node):
+                whole = converted(node, left, leave)
+            node.replace_all_uses_with(whole, delete_user_cb=_is_outside({whole}))
+
+
 def _is_outside(nodes: Collection[fx.Node]) -> Callable[[fx.Node], bool]:
     return lambda node: node not in nodes
 
@@ -705,6 +747,7 @@ __all__ = [
     "rebind_weight",
     "rename_reads",
     "write_blocks",
+    "write_conversions",
     "write_groups",
     "write_masks",
     "write_normalizations",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 from torch import fx, nn
@@ -23,11 +23,12 @@ from torch.export import ExportedProgram
 from torch.nn import functional as F
 
 from .arena import lay_out
-from .attributes import get_attribute, get_parameter, set_attribute
+from .attributes import get_attribute, get_parameter, holds_values, set_attribute
 from .copying import WRAPPER, copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, share_tensors
 from .errors import GraphError, warn
 from .literals import find_dtype_literal, move_literals
 from .ops.use import operands_of
+from .sharding import check_not_sharded, settle, unsharded_class, whole
 from .tensor_reads import read, read_at_once
 
 if TYPE_CHECKING:
@@ -48,6 +49,14 @@ _KNOWN_GRAPHS = 16
 _UNCOMPILED: ContextVar[bool] = ContextVar("_UNCOMPILED", default=False)
 
 
+class Retrace(Protocol):
+    """Traces a model again, in another dtype."""
+
+    def __call__(self, dtype: torch.dtype, *, casts_buffers: bool = True) -> dict[bool | None, fx.GraphModule] | None:
+        """The views, or None."""
+        ...
+
+
 @dataclass(frozen=True)
 class TraceRecord:
     """What `trace` remembers of its call, so that nothing has to be said twice at export.
@@ -56,7 +65,8 @@ class TraceRecord:
         args, kwargs: the example inputs, detached copies.
         dimension_names: one mapping per flattened leaf of (args, kwargs): {free dimension: name}.
         model_class: class name of the traced model.
-        retrace: the views that the model has in another dtype; None if the model is gone.
+        retrace: the views that the model has in another dtype, of its buffers too or of its parameters alone; None if
+            the model is gone.
         module_aliases: {path: first path} of modules that stand in the model under several names.
     """
 
@@ -64,7 +74,7 @@ class TraceRecord:
     kwargs: dict[str, Any]
     dimension_names: tuple[dict[int, str], ...]
     model_class: str
-    retrace: Callable[[torch.dtype], dict[bool | None, fx.GraphModule] | None] = lambda dtype: None
+    retrace: Retrace = lambda dtype, *, casts_buffers=True: None
     module_aliases: dict[str, str] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TraceRecord:
@@ -80,10 +90,28 @@ class Written:
 
 
 class Lowering(Protocol):
-    """Makes the graph that is compiled out of the one that everything else reads; comparable by what it does."""
+    """Makes the graph that is compiled out of the one that everything else reads; comparable by what it does.
+
+    Attributes:
+        trains_only: it is for training, and graphs of eval mode, and without adapters, are compiled as they are.
+    """
+
+    trains_only: ClassVar[bool]
 
     def __call__(self, gm: LoraGraphModule, graph: fx.Graph) -> fx.Graph:
         """A new graph that computes the same; `graph` stays as it is."""
+        ...
+
+    def behind(self, first: Lowering) -> Lowering:
+        """Both, one after the other.
+
+        Raises:
+            GraphError: if they do not go together.
+        """
+        ...
+
+    def on_whole_tensors(self) -> Lowering | None:
+        """What is left of it for a copy of the graph whose parameters are no longer spread over processes."""
         ...
 
 
@@ -110,9 +138,10 @@ class GraphRecord:
         stashed: what an adapter that does not count trains in full: {fqn: tensor}.
         requires_grad: the flags the base parameters had before the first injection froze them.
         originals: base tensors that an adapter trains in full, as they were: {fqn: tensor}.
+        wide: with views that compute in another dtype than the parameters have (see `unflatten`), those of this one.
         traced: the views as tracing wrote them, by value, to know them again.
         reinsert: writes the adapters' nodes into views that have none; set by `inject`.
-        lowering: makes what is compiled in place of the graph, which stays as it is; set by `optimize`.
+        lowering: makes what is compiled in place of the graph, which stays as it is; set by `optimize` and `unflatten`.
         batched: for a graph from `batch_adapters`, how its adapters are stacked (see batching.py).
         folded: what an in-place fold needs to take itself back (see folding.py).
         report: what the last fold did.
@@ -130,6 +159,7 @@ class GraphRecord:
     stashed: dict[str, torch.Tensor] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    wide: dict[bool | None, fx.Graph] = field(default_factory=dict)
     traced: dict[bool | None, Written] = field(default_factory=dict)
     reinsert: Callable[[LoraGraphModule], None] | None = None
     lowering: Lowering | None = None
@@ -143,6 +173,7 @@ class GraphRecord:
         return replace(
             self,
             views={mode: copy_graph(graph, memo) for mode, graph in self.views.items()},
+            wide={mode: copy_graph(graph, memo) for mode, graph in self.wide.items()},
             adapters=dict(self.adapters),
             active=dict(self.active),
             selections={},
@@ -222,7 +253,7 @@ class LoraGraphModule(fx.GraphModule):
         }
 
     def _install(self, compiled: dict[str, Any]) -> None:
-        type(self).forward = compiled["forward"]
+        unsharded_class(self).forward = compiled["forward"]
         self.__dict__.update({name: value for name, value in compiled.items() if name != "forward"})
 
     def _let_wrappers_follow(self) -> None:
@@ -253,7 +284,7 @@ class LoraGraphModule(fx.GraphModule):
         new = fn(torch.empty(0, dtype=first.dtype, device=device))
         dtypes = {p.dtype for p in self.parameters() if p.is_floating_point()}
         if any(fn(torch.empty(0, dtype=dtype, device=device)).dtype != dtype for dtype in dtypes):
-            self._follow_dtype(new.dtype)
+            self.follow_dtype(new.dtype)
         record = record_of(self)
         places = _places(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -267,13 +298,18 @@ class LoraGraphModule(fx.GraphModule):
             self.recompile()
         return self
 
-    def _follow_dtype(self, new: torch.dtype) -> None:
+    def follow_dtype(self, new: torch.dtype, *, casts_buffers: bool = True) -> None:
         """Let the graph's own dtypes be those of the model in the new dtype, which only the model can tell."""
         node = find_dtype_literal(self._all_graphs())
         if node is None:
             return
         record = record_of(self)
-        views = record.trace.retrace(new) if record.trace is not None else None
+        if record.wide:
+            raise GraphError(
+                f"this tree is made to compute in another dtype than its parameters have, which cannot become {new}; "
+                "convert the graph first: lora_fx.unflatten(gm.to(dtype), ...)"
+            )
+        views = record.trace.retrace(new, casts_buffers=casts_buffers) if record.trace is not None else None
         if views is None or set(views) != set(record.views):
             raise GraphError(
                 f"the graph holds dtypes as literals ({node.format_node()}), and the model that could tell which of "
@@ -294,8 +330,16 @@ class LoraGraphModule(fx.GraphModule):
             record.reinsert(self)
         self.recompile()
 
+    def show_wide(self) -> None:
+        """Go back to the views that compute in the parameters' own dtype, as they were; `recompile` is the caller's."""
+        record = record_of(self)
+        record.views, record.wide = dict(record.wide), {}
+        record.traced = {mode: _as_traced(graph) for mode, graph in record.views.items()}
+        self._graph = record.views[self.training if self.training in record.views else None]
+
     def _all_graphs(self) -> Iterator[fx.Graph]:
         yield from record_of(self).views.values()
+        yield from record_of(self).wide.values()
         yield from (m.graph for m in self.modules() if isinstance(m, fx.GraphModule) and m is not self)
 
     def recompile(self) -> Any:
@@ -311,21 +355,23 @@ class LoraGraphModule(fx.GraphModule):
         mode = self.training if self.training in record.views else None
         record.views[mode] = self._graph
         written, lowering = _as_written(self._graph), record.lowering
-        if mode is False or not any(ROLE in node.meta for node in self._graph.nodes):
-            lowering = None  # there is nothing to train
+        is_training = mode is not False and any(ROLE in node.meta for node in self._graph.nodes)
+        if lowering is not None and lowering.trains_only and not is_training:
+            lowering = None
         known = next((made for graph, way, made in record.compiled if way == lowering and graph == written), None)
         if known is not None:
             # A code object of its own: torch.compile counts what it compiled by these.
             forward = known["forward"]
             code_of_copy = types.FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
             return self._install(known | {"forward": code_of_copy})
-        graph = self._graph
+        graph, kind, own = self._graph, type(self), cast("type[LoraGraphModule]", unsharded_class(self))
         self._graph = graph if lowering is None else lowering(self, graph)
+        self.__class__ = own  # fx writes its ways of calling into a class that it made, not into fully_shard's
         try:
             with read_at_once(self, self._graph):
                 code = super().recompile()
         finally:
-            self._graph = graph
+            self._graph, self.__class__ = graph, kind
         record.compiled.append((written, lowering, self._compiled()))
         del record.compiled[:-_KNOWN_GRAPHS]
         return code
@@ -348,7 +394,7 @@ class LoraGraphModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoraGraphModule:
         result: LoraGraphModule = copy_graph_module(self, memo)
-        for graph in record_of(result).views.values():
+        for graph in (*record_of(result).views.values(), *record_of(result).wide.values()):
             graph.owning_module = result
         _lay_out_moved(result, _places(self))
         result.recompile()
@@ -360,16 +406,17 @@ def _call_shown_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _places(gm: fx.GraphModule) -> dict[str, int]:
-    """Where A and B of all adapters lie; a batched graph has them in stacks."""
+    """Where A and B of all adapters lie. A batched graph has them in stacks, a sharded one in parts."""
     adapters = record_of(gm).adapters.values() if record_of(gm).batched is None else ()
-    return {name: get_parameter(gm, name).data_ptr() for adapter in adapters for name in adapter.memory}
+    named = {name: get_parameter(gm, name) for adapter in adapters for name in adapter.memory}
+    return {name: p.data_ptr() for name, p in named.items() if type(p) is nn.Parameter and holds_values(p)}
 
 
 def _lay_out_moved(gm: fx.GraphModule, before: dict[str, int]) -> None:
     """Bring A and B of an adapter together again where all of them have new memory, which no other graph shares yet."""
     for adapter in record_of(gm).adapters.values() if before else ():
         parameters = {name: get_parameter(gm, name) for name in adapter.memory}
-        if all(parameter.data_ptr() != before[name] for name, parameter in parameters.items()):
+        if all(name in before and parameter.data_ptr() != before[name] for name, parameter in parameters.items()):
             lay_out(parameters.values())
 
 
@@ -415,6 +462,10 @@ def checked_graph_module(gm: object) -> fx.GraphModule:
             "this is an ExportedProgram, which torch keeps read-only; "
             "pass its graph module, ep.module(), or trace the model with lora_fx.trace(model, args)"
         )
+    if isinstance(gm, nn.Module) and isinstance(getattr(gm, "module", None), fx.GraphModule):
+        raise GraphError(
+            f"{type(gm).__name__} wraps a graph module, as DistributedDataParallel does; pass what it wraps: gm.module"
+        )
     if isinstance(gm, nn.Module):
         raise GraphError(
             f"{type(gm).__name__} is a plain nn.Module, not a graph; "
@@ -450,14 +501,29 @@ def copy_sharing_tensors(gm: fx.GraphModule) -> LoraGraphModule:
     Parameters are new `nn.Parameter` objects on the old storage, so that freezing the copy leaves the
     original's `requires_grad` alone; ties stay ties. Buffers and constants are the same tensors.
     """
+    check_not_sharded(gm, "its graph cannot be copied to be changed")
+    return _copy_over(gm, {id(parameter): parameter.detach() for parameter in gm.parameters()})
+
+
+def gathered(gm: LoraGraphModule) -> LoraGraphModule:
+    """A copy over whole tensors of a graph module whose parameters are spread over processes; all of them call this."""
+    settle(gm)
+    result = _copy_over(gm, {id(parameter): whole(parameter.detach()) for parameter in gm.parameters()})
+    record = record_of(result)
+    record.lowering = None if record.lowering is None else record.lowering.on_whole_tensors()
+    return result
+
+
+def _copy_over(gm: fx.GraphModule, tensors: Mapping[int, torch.Tensor]) -> LoraGraphModule:
+    """A copy whose parameters are new ones over these tensors, given by the ids of those that they stand for."""
     memo = share_tensors(gm)
     for parameter in (parameter for parameter in gm.parameters() if id(parameter) not in memo):
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = nn.Parameter(tensors[id(parameter)], requires_grad=parameter.requires_grad)
     memo |= {id(tensor): tensor for tensor in record_of(gm).originals.values()}
     token = _UNCOMPILED.set(True)
     try:
         if isinstance(gm, LoraGraphModule):
-            return copy.deepcopy(gm, memo)
+            return LoraGraphModule.__deepcopy__(gm, memo)
         with quiet_deepcopy():
             clone = _from_foreign(gm, copy.deepcopy(gm, memo))
     finally:

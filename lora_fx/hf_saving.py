@@ -7,7 +7,6 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from .atomic import replace_directory, temporary_beside
 from .checks import output_error
 from .cli_paths import resolved
 from .errors import FoldError
+from .hf_checkpoint import untied_config
 from .hf_folding import HfFold
 from .hf_models import HfModel, load_model
 
@@ -64,7 +64,7 @@ def _write_config(loaded: HfModel, outcome: HfFold, folder: Path, dtype: str | N
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     if outcome.untied:
-        config = _untied(config) | {"tie_word_embeddings": False}
+        config = untied_config(config)
     if config == original:
         shutil.copyfile(source, folder / "config.json")
     else:
@@ -72,12 +72,6 @@ def _write_config(loaded: HfModel, outcome: HfFold, folder: Path, dtype: str | N
     generation = loaded.directory / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, folder / "generation_config.json")
-
-
-def _untied(config: dict[str, Any]) -> dict[str, Any]:
-    """A config, and those within it, without tied embeddings."""
-    changed = {key: _untied(value) if isinstance(value, dict) else value for key, value in config.items()}
-    return changed | {"tie_word_embeddings": False} if "tie_word_embeddings" in config else changed
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

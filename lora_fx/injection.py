@@ -16,7 +16,7 @@ from . import optimization
 from .adapter_files import KEY_OF_BIAS, KEY_OF_MAGNITUDE, KEY_OF_ROWS, KEYS, KEYS_OF_LOOKUPS
 from .applications import Application, read_applications
 from .arena import lay_out
-from .attributes import get_attribute, get_parameter, set_attribute
+from .attributes import get_attribute, get_parameter, holds_values, set_attribute
 from .checks import check_effect
 from .config import LoraConfig
 from .dora import magnitude_shape, weight_norm
@@ -509,7 +509,7 @@ def _first_values(
             nn.init.uniform_(values["lora_bias"], -1 / math.sqrt(r), 1 / math.sqrt(r))
     if config.use_dora:
         norm = weight_norm(layout, weight.to(dtype), a, b, target.scaling)
-        if not weight.is_meta and not bool(((norm > 0) & (norm < math.inf)).all()):
+        if holds_values(weight) and not bool(((norm > 0) & (norm < math.inf)).all()):
             raise AdapterError(
                 f"{target.site.path!r}: the norms that use_dora divides by are 0 or not finite in {dtype}; "
                 "inject(..., adapter_dtype=torch.float32) has room for them, if the weight itself is finite"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
-# Elements of one block. A GPU has no use for small ones, and each would cost it a launch.
+# float32 numbers of one block. A GPU has no use for small ones, and each would cost it a launch.
 _BLOCK, _GPU_BLOCK = 1 << 18, 1 << 28
 
 # Losses below this share of the delta are told by their upper bound instead of being measured.
@@ -104,7 +105,67 @@ class RowsDelta:
         return out.copy_(added)
 
 
+@dataclass
+class StoredDelta:
+    """A `Delta` whose factors stay in the dtype and the memory that a file has them in, and are widened by the block.
+
+    Attributes:
+        left, right, scaling, gain: as in `Delta`; the gain in the dtype to accumulate in.
+        through: the dtype that values take on their way, which is that of `fold`'s factors.
+        dtype: to accumulate in.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scaling: float
+    through: torch.dtype
+    dtype: torch.dtype
+    gain: torch.Tensor | None = None
+    is_block: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self._last: tuple[int, torch.Tensor] | None = None
+
+    def squared_norm(self) -> float:
+        """‖scaling · left @ right‖², without forming it; inf or NaN if a factor is not finite."""
+        squared = 0.0
+        for n in range(len(self.left)):
+            gram: torch.Tensor | None = None
+            step = max(1, _BLOCK // max(1, self.left.shape[2]))
+            for start in range(0, self.left.shape[1], step):
+                rows = self._wide(self.left[n, start : start + step])
+                gram = rows.mT @ rows if gram is None else gram.addmm_(rows.mT, rows)
+            right = self._right(n)
+            squared += 0.0 if gram is None else float((gram.double() * (right @ right.mT).double()).sum())
+        return self.scaling**2 * max(squared, 0.0)
+
+    def bound(self) -> float:
+        """What no element of the product is above."""
+        norms = (float(torch.linalg.vector_norm(factor.float())) for factor in (self.left, self.right))
+        return abs(self.scaling) * math.prod(norms)
+
+    def is_zero(self) -> bool:
+        """Whether it adds nothing."""
+        no_product = not bool(self.left.any()) or not bool(self.right.any())
+        return no_product and (self.gain is None or not bool(self.gain.any()))
+
+    def add_to(self, total: torch.Tensor, n: int, rows: slice, out: torch.Tensor) -> torch.Tensor:
+        """As of `Delta`."""
+        return torch.addmm(total, self._wide(self.left[n, rows]), self._right(n), alpha=self.scaling, out=out)
+
+    def _wide(self, factor: torch.Tensor) -> torch.Tensor:
+        if factor.stride(-1) != 1:  # as it lies, which is how `Delta` has it
+            return self._wide(factor.mT).mT if factor.stride(-2) == 1 else self._wide(factor.contiguous())
+        return factor.to(self.through).to(self.dtype)
+
+    def _right(self, n: int) -> torch.Tensor:
+        if self._last is None or self._last[0] != n:
+            self._last = n, self._wide(self.right[n])
+        return self._last[1]
+
+
 AnyDelta = Delta | RowsDelta
+Summand = Delta | RowsDelta | StoredDelta
 
 
 @dataclass(frozen=True)
@@ -141,35 +202,116 @@ def merge(
             half of one, in a fraction of the time.
         weight_norm: what `norm_if_finite` told; then finiteness is not looked at once more.
     """
-    before = after = lost = changed = 0.0
     accumulate = deltas[0].dtype
-    buffer = None
     if all(delta.is_zero() for delta in deltas):
         deltas = ()  # the same bits, −0.0 among them, which adding 0.0 would change
-    has_products_only = all(isinstance(delta, Delta) and delta.gain is None and not delta.is_block for delta in deltas)
-    with _full_precision():
-        for n, rows, block in _blocks(weight, accumulate):
-            rounded = into[n, rows]
-            before += _squares(block) if weight_norm is None else 0.0
-            original = None if has_products_only else block.clone()
-            total = _sum(block, deltas, n, rows, rounded if rounded.dtype == accumulate else block)
-            changed += 0.0 if original is None else _squares(total - original)
-            after += _squares(total) if weight_norm is None else 0.0
-            if total is not rounded:
-                if total.dtype.itemsize == 4 * rounded.dtype.itemsize:  # float64 goes to 16 bits by way of float32
-                    buffer = torch.empty_like(total, dtype=torch.float32) if buffer is None else buffer
-                    near = buffer[: len(total)].copy_(total)
-                    total = _to_odd(total, near) if is_exact else near
-                rounded.copy_(total)
-                lost += _squares(total.sub_(rounded))  # infinite where the narrower dtype is too narrow
-    delta_norm = _norm_of_sum(deltas) if has_products_only else math.sqrt(changed)
-    if weight_norm is None:
-        weight_norm, norm = _root(before, weight), _root(after, into)
-    else:
+    merging = Merging(has_products_only(deltas), is_exact=is_exact, knows_norm=weight_norm is not None)
+    with full_precision():
+        for n, rows, block in blocks(weight, accumulate):
+            merging.add(block, deltas, n, rows, into[n, rows])
+    delta_norm = norm_of_sum(deltas) if merging.has_products_only else math.sqrt(merging.changed)
+    if weight_norm is not None:
         norm = weight_norm + delta_norm
+    else:
+        weight_norm = norm = _root(merging.before, weight)
+        if weight.dtype == accumulate:
+            norm = _root(merging.after, into)
+    lost = merging.lost
     if weight.dtype == accumulate:
         lost = _lost_to_rounding(weight, deltas, into, norm, delta_norm) ** 2
     return Merged(weight_norm, delta_norm, _share_kept(lost, delta_norm), math.isfinite(norm) and math.isfinite(lost))
+
+
+def sum_dtype(weight: torch.dtype, accumulate: torch.dtype | None, *, has_float64: bool = True) -> torch.dtype:
+    """What to sum in, by `accumulate` of `lora_fx.fold`."""
+    is_half = weight in (torch.float16, torch.bfloat16)
+    return torch.promote_types(weight, accumulate or (torch.float64 if is_half and has_float64 else torch.float32))
+
+
+def factor_dtype(weight: torch.dtype, accumulate: torch.dtype | None) -> torch.dtype:
+    """What A and B are taken as on their way there."""
+    return torch.promote_types(weight, accumulate or torch.float32)
+
+
+def has_products_only(deltas: Sequence[Summand]) -> bool:
+    """Whether the norm of their sum is told by their factors."""
+    return all(not isinstance(delta, RowsDelta) and delta.gain is None and not delta.is_block for delta in deltas)
+
+
+class Merging:
+    """A merge under way, of a weight that comes block by block, and what it has come to so far.
+
+    Args:
+        has_products_only: see the function; the norm of the sum is not measured then.
+        is_exact, knows_norm: as `is_exact` and `weight_norm` of `merge`.
+
+    Attributes:
+        before, after: squared norms of the weight, and of the result where it is not rounded to a narrower dtype.
+        changed: squared norm of what was added, if it is measured.
+        lost: squared norm of what rounding to a narrower dtype took: NaN or infinite where that is too narrow.
+    """
+
+    def __init__(self, has_products_only: bool, *, is_exact: bool, knows_norm: bool = False) -> None:
+        self.has_products_only = has_products_only
+        self.before = self.after = self.changed = self.lost = 0.0
+        self._is_exact = is_exact
+        self._knows_norm = knows_norm
+        self._buffer: torch.Tensor | None = None
+
+    def like(self) -> Merging:
+        """One of the same kind, for other blocks."""
+        return Merging(self.has_products_only, is_exact=self._is_exact, knows_norm=self._knows_norm)
+
+    def taken(self) -> tuple[float, float, float, float]:
+        """(before, after, changed, lost) so far, which begin anew."""
+        sums = self.before, self.after, self.changed, self.lost
+        self.before = self.after = self.changed = self.lost = 0.0
+        return sums
+
+    def sum_up(self, sums: Iterable[tuple[float, float, float, float]]) -> None:
+        """Take what others came to, in their order."""
+        for before, after, changed, lost in sums:
+            self.before, self.after = self.before + before, self.after + after
+            self.changed, self.lost = self.changed + changed, self.lost + lost
+
+    def add(self, block: torch.Tensor, deltas: Sequence[Summand], n: int, rows: slice, rounded: torch.Tensor) -> None:
+        """Write some rows of one matrix, with what is added to them, to `rounded`.
+
+        Args:
+            block: the rows in the dtype to accumulate in; overwritten, unless that is also `rounded`'s.
+            deltas: in that dtype; none for nothing to add.
+            n, rows: where the block stands in them.
+            rounded: the block's shape, and the weight's dtype.
+        """
+        self.before += 0.0 if self._knows_norm else _squares(block)
+        original = None if self.has_products_only else block.clone()
+        total = _sum(block, deltas, n, rows, rounded if rounded.dtype == block.dtype else block)
+        self.changed += 0.0 if original is None else _squares(total - original)
+        if total is rounded:
+            self.after += 0.0 if self._knows_norm else _squares(total)
+            return
+        near = total
+        if total.dtype.itemsize == 4 * rounded.dtype.itemsize:  # float64 goes to 16 bits by way of float32
+            if self._buffer is None or len(self._buffer) < len(total):
+                self._buffer = torch.empty_like(total, dtype=torch.float32)
+            near = self._buffer[: len(total)].copy_(total)
+            total = _to_odd(total, near) if self._is_exact else near
+        rounded.copy_(total)
+        self.lost += _squares(near.sub_(rounded))
+
+    def merged(self, dtype: torch.dtype, accumulate: torch.dtype, delta_norm: float | None) -> Merged:
+        """What the merge did, once all blocks are there; what is lost within one dtype is told by its upper bound.
+
+        Args:
+            dtype: the weight's.
+            accumulate: that of the sums.
+            delta_norm: of the sum of all deltas; None if it was measured.
+        """
+        weight_norm, norm = math.sqrt(self.before), math.sqrt(self.after)  # 0 where it is of no use
+        delta_norm = math.sqrt(self.changed) if delta_norm is None else delta_norm
+        lost = (torch.finfo(dtype).eps / 2 * norm) ** 2 if dtype == accumulate else self.lost
+        is_finite = math.isfinite(weight_norm) and math.isfinite(norm) and math.isfinite(lost)
+        return Merged(weight_norm, delta_norm, _share_kept(lost, delta_norm), is_finite)
 
 
 def _to_odd(total: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
@@ -186,26 +328,36 @@ def _to_odd(total: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
 
 def norm_if_finite(weight: torch.Tensor, deltas: Sequence[AnyDelta]) -> float | None:
     """‖weight‖, if norms alone tell that weight + Σ deltas has no NaN and no infinite element; None: no verdict."""
-    squares = sum(_squares(block) for _, _, block in _blocks(weight, deltas[0].dtype))
+    squares = sum(_squares(block) for _, _, block in blocks(weight, deltas[0].dtype))
     norm = math.sqrt(squares) if math.isfinite(squares) else math.inf
     largest = norm + sum(delta.bound(norm) for delta in deltas)  # no element of L @ R is above ‖L‖ ‖R‖
     return norm if largest < torch.finfo(weight.dtype).max / 2 else None  # NaN is below nothing
 
 
-def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, torch.Tensor]]:
+def blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, torch.Tensor]]:
     """(matrix, rows, those rows in `dtype`): views of the weight if it is of that dtype, else one buffer throughout."""
-    count, rows, columns = weight.shape
-    most = max(1, (_BLOCK if weight.device.type == "cpu" else _GPU_BLOCK) // max(1, columns))
+    buffer = None
+    for n, at in block_ranges(tuple(weight.shape), dtype, is_gpu=weight.device.type != "cpu"):
+        block = weight[n, at]
+        if weight.dtype != dtype:
+            buffer = torch.empty_like(block, dtype=dtype) if buffer is None else buffer
+            block = buffer[: len(block)].copy_(block)
+        yield n, at, block
+
+
+def block_ranges(shape: tuple[int, ...], dtype: torch.dtype, *, is_gpu: bool = False) -> Iterator[tuple[int, slice]]:
+    """(matrix, its rows) of the blocks in which weights (n, rows, columns) are merged in `dtype`, wherever they lie."""
+    count, rows, columns = shape
+    elements = (_GPU_BLOCK if is_gpu else _BLOCK) * 4 // dtype.itemsize
+    most = max(1, elements // max(1, columns))
     # Blocks of about one size: kernels for a few rows left over sum in an order of their own, and lose digits.
     step = max(1, -(-rows // -(-rows // most))) if rows else 1
-    buffer = None if weight.dtype == dtype or not count else torch.empty_like(weight[0, :step], dtype=dtype)
     for n in range(count):
         for start in range(0, rows, step):
-            block = weight[n, start : start + step]
-            yield n, slice(start, start + step), block if buffer is None else buffer[: len(block)].copy_(block)
+            yield n, slice(start, min(start + step, rows))
 
 
-def _sum(block: torch.Tensor, deltas: Sequence[AnyDelta], n: int, rows: slice, out: torch.Tensor) -> torch.Tensor:
+def _sum(block: torch.Tensor, deltas: Sequence[Summand], n: int, rows: slice, out: torch.Tensor) -> torch.Tensor:
     gains = [delta.gain for delta in deltas if delta.gain is not None]
     if gains:
         total = torch.mul(block, 1 + sum(gain[n, rows] if len(gain[n]) > 1 else gain[n] for gain in gains), out=out)
@@ -226,7 +378,7 @@ def _lost_to_rounding(
         return bound
     wide = [delta.to(torch.float64) for delta in deltas]
     lost = 0.0
-    for n, rows, block in _blocks(weight, torch.float64):
+    for n, rows, block in blocks(weight, torch.float64):
         lost += _squares(_sum(block, wide, n, rows, block) - into[n, rows])
     return math.sqrt(lost)
 
@@ -235,7 +387,7 @@ def _share_kept(lost_squared: float, delta_norm: float) -> float:
     return max(0.0, 1 - math.sqrt(lost_squared) / delta_norm) if delta_norm else 1.0
 
 
-def _norm_of_sum(deltas: Sequence[AnyDelta]) -> float:
+def norm_of_sum(deltas: Sequence[AnyDelta]) -> float:
     """‖Σ s L R‖ without forming it: ⟨s L R, t M N⟩ = s t · tr((Lᵀ M)(N Rᵀ)), products of r × r."""
     products = [delta for delta in deltas if isinstance(delta, Delta)]
     squared = 0.0
@@ -262,7 +414,7 @@ def _root(squares: float, values: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """float32 products in float32, whatever the user allows in training (TF32, bfloat16)."""
     backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     allowed = [backend.fp32_precision for backend in backends]

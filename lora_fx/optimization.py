@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
@@ -12,7 +12,14 @@ from torch import fx
 from .copying import copy_graph
 from .errors import ConfigError, GraphError
 from .graph import write_blocks, write_groups, write_masks, write_normalizations, write_rotations
-from .graph_module import LoraGraphModule, check_editable, checked_graph_module, copy_sharing_tensors, record_of
+from .graph_module import (
+    LoraGraphModule,
+    Lowering,
+    check_editable,
+    checked_graph_module,
+    copy_sharing_tensors,
+    record_of,
+)
 from .rewrites import (
     attention_masks,
     checkpointing,
@@ -44,6 +51,7 @@ class Rewrites:
     merge: bool = False
     checkpoint: bool = False
     dropout: Dropout = "exact"
+    trains_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("fuse", "share", "recompute", "narrow", "masks", "rotations", "merge", "checkpoint"):
@@ -51,6 +59,14 @@ class Rewrites:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.dropout not in ("exact", "cut", "shared"):
             raise ConfigError(f"dropout={self.dropout!r} is unknown; choose 'exact', 'cut' or 'shared'")
+
+    def behind(self, first: Lowering) -> Lowering:
+        """Rewrites take the graph as it was traced."""
+        raise GraphError("optimize rewrites the graph that was traced; optimise that: lora_fx.inject(gm, config)")
+
+    def on_whole_tensors(self) -> Rewrites:
+        """The same."""
+        return self
 
     def __call__(self, gm: LoraGraphModule, graph: fx.Graph) -> fx.Graph:
         """A rewritten copy of the graph: what `LoraGraphModule.recompile` compiles."""
@@ -141,6 +157,12 @@ def optimize(
     rewrites = Rewrites(fuse, share, recompute, narrow, masks, rotations, merge, checkpoint, dropout)
     gm = checked_graph_module(gm)
     check_editable(gm)
+    lowering = record_of(gm).lowering
+    if lowering is not None and not lowering.trains_only:
+        raise GraphError(
+            "this graph is a tree of blocks, or distributed, and its rewrites would reach across; optimise the graph "
+            "that it was made from: lora_fx.inject(gm, config)"
+        )
     if not record_of(gm).adapters:
         raise GraphError("there is nothing to optimise: the graph has no adapter. inject(gm, config) adds one")
     result = copy_sharing_tensors(gm)

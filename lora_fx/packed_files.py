@@ -21,9 +21,9 @@ from .config import LoraConfig, scaling_of
 from .errors import AdapterError
 from .layouts import Matrix, Part
 from .matching import matching_key
+from .packed_notes import METADATA, parsed_parts
 from .plan import Plan, PlannedSite
 
-METADATA = "lora_fx_parts"
 _A, _B = KEYS
 
 
@@ -134,7 +134,7 @@ def unstack(
     """
     if described is None:
         return plan, tensors
-    parts = _parsed(described)
+    parts = parsed_parts(described)
     known = {target.site.path for target in plan.targets}
     if missing := sorted(set(parts) - known):
         raise AdapterError(
@@ -213,19 +213,6 @@ def _take_apart(
                 tensors[f"{path}.{end}"] = own.get(f"{path}.{end}", value).clone()
 
 
-def part_wholes(described: str | None) -> set[str]:
-    """Paths of the weights that a file has in parts."""
-    return set() if described is None else set(_parsed(described))
-
-
-def part_keys(described: str | None) -> set[str]:
-    """The keys that a file with parts may hold beside those of whole weights."""
-    if described is None:
-        return set()
-    paths = [whole + entry["part"] for whole, entries in _parsed(described).items() for entry in entries]
-    return {f"{path}.{end}" for path in paths for end in (_B, KEY_OF_BIAS)}
-
-
 def _planned_part(target: PlannedSite, whole: Matrix, entry: dict[str, Any], config: LoraConfig) -> PlannedSite:
     site = replace(
         target.site,
@@ -237,19 +224,3 @@ def _planned_part(target: PlannedSite, whole: Matrix, entry: dict[str, Any], con
     )
     scaling = scaling_of(entry["lora_alpha"], entry["r"], use_rslora=config.use_rslora)
     return PlannedSite(site, entry["r"], entry["lora_alpha"], scaling, shares_with=None)
-
-
-def _parsed(described: str) -> dict[str, list[dict[str, Any]]]:
-    try:
-        found = json.loads(described)
-        for entries in found.values():
-            for entry in entries:
-                numbers = [entry["start"], entry["stop"], entry["r"]]
-                if not re.fullmatch(r"\[[^\]]+\]", entry["part"]) or not all(type(n) is int for n in numbers):
-                    raise ValueError(f"{entry!r} is no part")
-                if not 0 < abs(float(entry["lora_alpha"])) < math.inf or entry["r"] < 1:
-                    raise ValueError(f"{entry!r} has no scaling")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise AdapterError(f"the file's metadata {METADATA!r} cannot be read: {error}") from error
-    result: dict[str, list[dict[str, Any]]] = found
-    return result

@@ -12,6 +12,7 @@ from .attributes import get_attribute, get_parameter
 from .errors import AdapterError, closest
 from .graph_module import checked_graph_module, record_of
 from .injection import Adapter
+from .sharding import settle
 from .stack_parts import StackPart
 
 
@@ -27,6 +28,7 @@ def lora_parameters(gm: fx.GraphModule, adapter_name: str | None = None) -> list
         AdapterError: if the graph has no adapter, or none of that name.
     """
     gm = checked_graph_module(gm)
+    settle(gm)
     adapters, batched = record_of(gm).adapters, record_of(gm).batched
     if not adapters:
         raise AdapterError("the graph has no adapter; inject one: gm = lora_fx.inject(gm, config)")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from .aliasing import view_of
 from .applications import Reading, read_applications
-from .attributes import get_parameter
+from .attributes import get_attribute, get_parameter
 from .config import LoraConfig, scaling_of
 from .dora import why_no_magnitude
 from .errors import TargetError, closest
@@ -19,8 +19,9 @@ from .graph_module import checked_graph_module
 from .layouts import as_stored
 from .matching import matches_suffix, matching_key
 from .plan_checks import check_not_linear, check_patterns, check_refused, nothing_chosen, warn_of
+from .plan_sizes import BaseSize, PlanCost, cost_of, low_rank_products_of, size_of_base
 from .sites import Site, Sites, sites_of
-from .tables import counted, format_table, some_of
+from .tables import Shown, Table, counted, some_of
 from .targeting import check_disjoint, is_parameter_target, pattern_names, reason_to_skip, target_names, with_parts
 
 
@@ -74,7 +75,7 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """What `inject` will do.
 
     Attributes:
@@ -84,6 +85,8 @@ class Plan:
         trained: full names of the base parameters and buffers that are trained and saved as they are:
             those of modules_to_save, and biases with bias="all" or "lora_only".
         tokens: the embeddings of which some rows are trained as they are.
+        base: how large the model is.
+        trained_parameters: how many numbers `trained` and `tokens` have.
     """
 
     config: LoraConfig
@@ -91,25 +94,52 @@ class Plan:
     skipped: tuple[Skipped, ...]
     trained: tuple[str, ...] = ()
     tokens: tuple[PlannedRows, ...] = ()
+    base: BaseSize = field(default_factory=BaseSize)
+    trained_parameters: int = 0
 
     @property
     def parameters(self) -> int:
         """How many numbers the adapters add."""
         return sum(target.parameters for target in self.targets)
 
-    def __str__(self) -> str:
+    def cost(self, *, devices: int = 1, adapter_bytes: int = 4, optimizer_bytes: int = 8) -> PlanCost:
+        """What training costs, from shapes alone; the weights may be on the meta device.
+
+        Args:
+            devices: among which weights, adapters, gradients and the optimizer's state are shared out.
+            adapter_bytes: of each number of the adapters, and of its gradient.
+            optimizer_bytes: of the optimizer's state for each number: 8 for AdamW in float32.
+
+        Raises:
+            ConfigError: if one of them is not above 0.
+        """
+        return cost_of(
+            self.base,
+            self.parameters + self.trained_parameters,
+            sum(low_rank_products_of(target.site, target.r) for target in self.targets),
+            sum(target.site.calls * target.r for target in self.targets if target.site.takes_dropout),
+            devices=devices,
+            adapter_bytes=adapter_bytes,
+            optimizer_bytes=optimizer_bytes,
+        )
+
+    def blocks(self) -> list[str | Table]:
+        """What is adapted, what is trained in full, and what is not adapted and why."""
         rows = [_target_row(target) for target in self.targets]
         header = ("site", "op", "in → out", "r", "scaling", "parameters", "remarks")
-        text = f"{counted(len(rows), 'site')} to adapt, {counted(self.parameters, 'parameter')}"
-        text += f"\n\n{format_table(header, rows)}"
+        blocks: list[str | Table] = [
+            f"{counted(len(rows), 'site')} to adapt, {counted(self.parameters, 'parameter')}",
+            Table(header, rows),
+        ]
         if self.trained:
-            text += f"\n\n{counted(len(self.trained), 'tensor')} of the base trained in full: {', '.join(self.trained)}"
+            blocks.append(
+                f"{counted(len(self.trained), 'tensor')} of the base trained in full: {', '.join(self.trained)}"
+            )
         for planned in self.tokens:
-            text += f"\n\n{counted(len(planned.rows), 'row')} of {planned.site.path} trained in full"
+            blocks.append(f"{counted(len(planned.rows), 'row')} of {planned.site.path} trained in full")
         if self.skipped:
-            table = format_table(("not adapted", "why"), [(s.path or "(root)", s.reason) for s in self.skipped])
-            text += f"\n\n{table}"
-        return text
+            blocks.append(Table(("not adapted", "why"), [(s.path or "(root)", s.reason) for s in self.skipped]))
+        return blocks
 
 
 def make_plan(gm: fx.GraphModule, config: object) -> Plan:
@@ -169,7 +199,10 @@ def plan_adapters(
     trained = tuple(dict.fromkeys([*saved_tensors(gm, saved), *biases_of(gm, config, chosen)]))
     check_trained(gm, trained)
     warn_of(config, chosen)
-    return Plan(config, tuple(planned), tuple(skipped), trained, tokens)
+    base = size_of_base(gm.parameters(), gm.buffers(), sites_of(gm, reading))
+    rows = sum(len(each.rows) * each.site.out_features for each in tokens)
+    in_full = rows + sum(tensor.numel() for name in trained if (tensor := get_attribute(gm, name)) is not None)
+    return Plan(config, tuple(planned), tuple(skipped), trained, tokens, base, in_full)
 
 
 def _planned(site: Site, config: LoraConfig) -> PlannedSite:
@@ -205,16 +238,14 @@ def _why_no_variant(site: Site, config: LoraConfig) -> str | None:
 
 
 def _shared(gm: fx.GraphModule, reading: Reading, planned: list[PlannedSite]) -> list[PlannedSite]:
-    """One weight has one adapter: of several sites on it, the first owns A and B."""
+    """One weight has one adapter: of several sites that adapt it alike, the first owns A and B."""
     views = _views(gm, reading)
-    owners: dict[Hashable, list[PlannedSite]] = {}
+    owners: dict[Hashable, PlannedSite] = {}
     result: list[PlannedSite] = []
     for target in planned:
-        on_weight = owners.setdefault(views[target.site.whole_path], [])
-        owner = next((owner for owner in on_weight if _adapts_alike(owner, target)), None)
-        if owner is None:
-            on_weight.append(target)
-        result.append(target if owner is None else replace(target, shares_with=owner.site.path))
+        alike = views[target.site.whole_path], target.r, target.lora_alpha, target.site.layout
+        owner = owners.setdefault(alike, target)
+        result.append(target if owner is target else replace(target, shares_with=owner.site.path))
     return result
 
 
@@ -222,10 +253,6 @@ def _views(gm: fx.GraphModule, reading: Reading) -> dict[str, Hashable]:
     """{site: the tensor that it applies, as a value}."""
     attributes = {application.path: application.attribute for application in reading.applications}
     return {path: view_of(get_parameter(gm, attribute)) for path, attribute in attributes.items()}
-
-
-def _adapts_alike(a: PlannedSite, b: PlannedSite) -> bool:
-    return (a.r, a.lora_alpha, a.site.layout) == (b.r, b.lora_alpha, b.site.layout)
 
 
 def _with_tied(gm: fx.GraphModule, reading: Reading, sites: Sites, chosen: list[Site], saved: list[str]) -> list[Site]:

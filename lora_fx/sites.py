@@ -16,7 +16,7 @@ from .heads import is_output_head
 from .layouts import Layout, Matrix
 from .matching import shortest_suffix
 from .packed import packed_parts, part_names
-from .tables import format_table
+from .tables import Shown, Table
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,11 @@ class Site:
         return (self.path, *self.aliases, *(() if self.attention is None else (self.attention,)))
 
 
-class Sites(tuple[Site, ...]):
+class Sites(Shown, tuple[Site, ...]):
     """A tuple of sites that prints as a table."""
 
-    def __str__(self) -> str:
+    def blocks(self) -> tuple[Table]:
+        """A row for each site."""
         rows = [
             (
                 site.path or "(root)",
@@ -120,9 +121,9 @@ class Sites(tuple[Site, ...]):
             )
             for site in self
         ]
-        return format_table(("site", "op", "in → out", "dtype", "layer", "remarks"), rows)
+        return (Table(("site", "op", "in → out", "dtype", "layer", "remarks"), rows),)
 
-    __repr__ = __str__
+    __repr__ = Shown.__str__
 
 
 def find_sites(gm: fx.GraphModule) -> tuple[Site, ...]:

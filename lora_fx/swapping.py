@@ -9,7 +9,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .adapter_files import KEY_OF_BIAS, KEYS, KEYS_OF_LOOKUPS, open_adapter
 from .adapter_integrity import Integrity
@@ -34,6 +34,7 @@ from .layouts import Kernel
 from .packed_files import take_apart
 from .parameters import find_adapter
 from .plan import scaling_at
+from .sharding import MARK, check_not_sharded
 
 Source = str | os.PathLike[str] | Mapping[str, torch.Tensor]
 
@@ -75,9 +76,10 @@ def swap_adapter(
     if mha_out_proj not in ("twice", "once"):
         raise AdapterError(f"mha_out_proj={mha_out_proj!r} must be 'twice' or 'once'")
     config = None
+    if isinstance(source, Mapping) and _swap_known(gm, adapter, source, finite=finite):
+        return gm
+    check_not_sharded(gm, "other values cannot be copied into it")
     if isinstance(source, Mapping):
-        if _swap_known(gm, adapter, source, finite=finite):
-            return gm
         where = "the mapping"
         for key, tensor in source.items():
             if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
@@ -156,6 +158,8 @@ def _swap_known(gm: fx.GraphModule, adapter: Adapter, source: Mapping[str, torch
         for part in path:
             module = module._modules[part]
         targets.append(module._parameters[name])
+        if type(targets[-1]) is not nn.Parameter or MARK in module.__dict__:  # spread over processes
+            return False
     if not finite:
         check_finite(source, "the mapping")
     with torch.no_grad():

@@ -26,6 +26,7 @@ from .graph_module import (
     record_of,
 )
 from .parameters import find_adapter
+from .sharding import check_not_sharded
 
 
 def set_adapters(gm: fx.GraphModule, adapters: Mapping[str, float] | Sequence[str] | str) -> LoraGraphModule:
@@ -95,6 +96,7 @@ def delete_adapter(gm: fx.GraphModule, adapter_name: str) -> LoraGraphModule:
     """
     gm = _checked(gm)
     find_adapter(gm, adapter_name)
+    check_not_sharded(gm, "parameters cannot be taken out of the module")
     record = record_of(gm)
     _select(gm, {name: weight for name, weight in record.active.items() if name != adapter_name})
     record.selections.clear()  # they read the adapter's parameters
@@ -133,6 +135,9 @@ def _select(gm: LoraGraphModule, active: dict[str, float]) -> None:
     record = record_of(gm)
     if active == record.active:
         return
+    changed = active.keys() ^ record.active.keys()
+    if any(record.adapters[name].trained for name in changed):
+        check_not_sharded(gm, "what an adapter trains in full cannot be exchanged")
     with paused_gc():
         _exchange_trained(gm, active)
         record.selections[tuple(record.active.items())] = gm.kept_views()

@@ -9,7 +9,7 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,11 +20,11 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from .attributes import get_attribute
+from .attributes import get_attribute, holds_values
 from .call_form import CallForm
 from .copying import quiet_deepcopy
 from .errors import GraphError, warn
-from .graph_module import LoraGraphModule, TraceRecord, copy_modules, make_graph_module, record_of
+from .graph_module import LoraGraphModule, Retrace, TraceRecord, copy_modules, make_graph_module, record_of
 from .inputs import (
     bound_inputs,
     checked_inputs,
@@ -155,7 +155,7 @@ def _agrees(
 ) -> bool:
     """Whether the graph of eval mode gives what the model gives there; both run as copies over copied buffers."""
     graph = views.get(False, views.get(None))
-    if graph is None or any(p.is_meta for p in model.parameters()):
+    if graph is None or not all(map(holds_values, model.parameters())):
         return True
     try:
         outputs = [_run_copy(module, inputs) for module in (model, graph)]
@@ -202,20 +202,18 @@ def _both_modes(
     return views, {}
 
 
-def _retracer(
-    model: nn.Module, examples: tuple[tuple[Any, ...], dict[str, Any]], shapes: Any
-) -> Callable[[torch.dtype], dict[bool | None, fx.GraphModule] | None]:
+def _retracer(model: nn.Module, examples: tuple[tuple[Any, ...], dict[str, Any]], shapes: Any) -> Retrace:
     """What traces the model again in another dtype, as long as the caller keeps the model."""
     reference = weakref.ref(model)
 
     def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
 
-    def retrace(dtype: torch.dtype) -> dict[bool | None, fx.GraphModule] | None:
+    def retrace(dtype: torch.dtype, *, casts_buffers: bool = True) -> dict[bool | None, fx.GraphModule] | None:
         original = reference()
         if original is None:
             return None
-        memo: dict[int, Any] = {id(b): converted(b, dtype) for b in original.buffers()}
+        memo: dict[int, Any] = {id(b): converted(b, dtype if casts_buffers else b.dtype) for b in original.buffers()}
         memo |= {id(part): part for module in original.modules() for part in shared_state(module)}
         memo |= {
             id(p): nn.Parameter(converted(p, dtype), requires_grad=False)

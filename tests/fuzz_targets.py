@@ -19,6 +19,8 @@ import numpy as np
 
 import lora_fx
 from lora_fx import LoraFxError
+from lora_fx.report_charts import make_chart
+from lora_fx.training_log import read_training_log
 
 _PLACE = "/dev/shm" if Path("/dev/shm").is_dir() else None
 _CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["fc"]}
@@ -66,10 +68,19 @@ class Targets:
         file.write_bytes(data)
         return read_onnx_adapter(file)
 
+    def training_log(self, data: bytes) -> object:
+        """trainer_state.json, and what is drawn of it."""
+        file = self.here / "trainer_state.json"
+        file.write_bytes(data)
+        log = read_training_log(file)
+        return [make_chart(series.name, [(series.name, series.points)]) for series in log.series], str(log)
+
     def good(self, name: str) -> list[bytes]:
         """Files that the target takes."""
         if name == "adapter":
             return [self.good_adapter, _sealed_adapter()]
+        if name == "training_log":
+            return [json.dumps({"log_history": _HISTORY, "global_step": 3}).encode(), _EDGES]
         if name == "configuration":
             return [self.good_config, *(json.dumps(_CONFIG | more).encode() for more in _OTHER_CONFIGS)]
         import onnx
@@ -105,7 +116,11 @@ _OTHER_CONFIGS = (
     {"target_modules": "all-linear", "init_lora_weights": "pissa", "fan_in_fan_out": True, "auto_mapping": None},
     {"target_parameters": ["mlp.experts"], "loftq_config": {}, "megatron_config": None, "runtime_config": {}},
 )
-NAMES = ("adapter", "configuration", "onnx", "onnx_adapter")
+_HISTORY = [{"step": 1, "epoch": 0.1, "loss": 2.5}, {"step": 2, "loss": 1, "eval_f1": 0.5}, {"step": 3, "note": "x"}]
+_EDGES = (
+    b'{"log_history": [{"step": 1e308, "loss": NaN}, {"step": -1e308, "loss": -Infinity, "x": 1e-320}, {"step": 0}]}'
+)
+NAMES = ("adapter", "configuration", "onnx", "onnx_adapter", "training_log")
 
 
 def _graph() -> Any:

@@ -134,6 +134,13 @@ class Programs(RuleBasedStateMachine):
             with pytest.raises(LoraFxError):
                 lora_fx.set_adapters(self.gm, chosen)
 
+    @precondition(lambda self: not self.is_folded)
+    @rule()
+    def unflatten(self) -> None:
+        with contextlib.suppress(LoraFxError):  # of a tree there is no tree; of what a tree is folded to, there is
+            self.gm = lora_fx.unflatten(self.gm)
+        assert {path for path in PATHS if isinstance(self.gm.get_submodule(path), lora_fx.Block)} == set(PATHS)
+
     @precondition(lambda self: not self.is_folded and self.adapters)
     @rule()
     def disable(self) -> None:

@@ -245,6 +245,19 @@ def test_it_stays_where_it_belongs() -> None:
         pickle.dumps(vector)
 
 
+def test_shared_memory_is_memory_of_its_own() -> None:
+    gm = _adapted()
+    before = gm(TOKENS)
+    gm.share_memory()
+    assert all(parameter.is_shared() for parameter in gm.parameters())
+    assert torch.equal(gm(TOKENS), before)
+    optimized = lora_fx.optimize(gm)
+    torch.testing.assert_close(optimized(TOKENS), before)
+    _train(gm, torch.optim.SGD(lora_fx.flat_parameters(gm), lr=0.1))
+    assert not torch.allclose(gm(TOKENS), before)
+    torch.testing.assert_close(optimized(TOKENS), gm(TOKENS))
+
+
 def test_a_copy_trains_by_itself() -> None:
     gm = _adapted()
     twin = copy.deepcopy(gm)

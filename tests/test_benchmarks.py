@@ -26,6 +26,7 @@ from benchmarks import (
     optimizer,
     plots,
     reliability,
+    scale,
     training,
     workloads,
 )
@@ -279,6 +280,7 @@ def test_subjects_are_the_files() -> None:
         latency,
         deployment,
         reliability,
+        scale,
         gpu,
         goals,
         optimizer,
@@ -320,3 +322,37 @@ def test_the_check_of_a_mixed_batch_sees_a_wrong_adapter(monkeypatch: pytest.Mon
     monkeypatch.setattr(adapters, "_batched_alike", wrong)
     with pytest.raises(CheckFailed, match="the mixed batch"):
         adapters.batch_table(workloads.llama(2, 64, 2), rounds=1)
+
+
+SMALL = scale.Size(layers=1, hidden=64, inner=96, vocabulary=37, heads=4, key_heads=2, shard=50_000)
+
+
+def test_the_check_of_a_folded_checkpoint_sees_a_wrong_weight(tmp_path: Any) -> None:
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    scale.write_checkpoint(base, SMALL)
+    scale.write_adapter(adapter, SMALL)
+    lora_fx.fold_checkpoint(base, adapter, out)
+    scale.check_folded(base, adapter, out)
+    assert len(list(base.glob("*.safetensors"))) > 1
+    for file, message in ((1, "is another"), (2, "is another")):
+        shard = sorted(out.glob("*.safetensors"))[file - 1]
+        data = bytearray(shard.read_bytes())
+        size = 8 + int.from_bytes(data[:8], "little")
+        data[size:] = b"\x01\x3c" * ((len(data) - size) // 2)
+        shard.write_bytes(data)
+        with pytest.raises(CheckFailed, match=message):
+            scale.check_folded(base, adapter, out)
+
+
+def test_folding_a_large_tensor_takes_little_memory(tmp_path: Any) -> None:
+    """In a process of its own: 256 MiB of weights in two tensors, and 100 MiB above import at most."""
+    size = scale.Size(layers=0, hidden=4096, inner=1, vocabulary=1, heads=4, key_heads=4)
+    shapes = {"model.embed_tokens.weight": (16384, 4096), "fc_proj.weight": (16384, 4096)}
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scale.Size, "shapes", shapes)
+        scale.write_checkpoint(base, size)
+        scale.write_adapter(adapter, size)
+        run = scale.fold_apart(base, adapter, tmp_path / "out")
+        scale.check_folded(base, adapter, tmp_path / "out")
+    assert 0 < run.anonymous <= 100 * scale.MEBI

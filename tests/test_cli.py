@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import peft
@@ -126,6 +127,43 @@ def test_fold_writes_what_peft_merges(directories, tmp_path, monkeypatch, capsys
     assert run(monkeypatch, "fold", model, adapter, tmp_path / "out") == 3  # not empty
     assert run(monkeypatch, "fold", model, adapter, model, "--overwrite") == 3  # the source
     assert run(monkeypatch, "fold", model, adapter, tmp_path / "out", "--overwrite") == 0
+
+
+def test_fold_goes_from_files_to_files(directories, tmp_path, monkeypatch, capsys) -> None:
+    """No model, and a bar on a terminal."""
+    model, adapter = directories
+    monkeypatch.setattr(hf_models, "load_model", None)
+    terminal = io.StringIO()
+    monkeypatch.setattr(cli_console, "_stderr", Console(file=terminal, force_terminal=True, width=90))
+    files = ("--base", model, "--adapter", adapter)
+    assert run(monkeypatch, "fold", *files, "--out", tmp_path / "out", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed["sites"]) == 5
+    assert printed["shards"] == 1
+    assert "folding" in terminal.getvalue()
+    before, after = (safetensors.torch.load_file(where / "model.safetensors") for where in (model, tmp_path / "out"))
+    assert sum(not torch.equal(before[name], after[name]) for name in before) == 5
+    assert run(monkeypatch, "fold", *files, "--out", tmp_path / "out") == 3  # not empty
+    assert run(monkeypatch, "fold", *files, "--out", tmp_path / "out", "--overwrite") == 0
+    assert "1 shard" in capsys.readouterr().out
+    shutil.copytree(model, tmp_path / "own")
+    assert run(monkeypatch, "fold", "--base", tmp_path / "own", "--adapter", adapter, "--in-place") == 0
+    assert safetensors.torch.load_file(tmp_path / "own" / "model.safetensors").keys() == after.keys()
+    for wrong in (
+        (*files,), (model, *files, "--in-place"), (model, adapter, tmp_path / "x", "--workers", 2), (model, adapter),
+        (*files, "--out", tmp_path / "x", "--dtype", "float16"), (*files, "--in-place", "--out", tmp_path / "x"), (),
+        (*files, "--out", tmp_path / "x", "--workers", 0),
+    ):  # fmt: skip
+        assert run(monkeypatch, "fold", *wrong) == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_fold_without_room_is_the_machine_s_fault(directories, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    arguments = ("--base", directories[0], "--adapter", directories[1], "--out", tmp_path / "out")
+    assert run(monkeypatch, "fold", *arguments) == 5
+    assert "make room on that disk" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_fold_copies_the_tokenizer_and_no_stale_weights(directories, tmp_path, monkeypatch) -> None:
@@ -577,7 +615,7 @@ def test_a_terminal_sees_what_is_going_on(directories, tmp_path, monkeypatch) ->
         assert step in screen.getvalue()
 
 
-@pytest.mark.parametrize("command", ["", "demo", "inspect", "fold", "export", "verify", "doctor", "bench"])
+@pytest.mark.parametrize("command", ["", "demo", "inspect", "fold", "export", "verify", "report", "doctor", "bench"])
 def test_help(command: str, monkeypatch, capsys) -> None:
     assert run(monkeypatch, *filter(None, [command]), "--help") == 0
     assert "--help" in capsys.readouterr().out

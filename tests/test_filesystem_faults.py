@@ -20,6 +20,7 @@ import transformers
 import zoo
 from filesystem_faults import DONE, REFUSED, hidden, run_with_fault, visible
 from safetensors import SafetensorError
+from test_checkpoints import write_base
 from torch import nn
 
 import exporters
@@ -27,6 +28,8 @@ import lora_fx
 from exporters.onnx_adapters import read_onnx_adapter
 from exporters.onnx_files import open_model
 from lora_fx import LoraFxError
+from lora_fx.atomic import replace_file
+from lora_fx.fold_work import IN_PLACE
 from lora_fx.hf_folding import HfFold, fold_into
 from lora_fx.hf_models import HfModel, load_model
 from lora_fx.hf_saving import save_folded
@@ -50,6 +53,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         exporters.export_onnx(gm, directory / "model.onnx", external_data=external, check=False)
     exporters.add_adapter_inputs(root / "embedded" / "model.onnx", root / "switch.onnx", root / "r2")
     exporters.add_adapter_stacks(root / "embedded" / "model.onnx", root / "rows.onnx", {"r2": root / "r2"})
+    for shards in (1, 2):
+        write_base(gm.state_dict(), root / f"shards{shards}", shards, model_type="x")
     return root
 
 
@@ -61,6 +66,12 @@ def injected_graph(rank: int) -> torch.fx.GraphModule:
 
 INJECTED = {rank: injected_graph(rank) for rank in (2, 4)}
 FOLDED = lora_fx.fold(INJECTED[2])
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill loses nothing that the disk has not got yet, and waiting for that takes most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @dataclass(frozen=True)
@@ -161,6 +172,26 @@ def export(files: Path, here: Path) -> None:
     exporters.export_onnx(FOLDED, here / "model.onnx", external_data=True, check=False)
 
 
+def fold_shards(rank: int, **options: bool) -> Callable[[Path, Path], object]:
+    return lambda files, here: lora_fx.fold_checkpoint(files / "shards2", files / f"r{rank}", here / "out", **options)
+
+
+def fold_in_place(files: Path, here: Path) -> None:
+    lora_fx.fold_checkpoint(here, files / "r2", here, in_place=True)
+
+
+def page(size: int) -> Callable[[Path, Path], object]:
+    """What `lora-fx report` writes."""
+
+    def write(files: Path, here: Path) -> None:
+        try:
+            replace_file(here / "report.html", b"page" * size)
+        except OSError as error:  # which the command line reports
+            raise lora_fx.AdapterError(str(error)) from error
+
+    return write
+
+
 WORK = {
     "save": Work(nothing, save(2)),
     "save over another": Work(save(4), save(2)),
@@ -183,6 +214,9 @@ WORK = {
         weights_if_any,
     ),
     "export over another": Work(copied("external"), export, weights),
+    "shards": Work(nothing, fold_shards(2)),
+    "page": Work(nothing, page(200)),
+    "page over another": Work(page(300), page(200)),
     "transformers model": Work(load_hf, save_hf),
     "transformers model over another": Work(unfolded_hf, save_hf),
 }  # fmt: skip
@@ -201,9 +235,13 @@ for _kind in ("embedded", "external"):
     WORK[f"unfold, {_kind}"] = Work(_folded, unfold, weights)
 
 
-@pytest.mark.parametrize("name", WORK)
+# The exchange, beside the renaming; a call that fails is one and the same to both.
+OVER_ANOTHER = {"shards over another": Work(fold_shards(3), fold_shards(2, overwrite=True))}
+
+
+@pytest.mark.parametrize("name", WORK | OVER_ANOTHER)
 def test_a_kill_at_any_call_leaves_the_old_or_the_new(name: str, files: Path, tmp_path: Path) -> None:
-    work = WORK[name]
+    work = (WORK | OVER_ANOTHER)[name]
     before, after = states(work, files, tmp_path)
     seen = set()
     for n in range(1, MOST_CALLS):
@@ -257,7 +295,7 @@ def test_a_call_that_fails_leaves_everything_as_it_was(name: str, number: int, f
 
 def untouched(work: Work, files: Path, here: Path, n: int) -> bool:
     """Whether there is no n-th call at all."""
-    here.mkdir()
+    here.mkdir(exist_ok=True)
     work.prepare(files, here)
     status = run_with_fault(lambda: work.write(files, here), n, None, LoraFxError)
     shutil.rmtree(here)
@@ -276,6 +314,71 @@ def states(work: Work, files: Path, tmp_path: Path) -> tuple[object, object]:
     assert not hidden(here)
     shutil.rmtree(here)
     return before, after
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_checkpoint_in_place_is_gone_on_with_after_a_kill_at_any_call(
+    shards: int, files: Path, tmp_path: Path
+) -> None:
+    base = files / f"shards{shards}"
+    shutil.copytree(base, tmp_path / "whole")
+    before = visible(base)
+    fold_in_place(files, tmp_path / "whole")
+    after, seen = visible(tmp_path / "whole"), set[str]()
+    for n in range(1, MOST_CALLS):
+        here = tmp_path / str(n)
+        shutil.copytree(base, here)
+        status = run_with_fault(lambda: fold_in_place(files, here), n, None, LoraFxError)  # noqa: B023
+        now = visible(here)
+        is_mixed = len({now[name] == before[name] for name in before if name.endswith(".safetensors")}) == 2
+        if is_mixed and shards > 1 and "config.json" in now:
+            assert now.keys() >= after.keys(), f"killed at call {n}: half folded, and it could be loaded"
+        seen.add("whole" if now == after else "before" if now == before else "between")
+        if status != DONE and now != after and (here / IN_PLACE / "job.json").exists():
+            with pytest.raises(LoraFxError, match="is half folded"):
+                lora_fx.fold_checkpoint(here, files / "r3", here, in_place=True)
+            with pytest.raises(LoraFxError, match="is half folded"):
+                lora_fx.fold_checkpoint(here, files / "r2", tmp_path / "other")
+        with contextlib.suppress(*[LoraFxError] * (now == after)):  # folded already
+            fold_in_place(files, here)
+        assert visible(here) == after, f"killed at call {n}"
+        assert not hidden(here), f"killed at call {n}"
+        shutil.rmtree(here)
+        if status == DONE:
+            break
+        assert status == -9
+    assert seen == {"before", "between", "whole"}
+
+
+def test_a_checkpoint_in_place_is_as_it_was_or_to_be_gone_on_with_when_a_call_fails(
+    files: Path, tmp_path: Path
+) -> None:
+    results: dict[int, set[str]] = {1: set(), 2: set()}
+    for shards in (1, 2):
+        before = visible(files / f"shards{shards}")
+        shutil.copytree(files / f"shards{shards}", tmp_path / f"whole{shards}")
+        fold_in_place(files, tmp_path / f"whole{shards}")
+        after = visible(tmp_path / f"whole{shards}")
+        for n in range(1, MOST_CALLS):
+            here = tmp_path / f"{shards}.{n}"
+            shutil.copytree(files / f"shards{shards}", here)
+            fault = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            status = run_with_fault(lambda: fold_in_place(files, here), n, fault, LoraFxError)  # noqa: B023
+            assert status in (DONE, REFUSED), f"call {n} fails"
+            is_begun = (here / IN_PLACE).exists()
+            if status == REFUSED:
+                results[shards].add("begun" if is_begun else "as it was")
+                if is_begun:
+                    fold_in_place(files, here)
+                    assert visible(here) == after, f"call {n} fails"
+                else:
+                    assert visible(here) == before, f"call {n} fails"
+            elif not is_begun and untouched(
+                Work(copied(f"shards{shards}"), fold_in_place), files, tmp_path / "last", n
+            ):
+                break
+            shutil.rmtree(here)
+    assert results == {1: {"as it was"}, 2: {"as it was", "begun"}}
 
 
 @pytest.mark.parametrize("name", ["save over another", "fold over another", "fold over another with weights beside"])

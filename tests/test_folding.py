@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ from zoo import (
 
 import lora_fx
 from lora_fx import FoldError, LoraConfig, LoraFxWarning
+from lora_fx.graph_module import record_of
+from lora_fx.merging import sum_dtype
 
 MLP = BY_NAME["mlp"]
 
@@ -571,3 +574,292 @@ def test_sums_in_float64_are_rounded_once(dtype: torch.dtype) -> None:
     for beside in (torch.inf, -torch.inf):
         other = torch.nextafter(folded, torch.full_like(folded, beside))
         assert bool((error <= (other.double() - exact).abs() + 1e-16).all())
+
+
+# On graphs that need no tracing -----------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Two linears, and a norm with buffers between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)).tanh())
+
+
+def small(**options: Any) -> tuple[nn.Module, lora_fx.LoraGraphModule]:
+    """The model, and its graph with an adapter whose every tensor has been trained."""
+    model = Small().eval()
+    return model, trained(lora_fx.inject(fx.symbolic_trace(model), _config(**options)))
+
+
+def _config(**options: Any) -> LoraConfig:
+    return LoraConfig(**({"r": 2, "lora_alpha": 3, "target_modules": ["a", "b"]} | options))
+
+
+def trained(gm: lora_fx.LoraGraphModule, name: str = "default") -> lora_fx.LoraGraphModule:
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(gm, name):
+            parameter.add_(torch.randn(parameter.shape) / 2)
+        for name, buffer in gm.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.add_(0.5)
+    return gm
+
+
+IN_PLACE = pytest.mark.parametrize("options", [{}, {"inplace": True}, {"inplace": True, "reversible": False}], ids=str)
+BATCH = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+@IN_PLACE
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_what_was_trained_in_full_is_of_the_kind_it_was(options: dict[str, bool], is_frozen: bool) -> None:
+    """Parameters stay parameters with the base's flags, buffers stay buffers; nothing of the adapter is left."""
+    model = Small().eval().requires_grad_(not is_frozen)
+    before = {name: bits(tensor) for name, tensor in model.state_dict().items()}
+    adapted = trained(lora_fx.inject(fx.symbolic_trace(model), _config(modules_to_save=["norm"])))
+    wanted, code = adapted(BATCH), adapted.code
+    folded = lora_fx.fold(adapted, **options)
+    assert (folded is adapted) == bool(options)
+    assert folded.code == fx.symbolic_trace(model).code
+    torch.testing.assert_close(folded(BATCH), wanted)
+    for find in (nn.Module.named_parameters, nn.Module.named_buffers):
+        assert {name: each.requires_grad for name, each in find(folded)} == {
+            name: each.requires_grad for name, each in find(model)
+        }
+    record = record_of(folded)
+    assert (record.adapters, record.active, record.originals, record.selections) == ({}, {}, {}, {})
+    assert lora_fx.fold_report(folded).trained == tuple(n for n in model.state_dict() if n.startswith("norm."))
+    for name, tensor in model.state_dict().items():
+        lies_in_the_model = folded.state_dict()[name].data_ptr() == tensor.data_ptr()
+        assert lies_in_the_model == (bool(options) or (name.endswith("bias") and "norm" not in name))
+    if options:
+        torch.testing.assert_close(model(BATCH), wanted)
+    if options.get("reversible", True) and options:
+        assert torch.equal(lora_fx.unfold(folded)(BATCH), wanted)
+        assert folded.code == code
+    elif options:
+        with pytest.raises(FoldError, match="was not folded in place"):
+            lora_fx.unfold(folded)
+    if options.get("reversible", True):
+        assert {name: bits(tensor) for name, tensor in model.state_dict().items()} == before
+
+
+def test_what_two_names_share_is_shared_after_a_fold() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    model[2].weight = model[1].weight
+    adapted = lora_fx.inject(fx.symbolic_trace(model), _config(target_modules=["0"], modules_to_save=["1", "2"]))
+    folded = lora_fx.fold(trained(adapted))
+    assert folded.get_parameter("1.weight") is folded.get_parameter("2.weight")
+    assert folded.get_parameter("1.weight").data_ptr() != adapted.get_parameter("1.weight").data_ptr()
+
+
+@IN_PLACE
+def test_a_fold_of_one_adapter_leaves_the_other_one(options: dict[str, bool]) -> None:
+    _, gm = small(modules_to_save=["norm"])
+    both = trained(lora_fx.inject(gm, _config(target_modules=["b"]), adapter_name="two"), "two")
+    lora_fx.set_adapters(both, "two")
+    lora_fx.set_adapters(both, {"default": 1.0, "two": -2.0})
+    wanted = both(BATCH)
+    folded = lora_fx.fold(both, adapters="default", **options)
+    torch.testing.assert_close(folded(BATCH), wanted)
+    record = record_of(folded)
+    assert (list(record.adapters), record.active, record.originals) == (["two"], {"two": -2.0}, {})
+    assert record.selections == {}  # no view of an adapter that is gone
+    assert {n for n, p in folded.named_parameters() if p.requires_grad} == {
+        f"b.lora_{half}.two.weight" for half in "AB"
+    }
+
+
+def test_adapters_that_do_not_count_are_dropped_unless_some_are_named() -> None:
+    _, gm = small()
+    both = trained(lora_fx.inject(gm, _config(target_modules=["b"]), adapter_name="two"), "two")
+    lora_fx.set_adapters(both, "default")
+    folded = lora_fx.fold(both)
+    torch.testing.assert_close(folded(BATCH), both(BATCH))
+    assert (lora_fx.adapter_names(folded), lora_fx.fold_report(folded).adapters) == ((), ("default",))
+    assert not any("lora_" in name for name in folded.state_dict())
+    assert lora_fx.adapter_names(lora_fx.fold(both, adapters=["default"])) == ("two",)
+    lora_fx.set_adapters(both, {})
+    with pytest.raises(FoldError, match="no adapter counts at the moment"):
+        lora_fx.fold(both)
+    with pytest.raises(FoldError, match="adapter 'two' does not count at the moment"):
+        lora_fx.fold(both, adapters="two")
+
+
+def test_what_names_and_states_are_refused() -> None:
+    _, gm = small()
+    traced = lora_fx.trace(nn.Sequential(nn.Linear(4, 4)).eval(), BATCH)
+    batched = lora_fx.batch_adapters(lora_fx.inject(traced, _config(target_modules=["0"])))
+    for graph, options, message in (
+        (gm, {"adapters": 3}, "adapters=3 must be a list of adapter names"),
+        (gm, {"adapters": {"default": 1}}, "must be a list of adapter names"),
+        (gm, {"adapters": ()}, "names nothing to fold"),
+        (gm, {"reversible": False}, "reversible=False goes with inplace=True"),
+        (batched, {}, "comes from batch_adapters"),
+        (lora_fx.fold(copy.deepcopy(gm), inplace=True), {}, "folded already"),
+        (fx.symbolic_trace(Small()), {}, "has no adapter"),
+    ):
+        with pytest.raises(FoldError, match=message):
+            lora_fx.fold(graph, **options)
+    with pytest.raises(lora_fx.GraphError, match="remembers no inputs"):
+        lora_fx.fold(gm, check=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"inplace": True, "reversible": False}], ids=str)
+def test_a_wrong_sum_is_found_before_it_is_written(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, gm = small()
+    merge, before = lora_fx.folding.merge, fingerprint(gm)  # type: ignore[attr-defined]
+
+    def wrong(weight: torch.Tensor, deltas: Any, into: torch.Tensor, **more: Any) -> Any:
+        found = merge(weight, deltas, into, **more)
+        into.add_(0.1)
+        return found
+
+    monkeypatch.setattr("lora_fx.folding.merge", wrong)
+    with pytest.raises(FoldError, match="nothing was changed"):
+        lora_fx.fold(gm, check=(BATCH,), **options)
+    assert fingerprint(gm) == before
+
+
+@IN_PLACE
+def test_a_kernel_keeps_the_order_of_its_memory(options: dict[str, bool]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last).eval()
+    gm = trained(lora_fx.inject(fx.symbolic_trace(model), _config(target_modules=["0"])))
+    x = torch.randn(1, 3, 6, 6)
+    wanted = gm(x)
+    folded = lora_fx.fold(gm, **options)
+    torch.testing.assert_close(folded(x), wanted, rtol=1e-4, atol=1e-4)
+    assert folded.get_parameter("0.weight").stride() == model[0].weight.stride()
+
+
+@pytest.mark.parametrize("names", ["two", ["two"], ("two",), {"two"}, frozenset({"two"})], ids=str)
+def test_names_come_one_or_as_any_collection(names: Any) -> None:
+    _, gm = small()
+    both = trained(lora_fx.inject(gm, _config(target_modules=["b"]), adapter_name="two"), "two")
+    assert lora_fx.adapter_names(lora_fx.fold(both, adapters=names)) == ("default",)
+
+
+def test_a_report_names_all_that_was_ever_folded_in() -> None:
+    _, gm = small()
+    first = lora_fx.fold(gm)
+    second = lora_fx.fold(trained(lora_fx.inject(first, _config(lora_alpha=7), adapter_name="two"), "two"))
+    report = lora_fx.fold_report(second)
+    assert (report.adapters, [stamp["lora_alpha"] for stamp in report.stamps]) == (("two",), [3, 7])
+    assert report.stamps[0] == lora_fx.fold_report(first).stamps[0]
+
+
+def test_unfolding_keeps_the_mode() -> None:
+    _, gm = small()
+    for folded_in, taken_back_in in ((True, True), (True, False), (False, True)):
+        lora_fx.fold(gm.train(folded_in), inplace=True).train(taken_back_in)
+        assert lora_fx.unfold(gm).training == taken_back_in
+        assert gm.norm.training == taken_back_in
+
+
+def test_an_interrupted_fold_in_place_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, gm = small(modules_to_save=["norm"])
+    before, code = {name: bits(tensor) for name, tensor in model.state_dict().items()}, gm.code
+    merge, count = lora_fx.folding.merge, []  # type: ignore[attr-defined]
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        count.append(1)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        return merge(*arguments, **options)
+
+    monkeypatch.setattr("lora_fx.folding.merge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lora_fx.fold(gm, inplace=True)
+    assert {name: bits(tensor) for name, tensor in model.state_dict().items()} == before
+    assert gm.code == code
+
+
+@pytest.mark.parametrize(
+    ("options", "merges"),
+    [({}, 2), ({"check": (BATCH,)}, 2), ({"inplace": True}, 2), ({"inplace": True, "check": (BATCH,)}, 4)],
+    ids=str,
+)
+def test_a_weight_is_summed_once_and_once_more_to_check_what_is_written_in_place(
+    options: dict[str, Any], merges: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, gm = small()
+    wanted = gm(BATCH)
+    merge, calls = lora_fx.folding.merge, []  # type: ignore[attr-defined]
+    monkeypatch.setattr("lora_fx.folding.merge", lambda *args, **more: calls.append(1) or merge(*args, **more))
+    torch.testing.assert_close(lora_fx.fold(gm, **options)(BATCH), wanted)
+    assert len(calls) == merges
+
+
+def test_nothing_is_computed_that_was_not_asked_for_or_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding once in software is for float64 on request; a fold for good has the norms from its check."""
+    told: list[tuple[bool, bool]] = []
+    merge = lora_fx.folding.merge  # type: ignore[attr-defined]
+
+    def listening(*arguments: Any, is_exact: bool, weight_norm: float | None) -> Any:
+        told.append((is_exact, weight_norm is not None))
+        return merge(*arguments, is_exact=is_exact, weight_norm=weight_norm)
+
+    monkeypatch.setattr("lora_fx.folding.merge", listening)
+    _, gm = small(target_modules=["b"])
+    for accumulate in (None, torch.float32, torch.float64):
+        lora_fx.fold(gm, accumulate=accumulate)
+    lora_fx.fold(gm, inplace=True, reversible=False)
+    assert told == [(False, False), (False, False), (True, False), (False, True)]
+
+
+def test_what_sums_are_made_in() -> None:
+    wanted = {
+        (torch.float32, None): torch.float32,
+        (torch.float32, torch.float64): torch.float64,
+        (torch.float64, torch.float32): torch.float64,
+        (torch.bfloat16, None): torch.float64,
+        (torch.float16, None): torch.float64,
+        (torch.float16, torch.float32): torch.float32,
+    }
+    for (dtype, accumulate), width in wanted.items():
+        assert sum_dtype(dtype, accumulate) == width
+    for dtype in (torch.float16, torch.float32):
+        assert sum_dtype(dtype, None, has_float64=False) == torch.float32
+
+
+def test_with_float64_the_sum_is_rounded_once_where_two_roundings_differ() -> None:
+    """1 + 2⁻⁸ + 2⁻⁴⁰ is above the middle of two bfloat16; its float32 lies on it, and would go down."""
+    adapted = lora_fx.inject(
+        fx.symbolic_trace(nn.Linear(1, 1, bias=False).bfloat16()), {"r": 2, "target_modules": [""]}
+    )
+    with torch.no_grad():
+        for name, values in (("weight", [[1.0]]), ("lora_A.default.weight", [[2.0**-8], [2.0**-40]])):
+            adapted.get_parameter(name).copy_(torch.tensor(values))
+        adapted.get_parameter("lora_B.default.weight").fill_(1 / 4)  # lora_alpha / r is 4
+    with pytest.warns(LoraFxWarning, match="keeps only"):
+        folded = lora_fx.fold(adapted, accumulate=torch.float64)
+    assert folded.get_parameter("weight").item() == 1 + 2**-7
+
+
+def test_how_far_a_sum_would_reach_is_said() -> None:
+    _, gm = small(target_modules=["b"], lora_alpha=2)
+    gm = gm.half()
+    with torch.no_grad():
+        for name, value in (("b.weight", 1e4), ("b.lora_A.default.weight", 200.0), ("b.lora_B.default.weight", 200.0)):
+            gm.get_parameter(name).fill_(value)
+    with pytest.raises(
+        FoldError, match=r"folding 'b' \(b.weight\): \|W \+ ΔW\| reaches 9e\+04, beyond torch.float16's"
+    ):
+        lora_fx.fold(gm)
+
+
+def test_a_site_is_told_from_the_others_in_a_report() -> None:
+    model, gm = small(rank_pattern={"b": 1})
+    for site, (name, alpha_by_r) in zip(
+        lora_fx.fold_report(lora_fx.fold(gm)).sites, [("a", 1.5), ("b", 3)], strict=True
+    ):
+        low, up = (gm.get_parameter(f"{name}.lora_{half}.default.weight").detach() for half in "AB")
+        weight = model.get_submodule(name).weight.detach()
+        assert (site.path, site.weight, site.dtype, site.untied_from) == (name, f"{name}.weight", torch.float32, ())
+        assert site.weight_norm == pytest.approx(float(weight.norm()), rel=1e-5)
+        assert site.delta_norm == pytest.approx(alpha_by_r * float((up @ low).norm()), rel=1e-5)
+        assert site.kept == pytest.approx(1, abs=1e-4)

@@ -53,7 +53,7 @@ def test_what_fuzzing_found_is_refused_or_taken(name: str) -> None:
 
 @pytest.mark.skipif(find_spec("atheris") is None, reason="atheris has no wheel for this platform")
 def test_a_minute_of_each_finds_nothing(tmp_path: Path) -> None:
-    """All four at once, guided by coverage, from a seed of the clock's."""
+    """All at once, guided by coverage, from a seed of the clock's."""
     running = {}
     for name in fuzz_targets.NAMES:
         command = [
@@ -77,7 +77,8 @@ def test_a_minute_of_each_finds_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("adapter", 8000), ("configuration", 8000), ("onnx", 1200), ("onnx_adapter", 4000)]
+    ("name", "count"),
+    [("adapter", 8000), ("configuration", 8000), ("onnx", 1200), ("onnx_adapter", 4000), ("training_log", 4000)],
 )
 def test_what_was_changed_is_refused_or_taken(name: str, count: int) -> None:
     targets = fuzz_targets.Targets()

@@ -111,7 +111,7 @@ def test_norms_whose_squares_are_too_large() -> None:
     assert found.weight_norm == pytest.approx(4e30)
     assert found.delta_norm == pytest.approx(8e30)
     precisions = torch.backends.cuda.matmul.fp32_precision
-    with merging._full_precision():
+    with merging.full_precision():
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert torch.backends.cuda.matmul.fp32_precision == precisions
 
@@ -139,7 +139,7 @@ def test_nothing_added_leaves_every_bit() -> None:
     assert not Delta(zero, one, 1.0, gain=torch.ones(1, 2, 1)).is_zero()
     assert not Delta(zero, one * math.nan, 1.0).is_zero()
     assert not RowsDelta(torch.tensor([1]), torch.ones(1, 2), 1.0).is_zero()
-    assert list(merging._blocks(torch.empty(1, 0, 5), torch.float32)) == []
+    assert list(merging.blocks(torch.empty(1, 0, 5), torch.float32)) == []
 
 
 def test_a_bound_is_above_all_elements_and_no_looser_than_it_says() -> None:
@@ -199,9 +199,9 @@ def test_norms_tell_that_a_sum_is_finite_only_if_they_can() -> None:
 @pytest.mark.parametrize("rows", [1, 2, 9, 10, 11, 100])
 @pytest.mark.parametrize("most", [1, 3, 10])
 def test_blocks_cover_each_row_once_and_are_of_one_size(rows: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "_BLOCK", most * 5)
+    monkeypatch.setattr(merging, "_BLOCK", 2 * most * 5)  # in float32 numbers, of which a float64 takes two
     weight = torch.arange(rows * 5.0).reshape(1, rows, 5)
-    found = [(slice(at.start, at.stop), block.clone()) for _, at, block in merging._blocks(weight, torch.float64)]
+    found = [(slice(at.start, at.stop), block.clone()) for _, at, block in merging.blocks(weight, torch.float64)]
     assert torch.equal(torch.cat([block for _, block in found]), weight[0].double())
     sizes = [len(block) for _, block in found]
     assert len(sizes) == -(-rows // most)

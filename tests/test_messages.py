@@ -14,9 +14,11 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import fx, nn
 from zoo import BY_NAME, STACK, injected, randomise, reseal, traced
 
@@ -33,6 +35,8 @@ from lora_fx import (
     TargetError,
 )
 from lora_fx.errors import closest
+from lora_fx.site_graphs import site_graphs
+from lora_fx.training_log import read_training_log
 
 MLP = BY_NAME["mlp"]
 PACKAGE = Path(lora_fx.__file__).parent
@@ -50,6 +54,18 @@ def adapted() -> fx.GraphModule:
 
 def private() -> fx.GraphModule:
     return injected(MLP, lora_fx.trace(MLP.model(), X))
+
+
+def wrapped() -> nn.Module:
+    class Wrapper(nn.Module):
+        module = adapted()
+
+    return Wrapper()
+
+
+def mesh(dimensions: int):
+    """What a mesh says of itself, of two processes in each dimension."""
+    return SimpleNamespace(ndim=dimensions, mesh_dim_names=("dp", "tp")[:dimensions], size=lambda: 2)
 
 
 def config(**options) -> LoraConfig:
@@ -73,6 +89,12 @@ def written(directory: Path, change: Callable[[dict], dict] = lambda fields: fie
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     reseal(directory)
     return directory
+
+
+def checkpoint(directory: Path, name: str) -> Path:
+    (directory / "base").mkdir()
+    save_file({name: torch.ones(11, 7)}, directory / "base" / "model.safetensors")
+    return directory / "base"
 
 
 # (error, call, fact, context, fix): a fragment of each in the message
@@ -390,6 +412,13 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         "this graph",
         "no report",
     ),
+    "untie a module": (
+        FoldError,
+        lambda p: lora_fx.fold(injected(MLP, _read_beside(), targets=["fc1"])),
+        "would untie 'fc1.weight'",
+        "its module reads it by that name",
+        "fold a graph of lora_fx.trace(model, args)",
+    ),
     "accumulate": (
         FoldError,
         lambda p: lora_fx.fold(adapted(), accumulate=torch.float16),
@@ -418,12 +447,159 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         "must be",
         "True or False",
     ),
+    "blocks of another kind": (
+        ConfigError,
+        lambda p: lora_fx.unflatten(adapted(), blocks=[1]),
+        "blocks=[1]",
+        "must be",
+        "a list of module names",
+    ),
+    "a dtype that is none": (
+        ConfigError,
+        lambda p: lora_fx.unflatten(adapted(), dtype=torch.int8),
+        "dtype=torch.int8",
+        "must be",
+        "torch.bfloat16",
+    ),
+    "a block that is no module": (
+        TargetError,
+        lambda p: lora_fx.unflatten(adapted(), blocks=["fc3"]),
+        "'fc3'",
+        "no module of the graph",
+        "Did you mean 'fc2'",
+    ),
+    "a block with another's weight": (
+        GraphError,
+        lambda p: lora_fx.unflatten(traced(BY_NAME["tied_head"]), blocks=["embed"]),
+        "'embed' can be no block",
+        "lm_head.weight",
+        "Leave it out of blocks",
+    ),
+    "a tree of a tree": (
+        GraphError,
+        lambda p: lora_fx.unflatten(lora_fx.unflatten(adapted())),
+        "a tree of blocks already",
+        "this graph",
+        "unflatten the graph that it was made from",
+    ),
+    "a tree of an optimised graph": (
+        GraphError,
+        lambda p: lora_fx.unflatten(lora_fx.optimize(adapted())),
+        "comes from optimize",
+        "this graph",
+        "lora_fx.unflatten(lora_fx.inject(gm, config))",
+    ),
+    "optimising a tree": (
+        GraphError,
+        lambda p: lora_fx.optimize(lora_fx.unflatten(adapted())),
+        "a tree of blocks",
+        "this graph",
+        "lora_fx.inject(gm, config)",
+    ),
+    "splitting an optimised graph": (
+        GraphError,
+        lambda p: lora_fx.distribute(lora_fx.optimize(adapted()), mesh(1)),
+        "comes from optimize",
+        "this graph",
+        "distribute the graph that it was made from",
+    ),
+    "splitting along two dimensions": (
+        ConfigError,
+        lambda p: lora_fx.distribute(adapted(), mesh(2)),
+        "2 dimensions",
+        "the mesh",
+        'mesh["tp"]',
+    ),
+    "a plan of something else": (
+        ConfigError,
+        lambda p: lora_fx.distribute(adapted(), mesh(1), {"fc1": "rows"}),
+        "'rows'",
+        "plan=",
+        "'colwise' or 'rowwise'",
+    ),
+    "a wrapped graph": (
+        GraphError,
+        lambda p: lora_fx.save_adapter(wrapped(), p / "adapter"),
+        "wraps a graph module",
+        "Wrapper",
+        "gm.module",
+    ),
+    "a plan of nothing": (
+        TargetError,
+        lambda p: lora_fx.distribute(injected(STACK, traced(STACK)), mesh(1), {}),
+        "nothing to split",
+        "2 processes",
+        "Write a plan",
+    ),
+    "a plan of no site": (
+        TargetError,
+        lambda p: lora_fx.distribute(adapted(), mesh(1), {"fc9": "rowwise"}),
+        "'fc9'",
+        "no site",
+        "find_sites(gm) lists all",
+    ),
+    "a site that does not divide": (
+        TargetError,
+        lambda p: lora_fx.distribute(adapted(), mesh(1), {"fc1": "rowwise"}),
+        "'fc1' cannot be split rowwise",
+        "do not divide by 2 processes",
+        "Leave it out of the plan",
+    ),
+    "a broken adapter's statistics": (
+        AdapterError,
+        lambda p: lora_fx.adapter_statistics(with_value(float("nan"))),
+        "fc1.lora_B.default.weight",
+        "holds NaN or Inf",
+        "train it again or reload it",
+    ),
+    "a training log": (
+        AdapterError,
+        lambda p: read_training_log(p / "trainer_state.json"),
+        "trainer_state.json",
+        "cannot be read",
+        "name a trainer_state.json",
+    ),
+    "a graph around no site": (
+        TargetError,
+        lambda p: site_graphs(base(), adapted(), None, ["fc9"]),
+        "no site 'fc9'",
+        "Did you mean",
+        "find_sites(gm) lists them all",
+    ),
     "nothing to optimise": (
         GraphError,
         lambda p: lora_fx.optimize(lora_fx.fold(adapted())),
         "no adapter",
         "the graph",
         "inject(gm, config)",
+    ),
+    "checkpoint": (
+        FoldError,
+        lambda p: lora_fx.fold_checkpoint(written(p / "a"), p / "a", p / "out"),
+        "holds no .safetensors file",
+        "test_each_error",
+        "give a directory that does",
+    ),
+    "checkpoint names": (
+        AdapterError,
+        lambda p: lora_fx.fold_checkpoint(checkpoint(p, "fcl.weight"), written(p / "a"), p / "out"),
+        "no tensor for the adapter's 'fc1.weight'",
+        "Did you mean 'fcl.weight'?",
+        "lora-fx fold MODEL ADAPTER OUT",
+    ),
+    "weights to bind": (
+        GraphError,
+        lambda p: lora_fx.bind_weights(base(), checkpoint(p, "fcl.weight")),
+        "No place for 'fcl.weight' (1). Did you mean",
+        "is not of this graph",
+        "Give the checkpoint",
+    ),
+    "cost": (
+        ConfigError,
+        lambda p: lora_fx.make_plan(base(), config()).cost(devices=0),
+        "devices=0",
+        "must be an integer",
+        "from 1",
     ),
 }
 
@@ -433,6 +609,18 @@ def _broken_base() -> fx.GraphModule:
     with torch.no_grad():
         gm.get_parameter("fc1.weight")[0, 0] = float("inf")
     return gm
+
+
+def _read_beside() -> fx.GraphModule:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1 = nn.Linear(7, 7)
+
+        def forward(self, x):
+            return self.fc1(x) + torch.ops.aten.detach.default(self.fc1.weight)[0]
+
+    return fx.symbolic_trace(Beside())
 
 
 def _large() -> fx.GraphModule:

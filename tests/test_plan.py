@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
+from typing import Any
 
 import pytest
 import torch
 import zoo
-from torch import nn
+from torch import fx, nn
 from zoo import BY_NAME, STACK, fingerprint, injected, traced
 
 import lora_fx
-from lora_fx import LoraConfig, LoraFxWarning, TargetError
+from lora_fx import LoraConfig, LoraFxWarning, Site, TargetError
+from lora_fx.layouts import Experts, Layout, Matrix
+from lora_fx.plan import PlannedSite, plan_adapters
 
 L0, L1 = "body.layers.0", "body.layers.1"
 
@@ -271,3 +276,266 @@ def test_modules_to_save_means_dotted_suffixes() -> None:
     adapted = lora_fx.inject(gm, plan)
     assert {n for n, p in adapted.named_parameters() if p.requires_grad and "lora" not in n} == set(plan.trained)
     assert injected(STACK, traced(STACK), targets=["up"], modules_to_save=["body.layers.0.norm"])
+
+
+# What a plan says -------------------------------------------------------------------------------------
+
+
+def planned(path: str, layout: Layout | None = None, **fields: Any) -> PlannedSite:
+    """A planned linear of 7 → 5; fields of the site beside those of the plan."""
+    own = {name: fields.pop(name) for name in ("shares_with", "by_parameter") if name in fields}
+    plain = {"op": "linear", "weight": f"{path}.weight", "bias": None, "dtype": torch.float32}
+    site = Site(path, layout=layout or Matrix(5, 7), **(plain | {"layer_index": None, "calls": 1} | fields))
+    return PlannedSite(site, 3, 5, 5 / 3, **own)
+
+
+@pytest.mark.parametrize(
+    ("fields", "cells"),
+    [
+        ({}, ["7 → 5", "36"]),
+        ({"layout": Matrix(7, 5, True)}, ["7 → 5", "36", "stored (in, out)"]),
+        ({"layout": Matrix(7, 5, True), "is_linear": False}, ["7 → 5", "36"]),
+        ({"shares_with": "b"}, ["7 → 5", "0", "same adapter as b"]),
+        ({"is_on_weight": True}, ["7 → 5", "36", "adapted on the weight"]),
+        ({"calls": 2}, ["7 → 5", "36", "called 2 times"]),
+        ({"tied_with": ("b", "c")}, ["7 → 5", "36", "tied with b, c"]),
+        ({"layout": Experts((2, 1000, 7))}, ["2 × 7 → 1000", "6,042"]),
+    ],
+    ids=str,
+)
+def test_what_is_printed_of_a_planned_site(fields: dict[str, Any], cells: list[str]) -> None:
+    row = str(lora_fx.Plan(LoraConfig(target_modules=["a"]), (planned("a", **fields),), ())).splitlines()[4]
+    size, parameters, *remarks = cells
+    assert re.split(r" {2,}", row) == ["a", "linear", size, "3", "1.66667", parameters, *remarks]
+
+
+def test_a_plan_counts_each_number_once() -> None:
+    targets = (planned("a"), planned("b", shares_with="a"), planned("c", Experts((2, 5, 7))))
+    assert [target.parameters for target in targets] == [36, 0, 72]
+    assert lora_fx.Plan(LoraConfig(target_modules=["a"]), targets, ()).parameters == 108
+
+
+# On graphs that need no tracing -----------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """One table under three names, looked up and twice a head, and a site of each other kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.fc, self.experts = nn.Embedding(6, 4), nn.Linear(4, 4), nn.Parameter(torch.randn(2, 4, 4))
+        self.head, self.second = nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False)
+        self.conv, self.up = nn.Conv1d(4, 4, 1, groups=2), nn.ConvTranspose1d(4, 4, 1)
+        self.head.weight = self.second.weight = self.words.weight
+        self.scale = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, input_ids):
+        x = torch.bmm(self.fc(self.words(input_ids)), self.experts)
+        x = self.up(self.conv(x)) + torch.cumsum(self.scale, 0)
+        return self.head(x), self.second(x.tanh())
+
+
+@functools.cache
+def tied() -> fx.GraphModule:
+    return fx.symbolic_trace(Tied().eval())
+
+
+def owners(**options: Any) -> dict[str, str | None]:
+    """{path: whose A and B it has} of a plan for the model above."""
+    plan = lora_fx.make_plan(tied(), LoraConfig(**{"r": 2, "lora_alpha": 5, **options}))
+    skipped = {skipped.path for skipped in plan.skipped}
+    assert not skipped & set(paths(plan))
+    assert skipped | set(paths(plan)) >= {site.path for site in lora_fx.find_sites(tied())}
+    return {target.site.path: target.shares_with for target in plan.targets}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": ["words"]}, {"words": None}),
+        ({"target_modules": ["words", "head", "second"]}, {"words": None, "head": None, "second": "head"}),
+        (
+            {"target_modules": ["second", "fc"], "ensure_weight_tying": True},
+            {"words": None, "fc": None, "head": "words", "second": "head"},
+        ),
+        ({"target_modules": ["fc"], "ensure_weight_tying": True}, {"fc": None}),
+        (
+            {"target_modules": ["head", "second"], "rank_pattern": {"second": 3}},
+            {"head": None, "second": None},
+        ),
+        (
+            {"target_modules": ["head", "second"], "alpha_pattern": {"second": 3}},
+            {"head": None, "second": None},
+        ),
+        ({"target_modules": ["head[0:3]"], "ensure_weight_tying": True}, {"head[0:3]": None}),
+        (
+            {"target_modules": ["words", "head[0:3]"], "exclude_modules": ["head[0:3]"], "ensure_weight_tying": True},
+            {"words": None, "head": "words", "second": "head"},
+        ),
+    ],
+    ids=str,
+)
+def test_who_shares_an_adapter_with_whom(options: dict[str, Any], expected: dict[str, str | None]) -> None:
+    assert owners(**options) == expected
+
+
+def test_sites_that_share_an_adapter_read_the_same_tensors() -> None:
+    config = LoraConfig(target_modules=["words"], r=2, ensure_weight_tying=True)
+    adapted = lora_fx.inject(tied(), config)
+    assert len(lora_fx.lora_parameters(adapted)) == 2
+    sites = adapted.meta["lora_fx"].adapters["default"].sites
+    assert {path: (site.lora_a, site.lora_b) for path, site in sites.items()} == dict.fromkeys(
+        ("words", "head", "second"), ("words.lora_A.default.weight", "words.lora_B.default.weight")
+    )
+
+
+def test_files_plan_each_name_of_a_tied_weight_by_itself() -> None:
+    """They name sites that need not be there, and may hold two adapters for one weight."""
+    names = ["words", "head", "second", "nowhere"]
+    config = LoraConfig(target_modules=names, ensure_weight_tying=True)
+    plan = plan_adapters(tied(), config, every_pattern_hits=False, share_tied=False)
+    assert [(target.site.path, target.shares_with) for target in plan.targets] == [(name, None) for name in names[:3]]
+    with pytest.raises(TargetError, match="target_modules 'nowhere'"):
+        plan_adapters(tied(), config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["fc[0:3]", "fc[2:4]"]}, "'fc.0:3.' and 'fc.2:4.', which share the outputs 2 to 2"),
+        ({"target_modules": ["fc[0:3]", "fc"]}, "which share the outputs 0 to 2"),
+        ({"target_modules": ["conv"], "r": 3}, "'conv' cannot be adapted with this rank: r=3 is no multiple of its 2"),
+        ({"target_modules": ["experts"], "use_dora": True}, "'experts' cannot be adapted: DoRA .* three dimensions"),
+        ({"target_modules": ["up"], "use_dora": True}, "'up' cannot be adapted: DoRA .* a transposed convolution"),
+        ({"target_modules": ["words"], "lora_bias": True}, "'words' cannot be adapted: lora_bias .* this is embedding"),
+        ({"target_modules": ["experts"], "lora_bias": True}, "'experts' cannot be adapted: .* this is bmm"),
+        ({"target_modules": ["scale"], "lora_bias": True}, "'scale' cannot be adapted: .* this is cumsum"),
+        (
+            {"target_modules": ["words", "second"], "ensure_weight_tying": True, "alpha_pattern": {"second": 3}},
+            "one adapter, and rank_pattern or alpha_pattern gives them two",
+        ),
+        (
+            {"target_modules": ["words"], "ensure_weight_tying": True, "modules_to_save": ["head"]},
+            "ensure_weight_tying adapts 'head' with what it is tied to, and modules_to_save trains it",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_planned_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        owners(**options)
+
+
+def test_what_the_graph_applies_and_cannot_be_adapted_is_no_target() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.pair = nn.Linear(4, 4), nn.Bilinear(4, 4, 4)
+            self.coarse = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+            self.head = nn.Linear(4, 4)
+            self.head.weight = self.fc.weight
+
+        def forward(self, x):
+            return self.head(self.pair(self.fc(x), x)) + torch.nn.functional.linear(x, self.coarse)
+
+    gm = fx.symbolic_trace(Model())
+    for options, message in (
+        (
+            {"target_modules": ["coarse"]},
+            "target_modules means 'coarse', which cannot be adapted: coarse is torch.int8",
+        ),
+        (
+            {"target_modules": "fc|pair"},
+            "target_modules means 'pair', whose weight is applied by pair, which this",
+        ),
+        ({"target_modules": ["fc"], "modules_to_save": ["head"]}, "head.weight is to be trained in full, but is tied"),
+    ):
+        with pytest.raises(TargetError, match=message):
+            lora_fx.make_plan(gm, LoraConfig(**options))
+        plan = plan_adapters(gm, LoraConfig(target_modules=["fc"]), every_pattern_hits=False)
+        assert [each.reason for each in plan.skipped if each.path == "coarse"] == [
+            "cannot be adapted: coarse is torch.int8, which LoRA cannot be added to"
+        ]
+
+
+def test_what_lora_bias_and_dora_are_for() -> None:
+    assert list(owners(target_modules=["fc", "conv", "up", "head"], lora_bias=True)) == ["fc", "conv", "up", "head"]
+    assert list(owners(target_modules=["fc", "conv", "words"], use_dora=True)) == ["words", "fc", "conv"]
+
+
+def test_target_parameters_mean_a_weight_as_it_is_stored() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.w = nn.Linear(7, 7), nn.Parameter(torch.randn(7, 5))
+
+        def forward(self, x):
+            return self.fc(x) @ self.w
+
+    gm = fx.symbolic_trace(Model())
+    options = {"r": 3, "lora_alpha": 5, "target_modules": ["fc"], "rank_pattern": {"w": 2}}
+    fc, w = lora_fx.make_plan(gm, LoraConfig(**options, target_parameters=["w"])).targets
+    assert (fc.by_parameter, fc.site.op, fc.r) == (False, "linear", 3)
+    assert (w.by_parameter, w.site.op, w.site.layout, w.r, w.scaling) == (True, "parameter", Matrix(7, 5), 2, 2.5)
+    options["target_modules"] = ["fc", "w"]
+    _, by_module = lora_fx.make_plan(gm, LoraConfig(**options)).targets
+    assert (by_module.by_parameter, by_module.site.op, by_module.site.layout) == (False, "matmul", Matrix(7, 5, True))
+
+
+# Rows of embeddings -----------------------------------------------------------------------------------
+
+
+class Lookups(nn.Module):
+    """Tables that are looked up by inputs of those names; a linear takes them too."""
+
+    def __init__(self, **tables: str) -> None:
+        super().__init__()
+        self.tables, self.fc = tables, nn.Linear(3, 3)
+        for name in tables:
+            self.add_module(name, nn.Embedding(5, 3))
+
+    def forward(self, input_ids, positions, decoder_input_ids):
+        inputs = {"input_ids": input_ids, "positions": positions, "decoder_input_ids": decoder_input_ids}
+        found = [getattr(self, name)(inputs[source]) for name, source in self.tables.items()]
+        return self.fc(input_ids) + self.fc(decoder_input_ids) + sum(found)
+
+
+def rows_of(gm: fx.GraphModule, rows: Any, **options: Any) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
+    config = LoraConfig(**{"target_modules": ["fc"], "trainable_token_indices": rows} | options)
+    return [(found.site.path, found.rows, found.readers) for found in lora_fx.make_plan(gm, config).tokens]
+
+
+@pytest.mark.parametrize(
+    ("tables", "means"),
+    [
+        ({"a": "positions"}, "a"),  # the only one
+        ({"a": "positions", "b": "input_ids"}, "b"),
+        ({"a": "positions", "b": "decoder_input_ids"}, "b"),
+        ({"a": "input_ids", "embed_tokens": "positions", "c": "positions"}, "embed_tokens"),
+        ({"a": "positions", "b": "positions"}, None),
+        ({"a": "input_ids", "b": "decoder_input_ids"}, None),
+    ],
+    ids=str,
+)
+def test_which_table_a_list_of_rows_means(tables: dict[str, str], means: str | None) -> None:
+    gm = fx.symbolic_trace(Lookups(**tables))
+    if means is not None:
+        assert rows_of(gm, [1, 4]) == [(means, (1, 4), (means,))]
+        return
+    with pytest.raises(TargetError, match=r"which embedding it means is not clear; name it: .* There are a, b"):
+        rows_of(gm, [1, 4])
+
+
+def test_rows_of_tables_by_name() -> None:
+    gm = fx.symbolic_trace(Lookups(a="positions", b="input_ids"))
+    assert rows_of(gm, {"b": [4, 0], "a": [1]}) == [("b", (4, 0), ("b",)), ("a", (1,), ("a",))]
+    assert rows_of(tied(), {"words": [5]}) == [("words", (5,), ("words", "head", "second"))]
+    assert rows_of(gm, None) == []
+    for rows, options, message in (
+        ({"fc": [1]}, {}, "names 'fc', which is no embedding"),
+        ({"a": [5]}, {}, "holds 5, and 'a' has 5 rows"),
+        ({"a": [1]}, {"modules_to_save": ["a"]}, "modules_to_save trains 'a' in full"),
+    ):
+        with pytest.raises(TargetError, match=message):
+            rows_of(gm, rows, **options)
+    assert rows_of(gm, {"a": [1]}, modules_to_save=["b"]) == [("a", (1,), ("a",))]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ from torch.nn.utils import parametrizations, prune
 from zoo import BY_NAME, SMALL, STACK, Case, exported, injected, randomise, traced
 
 import lora_fx
-from lora_fx import GraphError, LoraConfig, LoraFxWarning, TargetError
+from lora_fx import GraphError, LoraConfig, LoraFxWarning, Site, TargetError
+from lora_fx.layouts import Experts, Matrix
+from lora_fx.sites import Sites
 
 # name → {path: (op, in, out, stored (in, out), calls)}
 SPELLINGS = {
@@ -331,3 +336,175 @@ def test_a_convolution_whose_kernel_is_computed_is_refused_by_its_name() -> None
         lora_fx.make_plan(gm, LoraConfig(target_modules=["conv"]))
     plan = lora_fx.make_plan(gm, LoraConfig(target_modules="all-linear"))  # no linear, so no warning
     assert [target.site.path for target in plan.targets] == ["fc"]
+
+
+# What a site says -------------------------------------------------------------------------------------
+
+
+def site(path: str, **fields: Any) -> Site:
+    plain = {"op": "linear", "weight": f"{path}.weight", "layout": Matrix(5, 7), "bias": None, "dtype": torch.float32}
+    return Site(path, **(plain | {"layer_index": None, "calls": 1} | fields))
+
+
+def headed(path: str, inputs: int = 7) -> Site:
+    return site(path, layout=Matrix(5, inputs), bias=f"{path}.bias", is_output_head=True)
+
+
+EXPERTS = {"op": "bmm", "is_linear": False}
+ON_WEIGHT = {"is_linear": False, "is_on_weight": True}
+SITES = {
+    "tied_head": [
+        site("embed", op="embedding", layout=Matrix(17, 7, True), is_linear=False, tied_with=("lm_head.weight",)),
+        site("fc", layout=Matrix(7, 7), bias="fc.bias"),
+        site("lm_head", layout=Matrix(17, 7), tied_with=("embed.weight",), is_output_head=True),
+    ],
+    "shared_module": [site("a", layout=Matrix(7, 7), bias="a.bias", calls=2, aliases=("b",)), headed("out")],
+    "multi_head": [
+        site(
+            "attn.in_proj_weight",
+            weight="attn.in_proj_weight",
+            layout=Matrix(42, 14),
+            attention="attn",
+            parts=((0, 14), (14, 28), (28, 42)),
+        ),
+        site("attn.out_proj", layout=Matrix(14, 14), bias="attn.out_proj.bias", attention="attn"),
+        headed("fc", 14),
+    ],
+    "no_grad": [site("frozen", layout=Matrix(7, 7), bias="frozen.bias", gets_gradient=False), headed("fc")],
+    "experts": [
+        site("gate_up", weight="gate_up", layout=Experts((3, 11, 7)), **EXPERTS),
+        site("down", weight="down", layout=Experts((3, 11, 5), stored_in_out=True), calls=3, **EXPERTS),
+    ],
+    "unread": [
+        site("place", op="slice", weight="place", layout=Experts((1, 5, 7)), **ON_WEIGHT),
+        site("lstm.weight_ih_l0", op="lstm", weight="lstm.weight_ih_l0", layout=Matrix(20, 7), **ON_WEIGHT),
+        site("lstm.weight_hh_l0", op="lstm", weight="lstm.weight_hh_l0", layout=Matrix(20, 5), **ON_WEIGHT),
+        site("pair", op="bilinear", layout=Experts((3, 5, 7)), bias="pair.bias", **ON_WEIGHT),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_every_field_of_the_sites(name: str) -> None:
+    assert list(lora_fx.find_sites(traced(BY_NAME[name]))) == SITES[name]
+
+
+def test_what_follows_from_the_fields_of_a_site() -> None:
+    plain, lookup = site("a"), site("a", op="embedding", layout=Matrix(5, 7, True))
+    assert (plain.in_features, plain.out_features, plain.fan_in_fan_out, plain.size) == (7, 5, False, "7 → 5")
+    assert (lookup.in_features, lookup.out_features, lookup.fan_in_fan_out, lookup.size) == (5, 7, True, "5 → 7")
+    assert [site("a", layout=Experts((count, 5, 7))).size for count in (1, 2)] == ["7 → 5", "2 × 7 → 5"]
+    assert (plain.is_lookup, lookup.is_lookup) == (False, True)
+    assert [each.takes_dropout for each in (plain, lookup, site("a", is_on_weight=True))] == [True, False, False]
+    assert plain.names == ("a",)
+    assert site("a", aliases=("b",), attention="attn").names == ("a", "b", "attn")
+    assert (plain.whole_path, site("a[q]", part="[q]").whole_path) == ("a", "a")
+
+
+@pytest.mark.parametrize(
+    ("fields", "cells"),
+    [
+        ({}, []),
+        ({"layer_index": 3}, ["3"]),
+        ({"layout": Matrix(7, 5, True)}, ["stored (in, out)"]),
+        ({"layout": Matrix(7, 5, True), "is_linear": False}, []),  # a lookup's table always is
+        ({"is_on_weight": True}, ["adapted on the weight"]),
+        ({"calls": 2}, ["called 2 times"]),
+        ({"tied_with": ("b", "c")}, ["tied with b, c"]),
+        ({"parts": ((0, 2), (2, 5))}, ["packs gate, up"]),
+        ({"parts": ((0, 1), (1, 2), (2, 3), (3, 5))}, ["packs 4 parts"]),
+        ({"aliases": ("b", "c")}, ["also named b, c"]),
+        ({"is_output_head": True, "gets_gradient": False}, ["output head; under no_grad"]),
+    ],
+    ids=str,
+)
+def test_remarks(fields: dict[str, Any], cells: list[str]) -> None:
+    row = str(Sites([site("a", **fields)])).splitlines()[2]
+    assert re.split(r" {2,}", row) == ["a", "linear", "7 → 5", "float32", *cells]
+
+
+def by_symbols(forward: Callable[[Any, torch.Tensor], Any], **attributes: Any) -> tuple[Site, ...]:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in attributes.items():
+                setattr(self, name, value)
+
+        def forward(self, x):
+            return forward(self, x)
+
+    return lora_fx.find_sites(fx.symbolic_trace(Model()))
+
+
+def test_a_weight_that_an_unread_op_takes_too_is_what_the_linear_makes_of_it() -> None:
+    for forward in (
+        lambda self, x: torch.cumsum(self.fc.weight, 0)[-1].sum() + self.fc(x),
+        lambda self, x: self.fc(x) + torch.cumsum(self.fc.weight, 0)[-1].sum(),
+    ):
+        (found,) = by_symbols(forward, fc=nn.Linear(7, 5))
+        assert (found.op, found.is_linear, found.is_on_weight, found.calls) == ("linear", True, False, 2)
+
+
+def test_an_embedding_is_no_output_head() -> None:
+    (found,) = by_symbols(lambda self, ids: self.words(ids), words=nn.Embedding(5, 7))
+    assert not found.is_output_head
+
+
+class Applies(nn.Module):
+    """Parameters of the names that are given, which may be an attention's or not, and each is applied by itself."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        for name in names.split():
+            size = 9 if name.endswith("in_proj_weight") else 3
+            value = nn.Linear(3, 3, bias=False) if name == "out_proj" else nn.Parameter(torch.randn(size, 3))
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return [F.linear(x, weight) for weight in self.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("names", "own"),
+    [
+        ("in_proj_weight out_proj", "in_proj_weight out_proj.weight"),
+        ("in_proj_weight my_in_proj_weight out_proj", "in_proj_weight out_proj.weight"),
+        (
+            "q_proj_weight k_proj_weight v_proj_weight out_proj",
+            "q_proj_weight k_proj_weight v_proj_weight out_proj.weight",
+        ),
+        ("in_proj_weight", ""),
+        ("out_proj", ""),
+        ("q_proj_weight k_proj_weight v_proj_weight", ""),
+        ("q_proj_weight v_proj_weight out_proj", ""),
+    ],
+)
+def test_an_attention_is_known_by_all_of_its_parameters(names: str, own: str) -> None:
+    """A module of another kind may have some of them: its sites are meant by their own names only."""
+    for model, path in ((Applies(names), ""), (nn.Sequential(Applies(names)), "0")):
+        for found in lora_fx.find_sites(fx.symbolic_trace(model)):
+            name = found.weight.removeprefix("0.")
+            assert found.attention == (path if name in own.split() else None)
+            assert found.parts == (((0, 3), (3, 6), (6, 9)) if name == "in_proj_weight" and own else ())
+
+
+def test_only_outputs_of_a_matrix_are_packed() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts, self.table = nn.Parameter(torch.randn(2, 7, 6)), nn.Parameter(torch.randn(3, 6))
+            self.fc, self.sliced = nn.Linear(7, 6), nn.Parameter(torch.randn(6, 7))
+
+        def forward(self, x):
+            gate, up = torch.bmm(x, self.experts).chunk(2, dim=-1)
+            left, right = torch.cumsum(self.table, 0).chunk(2, dim=-1)
+            own = F.linear(x, self.sliced[:2]).sum() + F.linear(x, self.sliced[2:]).sum()
+            return gate * up * left[0] * right[0] + own, self.fc(x).chunk(2, dim=-1)
+
+    gm = lora_fx.trace(Model().eval(), torch.randn(2, 3, 7))
+    assert {site.path: site.parts for site in lora_fx.find_sites(gm)} == {
+        "experts": (),
+        "table": (),
+        "fc": ((0, 3), (3, 6)),
+        "sliced": ((0, 2), (2, 6)),
+    }

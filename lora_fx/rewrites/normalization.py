@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.autograd.function import _SingleLevelFunction
 
 from .group_call import needs_plain_ops
 from .groups import readers
@@ -71,12 +72,12 @@ def normalize(h: torch.Tensor, inverse: torch.Tensor, eps: float) -> torch.Tenso
     if needs_plain_ops():
         return h * _inverse(h, eps)
     if torch.is_grad_enabled() and h.requires_grad:
-        result: torch.Tensor = _Normalize.apply(h, inverse, eps)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = _Normalize.apply(h, inverse, eps)  # type: ignore[attr-defined]
         return result
     return h * inverse
 
 
-class _Normalize(torch.autograd.Function):
+class _Normalize(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, h: torch.Tensor, inverse: torch.Tensor, eps: float) -> torch.Tensor:
         ctx.save_for_backward(h, inverse)

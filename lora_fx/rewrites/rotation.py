@@ -13,10 +13,12 @@ Three kernels either way; autograd's own backward of the slices pads each half w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import fx
+from torch.autograd.function import _SingleLevelFunction
 
 from .group_call import needs_plain_ops
 from .groups import readers
@@ -98,20 +100,20 @@ def _span(half: fx.Node, size: int) -> tuple[int, int] | None:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x · cos + rotate_half(x) · sin."""
-    sizes = {tensor.shape[-1] for tensor in (x, cos, sin)}
-    is_plain = len({x.dtype, cos.dtype, sin.dtype}) > 1 or len(sizes) > 1 or cos.requires_grad or sin.requires_grad
-    if is_plain or needs_plain_ops() or not _is_of_shape(x, cos, sin):
+    is_plain = x.dtype != cos.dtype or x.dtype != sin.dtype or cos.requires_grad or sin.requires_grad
+    if is_plain or needs_plain_ops() or not _fits(x.shape, cos.shape, sin.shape):
         return x * cos + _half_turn(x) * sin
-    if torch.is_grad_enabled() and x.requires_grad:
-        result: torch.Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    if x.requires_grad and torch.is_grad_enabled():
+        result: torch.Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[attr-defined]
         return result
     return _turned(x, cos, sin)
 
 
-def _is_of_shape(x: torch.Tensor, *tables: torch.Tensor) -> bool:
-    """Whether the result has the shape of x."""
+@lru_cache(maxsize=64)
+def _fits(x: torch.Size, *tables: torch.Size) -> bool:
+    """Whether each channel of x has its cos and sin, and the result is of the shape of x."""
     return all(
-        table.dim() <= x.dim() and all(a in (1, b) for a, b in zip(table.shape[::-1], x.shape[::-1], strict=False))
+        len(table) <= len(x) and table[-1] == x[-1] and all(a in (1, b) for a, b in zip(table[::-1], x[::-1]))  # noqa: B905
         for table in tables
     )
 
@@ -129,7 +131,7 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return result
 
 
-class _Rotate(torch.autograd.Function):
+class _Rotate(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)

@@ -270,6 +270,23 @@ def _dtype(dtype: torch.dtype) -> bool:
     return same(lora_fx.fold(adapted)(X.to(dtype)).float(), adapted(X.to(dtype)).float(), 8 * eps)
 
 
+def _beside(fold_of_one: bool, symbolic: bool) -> object:
+    """A linear whose weight is read by something that is not adapted: W + ΔW is for the linear alone."""
+    model = Around(
+        nn.Linear(7, 7), lambda self, x: self.fc(x) + torch.ops.aten.detach.default(self.fc.weight)[0]
+    ).eval()
+    gm: Any = torch.fx.symbolic_trace(model) if symbolic else lora_fx.trace(model, (X,))
+    for name in ("one", "two"):
+        gm = lora_fx.inject(gm, {"r": 2, "target_modules": ["fc"]}, adapter_name=name)
+        with torch.no_grad():
+            for parameter in lora_fx.lora_parameters(gm, name):
+                parameter.add_(0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folded = lora_fx.fold(gm, adapters="one" if fold_of_one else None)
+        return same(folded(X), gm(X)) and same(lora_fx.fold(folded)(X) if fold_of_one else folded(X), gm(X))
+
+
 CASES = [
     *(Case(f"model/{name}", lambda w, f=f: f()) for name, f in RIGHT.items()),
     Case("model/weight_norm", lambda w: refused(weight_norm()), ("fc",)),
@@ -284,6 +301,9 @@ CASES = [
     Case("model/on the meta device, saved", meta, ("meta",)),
     Case("model/on the meta device, folded", meta_fold, ("meta",)),
     Case("model/lazy", lambda w: lazy(), ("lazy",)),
+    Case("model/a weight that is read beside its linear", lambda w: _beside(False, False)),
+    Case("model/the same, one adapter of two folded", lambda w: _beside(True, False), ("fc.weight", "'two'")),
+    Case("model/the same, symbolic", lambda w: _beside(False, True), ("fc.weight", "its module")),
     Case("trace/a branch on data", lambda w: refused(Branch()), ("Branch",)),
     Case("trace/no inputs", lambda w: lora_fx.trace(w.model), ("Small", "trace(model, args")),
     Case("trace/too many inputs", lambda w: lora_fx.trace(w.model, (IDS, IDS)), ("Small",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import pytest
 import torch
 import zoo
 from deployed import BASE, BOUND, ONE, TWO, Deployed, distance, same_bits
+from onnx import numpy_helper
+from safetensors.numpy import save_file
 
 import lora_fx
 from exporters import (
@@ -25,9 +28,11 @@ from exporters import (
     export_onnx,
     fold_into_onnx,
     make_session,
+    streamed_weights,
     unfold_onnx,
     verify_onnx,
 )
+from exporters.onnx_fold_plan import LowRankEdit
 from lora_fx import AdapterError, ConfigError, ExportError
 
 
@@ -357,3 +362,70 @@ def test_a_part_of_a_model_takes_its_part_of_the_adapter(bert: Deployed, base: P
     assert any("decoder.layer.0.attention.self.query" in note for note in report.notes)
     got = make_session(tmp_path / "out.onnx", provider="cpu").run(None, bert.feeds[0])
     assert distance(got, bert.wanted[ONE][0]) < BOUND
+
+
+# Large weights beside the graph ----------------------------------------------------------------------
+
+
+def write_large(directory: Path, dtype: type, scale: float = 1.0, *, dora: bool = False) -> tuple[Path, Path]:
+    """A graph with all of its weights in a file beside it, and an adapter of them that PEFT could have written."""
+    shapes = {"words": (67, 7), "up": (7, 59), "down": (59, 5), "qkv": (5, 60)}  # above 256 bytes
+    kept = {f"{name}.weight": np.random.randn(*shape).astype(dtype) for name, shape in shapes.items()}
+    kept["up.weight"] = np.ascontiguousarray(kept["up.weight"].T)  # (out, in), of a Gemm
+    nodes = [
+        onnx.helper.make_node("Gather", ["words.weight", "ids"], ["x"], name="/words/Gather"),
+        onnx.helper.make_node("Gemm", ["x", "up.weight"], ["y"], name="/up/Gemm", transB=1),
+        onnx.helper.make_node("MatMul", ["y", "down.weight"], ["z"], name="/down/MatMul"),
+        onnx.helper.make_node("MatMul", ["z", "qkv.weight"], ["out"], name="/qkv/MatMul"),
+    ]
+    elements = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    graph = onnx.helper.make_graph(
+        nodes, "g", [onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, [3])],
+        [onnx.helper.make_tensor_value_info("out", elements, [3, 60])],
+        [numpy_helper.from_array(array, name) for name, array in kept.items()],
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, directory / "base.onnx", save_as_external_data=True, size_threshold=0, location="base.onnx.data")
+    tensors = {}
+    for name, (into, out) in shapes.items():
+        ends = ("lora_embedding_A", "lora_embedding_B") if name == "words" else ("lora_A.weight", "lora_B.weight")
+        for end, shape in zip(ends, ((2, into), (out, 2)), strict=True):
+            tensors[f"base_model.model.{name}.{end}"] = scale * np.random.randn(*shape).astype(np.float32)
+        if dora:
+            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = np.random.rand(out).astype(np.float32) + 1
+    (directory / "adapter").mkdir()
+    save_file(tensors, directory / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": list(shapes), "use_dora": dora}
+    (directory / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    return directory / "base.onnx", directory / "adapter"
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_large_weights_are_folded_while_they_are_written(
+    dtype: type, dora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By blocks of a few rows: the same file as of all at once, but for the order in which sums are taken."""
+    base, adapter = write_large(tmp_path, dtype, dora=dora)
+    whole = fold_into_onnx(base, adapter, tmp_path / "whole.onnx", strength=0.7)
+    monkeypatch.setattr(streamed_weights, "BLOCK", 23)
+    monkeypatch.setattr(LowRankEdit, "__call__", None)  # which takes all of a weight
+    streamed = fold_into_onnx(base, adapter, tmp_path / "out.onnx", strength=0.7)
+    values = [onnx.load(tmp_path / f"{each}.onnx").graph.initializer for each in ("base", "whole", "out")]
+    for old, one, other in zip(*([numpy_helper.to_array(each) for each in part] for part in values), strict=True):
+        np.testing.assert_allclose(other, one, rtol=4 * np.finfo(dtype).eps, atol=1e-6)
+        assert not np.array_equal(other, old)
+    assert len(streamed.weights) == len(whole.weights) == 4
+    for one, other in zip(whole.weights, streamed.weights, strict=True):
+        assert (one.name, one.paths, one.dtype) == (other.name, other.paths, other.dtype)
+        assert (other.weight_norm, other.delta_norm) == pytest.approx((one.weight_norm, one.delta_norm), rel=1e-4)
+        assert (other.kept, other.error) == pytest.approx((one.kept, one.error), abs=1e-3)
+
+
+def test_a_large_weight_that_overflows_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = write_large(tmp_path, np.float16, scale=1e4)
+    monkeypatch.setattr(streamed_weights, "BLOCK", 23)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ExportError, match=r"folding words makes values of .* that FLOAT16 cannot hold"):
+        fold_into_onnx(base, adapter, tmp_path / "out.onnx")
+    assert sorted(os.listdir(tmp_path)) == before

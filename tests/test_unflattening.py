@@ -1,0 +1,308 @@
+"""A tree of blocks computes what the flat graph does, bit for bit, whatever is made a block."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import re
+import weakref
+
+import pytest
+import torch
+import zoo
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from zoo import BY_NAME, STACK, assert_same_bits, fingerprint, in_mode, injected, loss_of, randomise, run, traced
+
+import lora_fx
+from lora_fx import Block, FoldError, GraphError, LoraConfig, unflattening
+from lora_fx.graph_module import record_of
+
+# All models as `trace` gives them; the other tracers where they give a graph of another kind.
+NOT_DROPPED = ("lookups", "unread", "kernels", "experts")
+OTHERS = ("stack", "shared_module", "tied_head", "modes")
+TRACED = [(case, "trace") for case in (*zoo.SMALL, *zoo.MODELS) if "trace" in case.tracers and case.name != "minilm"]
+TRACED += [(BY_NAME[name], tracer) for name in OTHERS for tracer in BY_NAME[name].tracers if tracer != "trace"]
+
+
+def blocks_of(tree: nn.Module) -> list[str]:
+    return [name for name, module in tree.named_modules() if isinstance(module, Block)]
+
+
+def possible(gm: fx.GraphModule) -> list[str]:
+    """Every module that can be a block."""
+    modules = unflattening.called_modules(gm)
+    reasons = unflattening.entangled(gm, modules)
+    return [name for name in modules if name not in reasons]
+
+
+def adapted(case: zoo.Case, tracer: str = "trace") -> fx.GraphModule:
+    options = {} if case.name in NOT_DROPPED else {"lora_dropout": 0.2}
+    return randomise(injected(case, traced(case, tracer), **options))
+
+
+def gradients(gm: fx.GraphModule, arguments: object) -> dict[str, torch.Tensor | None]:
+    gm.zero_grad()
+    loss_of(gm, arguments).backward()
+    return {name: p.grad for name, p in gm.named_parameters()}
+
+
+def assert_same_training(tree: fx.GraphModule, flat: fx.GraphModule, arguments: object) -> None:
+    """Outputs and gradients, in both modes, from the same seed."""
+    for mode in (True, False):
+        flat, tree = in_mode(flat, mode), in_mode(tree, mode)
+        assert_same_bits(run(flat, arguments), run(tree, arguments))
+        first, second = gradients(flat, arguments), gradients(tree, arguments)
+        assert first.keys() == second.keys()
+        for name, gradient in first.items():
+            assert (gradient is None) == (second[name] is None), name
+            assert gradient is None or torch.equal(gradient, second[name]), name
+        assert any(gradient is not None for gradient in first.values())
+
+
+@pytest.mark.parametrize(("case", "tracer"), TRACED, ids=str)
+def test_the_tree_computes_what_the_graph_does(case: zoo.Case, tracer: str) -> None:
+    gm = adapted(case, tracer)
+    before, blocks = fingerprint(gm), possible(gm)
+    tree = lora_fx.unflatten(gm, blocks=blocks)
+    assert blocks_of(tree) == sorted(blocks, key=[name for name, _ in tree.named_modules()].index)
+    assert list(tree.state_dict()) == list(gm.state_dict())
+    for parameter, own in zip(tree.parameters(), gm.parameters(), strict=True):
+        assert parameter.data_ptr() == own.data_ptr()
+    assert fingerprint(gm) == before
+    assert_same_training(tree, copy.deepcopy(gm), case.arguments())
+
+
+@pytest.mark.parametrize("case", [STACK, BY_NAME["llama"], BY_NAME["bert"]], ids=str)
+def test_layers_are_blocks_by_themselves(case: zoo.Case) -> None:
+    tree = lora_fx.unflatten(adapted(case))
+    layers = {match[0] for site in case.sites if (match := re.match(r".*?\.\d+(?=\.)", site))}
+    assert set(blocks_of(tree)) == layers
+    calls = [node for node in lowered(tree).nodes if "graph" in getattr(node.target, "__dict__", {})]
+    assert [node.args[0].target for node in calls] == sorted(layers)  # each is called once
+    assert calls[0].target is calls[1].target  # and layers that are alike run one piece of code
+
+
+def lowered(tree: fx.GraphModule) -> fx.Graph:
+    return record_of(tree).lowering(tree, tree.graph)
+
+
+class Checkpointed(nn.Module):
+    """Layers that are run again in the backward pass, as transformers' are: the body of a higher-order op each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(zoo.Block() for _ in range(2))
+        self.head = nn.Linear(7, 5)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return self.head(x)
+
+
+def test_a_checkpointed_layer_is_a_block() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(2, 3, 7)
+    gm = randomise(lora_fx.inject(lora_fx.trace(Checkpointed(), x), LoraConfig(r=2, target_modules="all-linear")))
+    tree = lora_fx.unflatten(gm)
+    assert blocks_of(tree) == ["layers.0", "layers.1"]
+    assert_same_training(tree, gm, ((x,), {}))
+
+
+class Entangled(nn.Module):
+    """Layer 0 reads layer 1's weight, 2 and 3 are one layer, 4 has a head's weight, 5 none that is not its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(7, 7)) for _ in range(6))
+        self.layers[3] = self.layers[2]
+        self.head = nn.Linear(7, 7)
+        self.head.weight = self.layers[4][0].weight
+
+    def forward(self, x):
+        x = torch.tanh(F.linear(self.layers[0](x), self.layers[1][0].weight))
+        for index in range(1, 6):
+            x = torch.tanh(self.layers[index](x))
+        return self.head(x)
+
+
+def test_what_shares_a_parameter_with_the_outside_is_no_block() -> None:
+    x = torch.randn(2, 7)
+    gm = randomise(lora_fx.inject(lora_fx.trace(Entangled(), x), LoraConfig(r=2, target_modules=["layers.5.0"])))
+    tree = lora_fx.unflatten(gm)
+    assert "layers.5" in blocks_of(tree)
+    assert not {"layers.1", "layers.4"} & set(blocks_of(tree))
+    reasons = unflattening.entangled(gm, ["layers.1", "layers.4", "layers.5"])
+    assert "from outside" in reasons["layers.1"]
+    assert "head.weight" in reasons["layers.4"]
+    assert_same_training(tree, gm, ((x,), {}))
+    with pytest.raises(GraphError, match=r"'layers.4' can be no block.*Leave it out of blocks"):
+        lora_fx.unflatten(gm, blocks=["layers.4"])
+
+
+class Interleaved(nn.Module):
+    """Layers that stop half-way, and give what others take; one is called twice, in the other's middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(zoo.Mlp() for _ in range(2))
+        self.register_buffer("shift", torch.randn(7))
+
+    def forward(self, x):
+        parts = [layer.fc1(x + self.shift) for layer in self.layers]
+        found = [layer.fc2(layer.drop(part)) for layer, part in zip(self.layers, reversed(parts), strict=True)]
+        return {"sum": found[0] + found[1] + self.layers[0](x), "parts": tuple(parts)}
+
+
+def test_calls_that_lie_apart_stay_in_order() -> None:
+    x = torch.randn(2, 7)
+    gm = lora_fx.trace(Interleaved(), x)
+    gm = randomise(lora_fx.inject(gm, LoraConfig(r=2, lora_dropout=0.2, target_modules="all-linear")))
+    tree = lora_fx.unflatten(gm)
+    called = [node.args[0].target for node in lowered(tree).nodes if "graph" in getattr(node.target, "__dict__", {})]
+    assert set(called) == {"layers.0", "layers.1"}
+    assert len(called) > 2
+    assert_same_training(tree, gm, ((x,), {}))
+
+
+def test_the_flat_graph_is_what_all_else_reads() -> None:
+    case = BY_NAME["llama"]
+    gm = adapted(case)
+    tree = lora_fx.unflatten(gm)
+    arguments = case.arguments()
+    assert [p.shape for p in lora_fx.lora_parameters(tree)] == [p.shape for p in lora_fx.lora_parameters(gm)]
+    folded = lora_fx.fold(tree)
+    assert folded.code == lora_fx.fold(gm).code == traced(case).code
+    assert_same_bits(run(folded, arguments), run(lora_fx.fold(gm), arguments))
+    config = LoraConfig(r=2, target_modules=["up_proj"])
+    both = [(torch.manual_seed(3), lora_fx.inject(each, config, adapter_name="b"))[1] for each in (tree, gm)]
+    assert blocks_of(both[0]) == blocks_of(tree)
+    assert_same_training(*both, arguments)
+    for each in both:
+        lora_fx.set_adapters(each, {"b": 0.5})
+    assert_same_training(*both, arguments)
+    with lora_fx.disable_adapters(tree), lora_fx.disable_adapters(gm):
+        assert_same_bits(run(tree, arguments), run(gm, arguments))
+    assert_same_training(copy.deepcopy(tree), gm, arguments)
+
+
+def test_a_tree_is_converted_as_a_graph_is() -> None:
+    gm = adapted(STACK)
+    tree = lora_fx.unflatten(gm).double()
+    assert {p.dtype for p in gm.parameters()} == {torch.float32}
+    assert_same_training(tree, copy.deepcopy(gm).double(), STACK.arguments(torch.float64))
+
+
+def test_save_adapter_writes_the_same_files(tmp_path) -> None:
+    gm = adapted(STACK)
+    for name, each in (("flat", gm), ("tree", lora_fx.unflatten(gm))):
+        lora_fx.save_adapter(each, tmp_path / name)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "flat" / file).read_bytes() == (tmp_path / "tree" / file).read_bytes()
+
+
+def test_hooks_on_a_block_hear_its_inputs_and_may_exchange_its_parameters() -> None:
+    gm = adapted(STACK)
+    tree, x, heard = lora_fx.unflatten(gm), torch.randn(2, 3, 7), []
+    zeros = {n: torch.zeros_like(p) for n, p in gm.named_parameters() if n.startswith("body.layers.1.")}
+    expected = torch.func.functional_call(gm, zeros, x)
+    assert not torch.equal(tree(x), expected)
+
+    def exchange(block, args):
+        heard.append(args[1].shape)
+        for name, _ in list(block.named_parameters()):
+            owner, _, last = name.rpartition(".")
+            block.get_submodule(owner)._parameters[last] = nn.Parameter(zeros[f"body.layers.1.{name}"])
+
+    tree.get_submodule("body.layers.1").register_forward_pre_hook(exchange)
+    assert_same_bits([tree(x)], [expected])
+    assert heard == [x.shape]
+
+
+def test_nothing_but_the_modules_holds_parameters() -> None:
+    """What shards a model wants the memory of the whole one back."""
+    tree = lora_fx.unflatten(injected(STACK, lora_fx.trace(STACK.model(), *STACK.arguments()[0]))).train()
+    gone = []
+    for module in tree.modules():
+        for name, parameter in list(module._parameters.items()):
+            gone.append(weakref.ref(parameter))
+            module._parameters[name] = nn.Parameter(parameter.detach().clone())
+    del parameter
+    gc.collect()
+    assert len(gone) > 20
+    assert not any(reference() is not None for reference in gone)
+
+
+def test_a_block_alone_keeps_the_graph_of_the_tree() -> None:
+    gm = adapted(BY_NAME["modes_both"])
+    tree, flat = lora_fx.unflatten(gm, blocks=["fc1"]).train(), copy.deepcopy(gm).train()
+    for each in (tree, flat):
+        each.get_submodule("fc1").eval()  # holds the adapter's dropout, which has a mode of its own
+    arguments = BY_NAME["modes_both"].arguments()
+    assert_same_bits(run(tree, arguments), run(flat, arguments))
+
+
+def test_a_fault_of_the_writer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The after-condition: the tree runs the same operations on the same values, in the same order."""
+    gm = injected(STACK, lora_fx.trace(STACK.model(), *STACK.arguments()[0]))  # of which no tree is known yet
+    copied = unflattening._Part.copy
+
+    def wrong(part, node):
+        copied(part, node)
+        if node.target is torch.ops.aten.silu.default:
+            part.values[node] = part.values[node.args[0]]
+
+    monkeypatch.setattr(unflattening._Part, "copy", wrong)
+    with pytest.raises(GraphError, match="does not run what the graph runs"):
+        lora_fx.unflatten(gm)
+
+
+class Wide(nn.Module):
+    """Norms in float32 and back, as Llama's, and a buffer: a graph with dtypes of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(7, 7) for _ in range(2))
+        self.register_buffer("shift", torch.randn(7))
+
+    def forward(self, x):
+        for layer in self.layers:
+            wide = x.to(torch.float32) + self.shift.to(torch.float32)
+            x = layer((wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True))).to(x.dtype))
+        return x
+
+
+def test_a_dtype_is_that_of_the_models_parameters() -> None:
+    """What FSDP2 computes in: parameters cast at each call, buffers as they are."""
+    torch.manual_seed(1)
+    x, config = torch.randn(3, 7), LoraConfig(r=2, target_modules="all-linear")
+    model = Wide()
+    gm = randomise(lora_fx.inject(lora_fx.trace(model, x), config))
+    tree = lora_fx.unflatten(gm, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in tree.state_dict().values()} == {torch.float32}
+    narrow = {name: p.to(torch.bfloat16) for name, p in tree.named_parameters()}
+    found = torch.func.functional_call(tree, narrow, x.bfloat16())
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    other = lora_fx.inject(lora_fx.trace(model, x.bfloat16()), config, adapter_dtype=torch.bfloat16)
+    other.load_state_dict(narrow, strict=False)
+    assert_same_bits([found], [other(x.bfloat16())])
+    for folded in (
+        lora_fx.fold(tree),
+        lora_fx.fold(copy.deepcopy(tree)),
+        lora_fx.fold(copy.deepcopy(tree), inplace=True),
+    ):
+        assert folded.code == lora_fx.fold(gm).code
+        assert_same_bits(run(folded, ((x,), {})), run(lora_fx.fold(gm), ((x,), {})))
+    two = lora_fx.inject(tree, config, adapter_name="two")
+    with pytest.raises(FoldError, match="all its adapters are folded at once"):
+        lora_fx.fold(two, adapters=["two"])
+    assert lora_fx.fold(two).code == lora_fx.fold(gm).code
+    with pytest.raises(GraphError, match="another dtype than its parameters have"):
+        tree.double()
+    del model, parameter
+    gc.collect()
+    with pytest.raises(GraphError, match="the model that could tell"):
+        lora_fx.unflatten(gm, dtype=torch.bfloat16)
