@@ -26,7 +26,7 @@ def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, .
     swapped = workloads.llama(12, 128 if quick else 768, 16)  # 84 sites, 168 tensors
     mixed = workloads.llama(2, 256, 2) if quick else workloads.llama(4, 512, 2)
     tables = [batch_table(replace(mixed, r=r), rounds) for r in (8, 16)]
-    trained = workloads.llama(2, 64, 16) if quick else workloads.llama(4, 256, 64)
+    trained = workloads.llama(2, 64, 16) if quick else workloads.llama(2, 1024, 32)
     many = many_table(replace(trained, r=8), (1, 2, 4, 8) if quick else (1, 2, 4, 8, 16), rounds)
     return swap_table(swapped, rounds), *tables, many
 

@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 import lora_fx
 from lora_fx import ExportError, LoraFxWarning
 from lora_fx.attributes import holds_values
+from lora_fx.quantized import has_quantized
 
 from .eval_mode import evaluating
 from .example_inputs import Example, make_example, second_example, torch_export_shapes, without_ones
@@ -165,6 +166,12 @@ def _check_graph(gm: Any) -> None:
             f"the graph holds {some(adapters)} unfolded, which would slow the file down and break its fusions. "
             "Fold first: export_onnx(lora_fx.fold(gm), path). A file whose adapters stay switchable at run "
             "time is what export_onnx_adapters(gm, path) writes"
+        )
+    if has_quantized(gm):
+        raise ExportError(
+            "the graph calls linears that store their weights in a few bits, which a file cannot. Fold with "
+            "lora_fx.fold(gm, quantized='dequantize'), and store the file's weights in few bits: export_onnx(..., "
+            "quantize='int4')"
         )
 
 

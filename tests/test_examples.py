@@ -30,9 +30,8 @@ def _run(name: str, **arguments: Any) -> Any:
     return importlib.import_module(name).main(**arguments)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_trainer(bf16: bool) -> None:
-    found = _run("train_with_trainer", steps=8, bf16=bf16)
+def test_trainer() -> None:
+    found = _run("train_with_trainer", steps=8, bf16=True)
     assert found["after"] < found["before"] - 0.1
     assert found["predicted"] == pytest.approx(found["after"], rel=1e-6)
     assert found["resumed"] == 0
@@ -58,8 +57,6 @@ def test_a_loop() -> None:
     assert found["after"] < found["before"] - 0.1
     assert found["after"] == pytest.approx(found["plain"], abs=0.02)  # both in bfloat16
     assert found["kept"] < 0.3
-    exact = _run("train_in_a_loop", steps=3, autocast=False)
-    assert 0 < exact["difference"] < 1e-4  # AdamW's first steps are of 1e-2 each, whatever the gradient
 
 
 def test_generating_while_training() -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+import exporters
 import lora_fx
-from lora_fx import AdapterError, FoldError, GraphError, LoraConfig, LoraFxWarning, TargetError
+from lora_fx import AdapterError, ExportError, FoldError, GraphError, LoraConfig, LoraFxWarning, TargetError
 from lora_fx.folding import dequantized
 
 with warnings.catch_warnings():
@@ -271,6 +272,12 @@ def test_the_inference_form_of_some_cpus_is_taken_back() -> None:
         model(X)
     gm.train()(X.clone().requires_grad_()).sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in lora_fx.lora_parameters(gm))
+
+
+def test_few_bits_are_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="quantized='dequantize'"):
+        exporters.export_onnx(lora_fx.trace(model_of("nf4"), X).eval(), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_that_is_not_there() -> None:
