@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .layouts import Kernel, Layout, Matrix, Part, Shape
-from .merging import Summand, full_precision
+from .merging import Delta, Summand, full_precision
 
 _aten = torch.ops.aten
 
@@ -59,12 +59,28 @@ def weight_norm(layout: Layout, weight: Any, a: Any, b: Any, scaling: float) -> 
 
 def gain(layout: Layout, weight: Any, a: Any, b: Any, magnitude: Any, scaling: float) -> Any:
     """m / ‖W + scaling · ΔW‖ of each output of the whole weight, (out,): 1 for those that are not adapted."""
-    return gain_of(layout, magnitude, weight_norm(layout, weight, a, b, scaling))
-
-
-def gain_of(layout: Layout, magnitude: Any, norm: Any) -> Any:
-    """The same, of norms that are known."""
+    norm = weight_norm(layout, weight, a, b, scaling)
     return layout.among_outputs(_aten.div.Tensor(_aten.reshape.default(magnitude, [-1]), norm), 1.0)
+
+
+def gain_of(layout: Layout, magnitude: torch.Tensor, norm: torch.Tensor, delta: Delta) -> torch.Tensor:
+    """The same, of exact norms, (out,) in their dtype.
+
+    Where ΔW is zero, m may never have been trained: then it is the norm as `weight_norm` or PEFT rounded it, in its own
+    dtype and over all weights of an output one after the other, and the gain is 1.
+
+    Args:
+        layout: of the weight.
+        magnitude: as it is stored.
+        norm: of each output.
+        delta: scaling · ΔW.
+    """
+    ratio = magnitude.reshape(-1).to(norm.dtype) / norm
+    if delta.is_zero():
+        terms = delta.left.shape[1] if layout.stored_in_out else delta.right.shape[2]
+        eps = torch.finfo(magnitude.dtype).eps
+        ratio = torch.where((ratio - 1).abs() <= eps * (2 + terms**0.5 / 4), 1.0, ratio)
+    return layout.among_outputs(ratio, 1.0)  # type: ignore[no-any-return]
 
 
 def scaled_outputs(layout: Layout, b: Any, gains: Any) -> Any:

@@ -73,7 +73,8 @@ class LowRankTerm:
         if site.magnitude is not None:
             matrices, product = layout.matrices(tensor.detach()), Delta(*layout.factors(a, b), site.scaling)
             norms = norms_by_block(layout, blocks(matrices, dtype), product, tuple(matrices.shape))
-            gains = gain_of(layout, _value(gm, site.magnitude, dtype), norms.to(dtype))
+            magnitude = get_attribute(gm, site.magnitude).detach()
+            gains = gain_of(layout, magnitude, norms.to(dtype), product)
             b = scaled_outputs(layout, b, gains)  # m / ‖W + ΔW‖ on ΔW, and on W:
             gains = gain_on_weight(layout, gains, groups_of(layout)) * self.strength
         scaling = site.scaling * self.strength

@@ -359,7 +359,7 @@ def _low_rank_delta(term: LowRank, blocks: _Blocks, through: torch.dtype, sums: 
     a, b = a.to(through), b.to(through)
     product = Delta(*layout.factors(a, b), term.scaling)
     norms = norms_by_block(layout, blocks.read(through), product, blocks.shape)
-    gains = gain_of(layout, tensor_of(term.low.magnitude).to(through), norms.to(through))
+    gains = gain_of(layout, tensor_of(term.low.magnitude), norms.to(through), product)
     left, right = layout.factors(a, scaled_outputs(layout, b, gains))
     return StoredDelta(
         left, right, term.scaling, through, sums, gain_on_weight(layout, gains, groups_of(layout)).to(sums)
