@@ -11,7 +11,6 @@ torch.save would write all of it for each.
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -85,6 +84,12 @@ def _whole_of(tensor: torch.Tensor) -> torch.Tensor:
     return whole
 
 
+NO_HOOKS = (
+    "hooks of this parameter would never run, since no gradient flows through it: it only stands for others in an "
+    "optimizer; register them on {}"
+)
+
+
 class FlatParameter(nn.Parameter):
     """Several parameters as one vector, for an optimizer: it shares their memory, and its gradient is theirs.
 
@@ -118,11 +123,12 @@ class FlatParameter(nn.Parameter):
         Raises:
             GraphError: if members were moved or exchanged since, or only some of them have a gradient.
         """
-        gradients = [member.grad for member in self.members]
-        is_known = self._parts and all(map(operator.is_, gradients, self._parts))
-        if is_known and self.members[-1].data_ptr() == self.data_ptr() + self.nbytes - self._sizes[-1]:
-            return self._vector
         self._check_members()
+        if not self.requires_grad:
+            return None
+        gradients = [member.grad for member in self.members]
+        if self._vector is not None and self._are_parts_of(self._vector, gradients):
+            return self._vector
         found = [gradient for gradient in gradients if gradient is not None]
         if not found:
             return None
@@ -133,8 +139,7 @@ class FlatParameter(nn.Parameter):
                 "parameters alone, which they cannot do with a part of a flat one. Give the optimizer "
                 "lora_fx.lora_parameters(gm) instead, or flat_parameters(gm, adapter_name) of the adapter that trains"
             )
-        memory = self._memory_to_reuse()
-        vector = torch.cat([gradient.reshape(-1) for gradient in found], out=memory)
+        vector = torch.cat([gradient.reshape(-1) for gradient in found])
         self._share_out(vector)
         return vector
 
@@ -142,7 +147,7 @@ class FlatParameter(nn.Parameter):
     def grad(self, value: torch.Tensor | None) -> None:
         if value is not None:
             return self._share_out(value)
-        self._parts = ()
+        self._vector, self._parts = None, ()
         for member in self.members:
             member.grad = None
 
@@ -150,12 +155,24 @@ class FlatParameter(nn.Parameter):
     def grad(self) -> None:
         self.grad = None
 
-    def _memory_to_reuse(self) -> torch.Tensor | None:
-        """The last vector, if nobody but this parameter has it, or a part of it, any more: new memory has a price."""
-        self._parts = ()
-        last, self._vector = self._vector, None
-        is_alone = last is not None and torch._C._storage_Use_Count(last.untyped_storage()._cdata) == 1 + 1
-        return last if is_alone else None
+    def _are_parts_of(self, vector: torch.Tensor, gradients: list[torch.Tensor | None]) -> bool:
+        """Whether the members still have the parts that they were given, where these were."""
+        at = vector.data_ptr()
+        for gradient, part, size in zip(gradients, self._parts, self._sizes, strict=False):
+            if gradient is not part or gradient.data_ptr() != at:
+                return False
+            at += size
+        return len(self._parts) == len(gradients)
+
+    def register_hook(self, hook: Any) -> Any:
+        """Refused, as no gradient flows through here.
+
+        Raises:
+            GraphError: always.
+        """
+        raise GraphError(NO_HOOKS.format("lora_fx.lora_parameters(gm)"))
+
+    register_post_accumulate_grad_hook = register_hook
 
     def _share_out(self, vector: torch.Tensor) -> None:
         self._vector = vector

@@ -183,7 +183,7 @@ def _fold_beside(
 ) -> CheckpointReport:
     _refuse_unfinished(options.base)
     checkpoint, plan = _planned(options, adapter, let_go)
-    key = _key(checkpoint, adapter, options, is_in_place=False)
+    key, states = _key(checkpoint, adapter, options, is_in_place=False), _states(checkpoint)
     work = Beside(work_for(out), key)
     with locked(work.path, f"folding into {str(out)!r}"):
         try:
@@ -193,6 +193,11 @@ def _fold_beside(
             fold.run(work, [shard.path.name for shard in checkpoint.shards if shard.path.name not in done], done)
             _write_companions(checkpoint, plan, adapter, work.new)
             sites = [site for shard in checkpoint.shards for site in work.noted(shard.path.name)]
+            if _states(checkpoint) != states:
+                raise FoldError(
+                    f"shards of {str(options.base)!r} changed while they were folded, so that the result would be a "
+                    "mixture; let whatever writes there end, and call again"
+                )
             work.publish(out)
         except Exception:  # not an interrupt, after which the same call goes on
             remove(work.path)
@@ -265,10 +270,10 @@ def _fold_in_place(
             if work.known_key() is None:
                 fold.check_finite()
             work.begin()
+            done = work.done()
             is_mixed_meanwhile = len(names) > 1
             if is_mixed_meanwhile:
                 work.set_aside([CONFIG, *([checkpoint.index] if checkpoint.index is not None else [])])
-            done = work.done()
         except Exception:
             if not begun:
                 work.put_back()
@@ -537,8 +542,14 @@ def _key(checkpoint: Checkpoint, adapter: AdapterArrays, options: Options, *, is
         ]
         for path in names:
             status = path.stat()
-            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
+            digest.update(f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode())
     return digest.hexdigest()
+
+
+def _states(checkpoint: Checkpoint) -> list[tuple[int, ...]]:
+    """What tells of each shard whether it is still the file that it was."""
+    stats = [shard.path.stat() for shard in checkpoint.shards]
+    return [(each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in stats]
 
 
 def _report(

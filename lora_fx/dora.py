@@ -66,8 +66,8 @@ def gain(layout: Layout, weight: Any, a: Any, b: Any, magnitude: Any, scaling: f
 def gain_of(layout: Layout, magnitude: torch.Tensor, norm: torch.Tensor, delta: Delta) -> torch.Tensor:
     """The same, of exact norms, (out,) in their dtype.
 
-    Where ΔW is zero, m may never have been trained: then it is the norm as `weight_norm` or PEFT rounded it, in its own
-    dtype and over all weights of an output one after the other, and the gain is 1.
+    Where ΔW is zero, m may never have been trained: then it is the norm as `weight_norm` or PEFT rounded it, summing
+    all weights of an output in float32 one after the other, and the gain is 1.
 
     Args:
         layout: of the weight.
@@ -78,7 +78,8 @@ def gain_of(layout: Layout, magnitude: torch.Tensor, norm: torch.Tensor, delta: 
     ratio = magnitude.reshape(-1).to(norm.dtype) / norm
     if delta.is_zero():
         terms = delta.left.shape[1] if layout.stored_in_out else delta.right.shape[2]
-        eps = torch.finfo(magnitude.dtype).eps
+        # A magnitude of 16 bits is off by more from the start, and the adapted graph takes it as it is.
+        eps = min(torch.finfo(magnitude.dtype).eps, torch.finfo(torch.float32).eps)
         ratio = torch.where((ratio - 1).abs() <= eps * (2 + terms**0.5 / 4), 1.0, ratio)
     return layout.among_outputs(ratio, 1.0)  # type: ignore[no-any-return]
 

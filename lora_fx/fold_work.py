@@ -128,14 +128,23 @@ class Work:
     def _place(self) -> int:
         return os.stat(self.new).st_ino
 
-    def note(self, name: str, sites: list[FoldedSite]) -> None:
-        """Keep what folding a shard did, for the report of whoever goes on."""
-        write_durably(self.parts / f"{name}.json", json.dumps([_plain(site) for site in sites]).encode())
+    def note(self, name: str, sites: list[FoldedSite], file: Path) -> None:
+        """Keep what folding a shard did, for the report of whoever goes on, and how to know the file again."""
+        noted = {"sites": [_plain(site) for site in sites], "file": _state(file)}
+        write_durably(self.parts / f"{name}.json", json.dumps(noted).encode())
         os.rename(self.parts / f"{name}.json", self.path / f"{_SWAP}{name}")
 
     def noted(self, name: str) -> list[FoldedSite]:
         """What `note` kept."""
-        return [_site(fields) for fields in json.loads((self.path / f"{_SWAP}{name}").read_bytes())]
+        return [_site(fields) for fields in json.loads((self.path / f"{_SWAP}{name}").read_bytes())["sites"]]
+
+    def check_noted(self, name: str, file: Path) -> None:
+        """Raise FoldError if a finished shard is not the file that it was when it was finished."""
+        if json.loads((self.path / f"{_SWAP}{name}").read_bytes())["file"] != _state(file):
+            raise FoldError(
+                f"{str(file)!r} was changed or exchanged since an interrupted fold finished it. If all of the "
+                f"checkpoint was brought back as it was before, remove {str(self.path)!r}, and call again"
+            )
 
 
 @dataclass(frozen=True)
@@ -144,12 +153,15 @@ class Beside(Work):
 
     def done(self) -> list[str]:
         """The shards that an interrupted fold has finished."""
-        return sorted(name for name in os.listdir(self.new) if (self.path / f"{_SWAP}{name}").exists())
+        names = sorted(name for name in os.listdir(self.new) if (self.path / f"{_SWAP}{name}").exists())
+        for name in names:
+            self.check_noted(name, self.new / name)
+        return names
 
     def finish(self, name: str, part: Path, sites: list[FoldedSite]) -> None:
         """A shard is whole."""
         write_through(part)
-        self.note(name, sites)
+        self.note(name, sites, part)
         os.rename(part, self.new / name)
         sync_directory(self.new)
 
@@ -204,6 +216,7 @@ class InPlace(Work):
         for name in names:
             if (self.path / f"{_READY}{name}").exists():
                 self._swap(name)
+            self.check_noted(name, self.directory / name)
         return sorted(names)
 
     def finish(self, name: str, part: Path, sites: list[FoldedSite]) -> None:
@@ -215,7 +228,7 @@ class InPlace(Work):
         if self.keeps_old:
             with contextlib.suppress(OSError):  # there are file systems without links
                 os.link(self.directory / name, self.path / f"{_OLD}{name}")
-        self.note(name, sites)
+        self.note(name, sites, self.path / f"{_READY}{name}")
         sync_directory(self.path)
         self._swap(name)
 
@@ -231,6 +244,11 @@ class InPlace(Work):
         os.rename(self.path / f"{_READY}{name}", self.directory / name)
         sync_directory(self.directory)
         sync_directory(self.path)
+
+
+def _state(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def remove(work: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arena import watch_optimizers
+from .arena import NO_HOOKS, watch_optimizers
 from .errors import GraphError
 
 _CLEARED = "_lora_fx_cleared"
@@ -20,6 +20,7 @@ _CLEARED = "_lora_fx_cleared"
 class _Cleared:
     """Places of a gradient that were taken away one by one, which is done in memory when the next one is added."""
 
+    is_watched: bool = False
     gradient: torch.Tensor | None = None
     places: set[tuple[int, int, int]] = field(default_factory=set)
 
@@ -37,10 +38,12 @@ def _zeroed(reference: weakref.ref[nn.Parameter]) -> Callable[[torch.Tensor], No
 
     def zero(gradient: torch.Tensor) -> None:
         whole = reference()
-        if whole is None or whole.grad is None:
+        if whole is None or whole.grad is None or not _cleared(whole):
             return
-        for dim, start, stop in _cleared(whole):
-            whole.grad.narrow(dim, start, stop - start).zero_()
+        places, fresh = set(_cleared(whole)), whole.grad.detach().clone()  # somebody may still have the old one
+        for dim, start, stop in places:
+            fresh.narrow(dim, start, stop - start).zero_()
+        whole.grad = fresh
         _cleared(whole).clear()
 
     return zero
@@ -64,10 +67,10 @@ class StackPart(nn.Parameter):
         view = whole.detach().narrow(dim, start, stop - start)
         part: StackPart = torch.Tensor._make_subclass(StackPart, view, whole.requires_grad)
         part.members, part._place = (whole,), (dim, start, stop)
-        if _CLEARED not in whole.__dict__:
-            whole.__dict__[_CLEARED] = _Cleared()
-            if whole.requires_grad:
-                whole.register_hook(_zeroed(weakref.ref(whole)))  # type: ignore[no-untyped-call]
+        cleared = whole.__dict__.setdefault(_CLEARED, _Cleared())
+        if whole.requires_grad and not cleared.is_watched:
+            whole.register_hook(_zeroed(weakref.ref(whole)))  # type: ignore[no-untyped-call]
+            cleared.is_watched = True
         watch_optimizers()
         return part
 
@@ -88,7 +91,7 @@ class StackPart(nn.Parameter):
                 "a parameter of the batched graph was moved (by .to() or the like) since "
                 "lora_parameters(gm, adapter_name) was called; call it again, and make the optimizer anew"
             )
-        if whole.grad is None or self._place in _cleared(whole):
+        if whole.grad is None or not self.requires_grad or self._place in _cleared(whole):
             return None
         return self._of(whole.grad)
 
@@ -99,7 +102,8 @@ class StackPart(nn.Parameter):
         if value is None and whole.grad is not None:
             cleared.add(self._place)
             if sum(stop - start for _, start, stop in cleared) == whole.shape[self._place[0]]:
-                whole.grad, whole.__dict__[_CLEARED] = None, _Cleared()
+                whole.grad = None
+                cleared.clear()
         if value is not None:
             if whole.grad is None:
                 whole.grad = torch.zeros_like(whole)
@@ -110,6 +114,16 @@ class StackPart(nn.Parameter):
     @grad.deleter
     def grad(self) -> None:
         self.grad = None
+
+    def register_hook(self, hook: Any) -> Any:
+        """Refused, as no gradient flows through here.
+
+        Raises:
+            GraphError: always.
+        """
+        raise GraphError(NO_HOOKS.format("lora_fx.lora_parameters(batched)"))
+
+    register_post_accumulate_grad_hook = register_hook
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StackPart:
         raise GraphError("a part of a parameter is not copied; call lora_fx.lora_parameters on the copy of the graph")

@@ -31,33 +31,33 @@ class Places:
 
     Attributes:
         root: the dictionary of submodules that the ways start from; each copy and replica has one of its own.
-        links: (a dictionary of submodules, a name, what stood there).
-        slots: (a dictionary of parameters or buffers, a name, attributes that would come first), one for each tensor;
-            None if one of them is kept in another way, as parametrized weights are.
+        links: (a module, its dictionary of submodules, a name, what stood there).
+        slots: (a module, its class, "_parameters" or "_buffers", that dictionary, a name), one for each tensor; None if
+            one of them is kept in another way, as parametrized weights are.
     """
 
     root: dict[str, Any]
-    links: tuple[tuple[dict[str, Any], str, Any], ...]
-    slots: tuple[tuple[dict[str, Any], str, dict[str, Any]], ...] | None
+    links: tuple[tuple[dict[str, Any], dict[str, Any], str, Any], ...]
+    slots: tuple[tuple[Any, type, str, dict[str, Any], str], ...] | None
 
     @classmethod
     def of(cls, gm: nn.Module, names: tuple[str, ...]) -> Places:
         """Walk the way to each tensor."""
-        links: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        links: dict[tuple[int, str], tuple[dict[str, Any], dict[str, Any], str, Any]] = {}
         slots = []
         for name in names:
             *path, last = name.split(".")
             owner: Any = gm
             for part in path:
-                children = owner._modules
+                attributes, children = owner.__dict__, owner._modules
                 owner = children.get(part)
-                links[id(children), part] = children, part, owner
+                links[id(children), part] = attributes, children, part, owner
                 if not isinstance(owner, nn.Module):
                     return cls(gm._modules, tuple(links.values()), None)
-            tensors = next((each for each in (owner._parameters, owner._buffers) if last in each), None)
-            if tensors is None:
+            kind = next((each for each in ("_parameters", "_buffers") if last in owner.__dict__[each]), None)
+            if kind is None or hasattr(type(owner), last) or type(owner).__getattr__ is not nn.Module.__getattr__:
                 return cls(gm._modules, tuple(links.values()), None)
-            slots.append((tensors, last, owner.__dict__))
+            slots.append((owner, type(owner), kind, owner.__dict__[kind], last))
         return cls(gm._modules, tuple(links.values()), tuple(slots))
 
     def values(self, gm: nn.Module) -> list[Any] | None:
@@ -65,13 +65,14 @@ class Places:
         if self.slots is None or gm._modules is not self.root:
             return None
         try:
-            for children, part, child in self.links:
-                if children[part] is not child:
+            for attributes, children, part, child in self.links:
+                if children[part] is not child or attributes["_modules"] is not children:
                     return None
-            for _, name, attributes in self.slots:
-                if name in attributes:
+            for owner, kind_of_owner, kind, tensors, name in self.slots:
+                attributes = owner.__dict__
+                if name in attributes or attributes[kind] is not tensors or owner.__class__ is not kind_of_owner:
                     return None
-            return [tensors[name] for tensors, name, _ in self.slots]
+            return [tensors[name] for _, _, _, tensors, name in self.slots]
         except KeyError:
             return None
 

@@ -266,3 +266,54 @@ def test_a_copy_trains_by_itself() -> None:
     _train(twin, torch.optim.SGD([vector], lr=0.1))
     assert torch.equal(gm(TOKENS), before)
     assert not torch.allclose(twin(TOKENS), before)
+
+
+def test_a_gradient_that_somebody_has_stays_what_it_is() -> None:
+    gm = _adapted()
+    (vector,) = lora_fx.flat_parameters(gm)
+    found = []
+    for factor in (1.0, -2.0):
+        vector.grad = None
+        (gm(TOKENS) * factor).square().sum().backward()
+        assert vector.grad is not None
+        found.append((vector.grad, vector.grad.clone()))
+    for kept, copied in found:
+        assert torch.equal(kept, copied)
+    assert not torch.equal(found[0][0], found[1][0])
+
+
+def test_a_gradient_whose_data_was_exchanged_is_seen() -> None:
+    gm = _adapted()
+    (vector,) = lora_fx.flat_parameters(gm)
+    gm(TOKENS).square().sum().backward()
+    assert vector.grad is not None
+    whole = vector.grad.clone()
+    for parameter in lora_fx.lora_parameters(gm):
+        assert parameter.grad is not None
+        parameter.grad.data = parameter.grad.data / 2
+    assert torch.equal(vector.grad, whole / 2)
+
+
+@pytest.mark.parametrize("change", [_assign, _exchange, _delete, lambda gm: gm.get_submodule("query").double().float()])
+def test_what_was_exchanged_is_missed_where_gradients_are_kept(
+    change: Callable[[lora_fx.LoraGraphModule], None],
+) -> None:
+    gm = _adapted()
+    optimizer = torch.optim.SGD(lora_fx.flat_parameters(gm), lr=0.1)
+    _train(gm, optimizer)
+    change(gm)
+    with pytest.raises(GraphError, match="moved, exchanged or deleted"):
+        optimizer.step()  # with the gradients that are there
+
+
+def test_a_frozen_vector_is_not_trained_and_takes_no_hooks() -> None:
+    gm = _adapted()
+    (vector,) = lora_fx.flat_parameters(gm)
+    before = vector.detach().clone()
+    vector.requires_grad_(False)
+    gm(TOKENS).sum().backward()
+    torch.optim.SGD([vector], lr=0.1).step()
+    assert torch.equal(vector, before)
+    for register in (vector.register_hook, vector.register_post_accumulate_grad_hook):
+        with pytest.raises(GraphError, match="would never run.*register them on lora_fx.lora_parameters"):
+            register(lambda gradient: gradient)

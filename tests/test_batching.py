@@ -446,3 +446,30 @@ def test_parts_of_adapters_that_are_not_there() -> None:
         lora_fx.lora_parameters(batched, "two")
     with pytest.raises(AdapterError, match="no adapter 'four'"):
         lora_fx.lora_parameters(batched, "four")
+
+
+def test_parts_that_were_frozen_when_they_were_asked_for_are_trained_later() -> None:
+    batched = lora_fx.batch_adapters(several("mlp"))
+    whole = lora_fx.lora_parameters(batched)
+    for parameter in whole:
+        parameter.requires_grad_(False)
+    lora_fx.lora_parameters(batched, "two")
+    for parameter in whole:
+        parameter.requires_grad_(True)
+    parts = lora_fx.lora_parameters(batched, "two")
+    optimizer = torch.optim.SGD(parts, lr=0.1)
+    arguments = BY_NAME["mlp"].arguments(torch.float32)
+    arguments = with_ids(arguments, torch.full((rows_of(arguments),), 2))
+    held = []
+    for _ in range(3):
+        before = [part.detach().clone() for part in parts]
+        optimizer.zero_grad()
+        loss_of(batched, arguments).backward()
+        held.append((parts[0].grad, parts[0].grad.clone()))
+        optimizer.step()
+        assert not any(torch.equal(part, old) for part, old in zip(parts, before, strict=True))
+    for kept, copied in held:
+        assert torch.equal(kept, copied)
+    for register in (parts[0].register_hook, parts[0].register_post_accumulate_grad_hook):
+        with pytest.raises(GraphError, match="would never run"):
+            register(lambda gradient: gradient)

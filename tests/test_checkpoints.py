@@ -447,3 +447,40 @@ def test_what_was_changed_at_random_is_refused_or_taken(tmp_path: Path) -> None:
                 kinds["refused"] += 1
         file.write_bytes(good)
     assert min(kinds["taken"], kinds["refused"]) > 5
+
+
+def test_a_base_that_was_brought_back_is_not_taken_for_a_folded_one(tmp_path: Path) -> None:
+    adapter = _mlp_adapter(tmp_path)
+    base = write_base(traced(BY_NAME["mlp"]).state_dict(), tmp_path / "base")
+    lora_fx.fold_checkpoint(base, adapter, tmp_path / "whole")
+    shutil.copytree(base, tmp_path / "original")
+    calls = iter(range(100))
+
+    def progress(done: int, total: int) -> None:
+        if done > total * 0.7 and next(calls) == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lora_fx.fold_checkpoint(base, adapter, base, in_place=True, progress=progress)
+    shutil.copytree(tmp_path / "original", base, dirs_exist_ok=True)
+    with pytest.raises(FoldError, match=r"was changed or exchanged since an interrupted fold.*remove '.*lora_fx-fold'"):
+        lora_fx.fold_checkpoint(base, adapter, base, in_place=True)
+    shutil.rmtree(base / fold_work.IN_PLACE)
+    lora_fx.fold_checkpoint(base, adapter, base, in_place=True)
+    for name in os.listdir(base):
+        assert filecmp.cmp(base / name, tmp_path / "whole" / name, shallow=False), name
+
+
+def test_a_base_that_changes_meanwhile_gives_no_mixture(tmp_path: Path) -> None:
+    adapter = _mlp_adapter(tmp_path)
+    base = write_base(traced(BY_NAME["mlp"]).state_dict(), tmp_path / "base")
+    shards = sorted(base.glob("*.safetensors"))
+
+    def progress(done: int, total: int) -> None:
+        content = bytearray(shards[0].read_bytes())
+        content[-1] ^= 1
+        shards[0].write_bytes(content)
+
+    with pytest.raises(FoldError, match="changed while they were folded"):
+        lora_fx.fold_checkpoint(base, adapter, tmp_path / "out", progress=progress)
+    assert not (tmp_path / "out").exists()

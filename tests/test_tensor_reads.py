@@ -212,3 +212,24 @@ def test_a_module_of_the_users_may_exchange_tensors_meanwhile(x: torch.Tensor) -
     for count in (1.0, 2.0, 3.0):
         base = model.linear(x) * model.linear.bias
         torch.testing.assert_close(gm(x), base + count)
+
+
+class Sevens(nn.Linear):
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        return torch.full((5, 7), 7.0)
+
+
+def test_dictionaries_and_classes_that_were_exchanged_are_seen(gm: lora_fx.LoraGraphModule, x: torch.Tensor) -> None:
+    layer = gm.get_submodule("layers.0")
+    before = gm(x)
+    layer.__dict__["_parameters"] = {name: nn.Parameter(2 * p.detach()) for name, p in layer._parameters.items()}
+    assert torch.equal(gm(x), _by_attributes(gm, x))
+    assert not torch.allclose(gm(x), before)
+    layer.__class__ = Sevens
+    assert torch.equal(gm(x), _by_attributes(gm, x))
+    children = dict(gm._modules["layers"]._modules)
+    children["1"] = copy.deepcopy(children["1"])
+    nn.init.zeros_(children["1"].weight)
+    gm._modules["layers"].__dict__["_modules"] = children
+    assert torch.equal(gm(x), _by_attributes(gm, x))

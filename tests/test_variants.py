@@ -227,3 +227,15 @@ def test_the_norms_build_no_weight() -> None:
     full = [shape for shape in shapes if weight.shape[0] in shape and weight.shape[1] in shape]
     assert shapes
     assert len(full) == 2 * 2  # two layers: the read, and the view of it as one of a stack of matrices
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_magnitude_that_was_trained_alone_is_folded(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 1024)
+    gm = lora_fx.trace(nn.Sequential(nn.Linear(1024, 13)), (x,))
+    adapted = lora_fx.inject(gm, LoraConfig(r=3, target_modules=["0"], use_dora=True), adapter_dtype=dtype)
+    with torch.no_grad():
+        adapted.get_parameter("0.lora_magnitude_vector.default.weight").mul_(1.03)
+        assert (adapted(x) - gm(x)).abs().max() > 0.01
+        eps = torch.finfo(dtype).eps  # the graph takes norms in the adapter's dtype
+        torch.testing.assert_close(lora_fx.fold(adapted)(x), adapted(x), rtol=0, atol=max(2 * eps, 1e-5))
