@@ -241,6 +241,14 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def _paths_to(name: str) -> Iterator[str]:
+    """The modules that a tensor lies in: PEFT takes any whose path ends like an entry of modules_to_save."""
+    path = _module(name)
+    while path:
+        yield path
+        path = _module(path)
+
+
 # A and B --------------------------------------------------------------------------------------------
 
 
@@ -471,7 +479,7 @@ def _whole_changes(places: CheckpointPlaces, let_go: Callable[[], object]) -> It
             tensor = places.table_of_head(_module(name), values.shape)
         if tensor is None:
             raise AdapterError(places.no_place(name))
-        is_saved = any(f".{entry}." in f".{name}" for entry in config.modules_to_save or ())
+        is_saved = any(path.endswith(tuple(config.modules_to_save or ())) for path in _paths_to(name))
         is_trained = is_saved or (config.bias != "none" and _last(name).endswith("bias"))
         if not is_trained:
             if values.shape == tensor.shape and is_stored(values, tensor):

@@ -167,6 +167,17 @@ def test_what_is_trained_as_it_is_takes_the_base_s_place(tmp_path: Path) -> None
     assert report.to_dict()["shards"] == 2
 
 
+def test_modules_to_save_are_known_by_their_ends_as_peft_does(tmp_path: Path) -> None:
+    model = _gpt2()
+    model.save_pretrained(tmp_path / "base")
+    before = tensors_of(tmp_path / "base")
+    save_peft(model, tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["n_2", "f"])
+    report = lora_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    names = [f"transformer.{path}.{last}" for path in ("h.0.ln_2", "ln_f") for last in ("bias", "weight")]
+    assert sorted(report.trained) == names
+    assert not any(torch.equal(tensors_of(tmp_path / "out")[name], before[name]) for name in names)
+
+
 def test_parts_of_a_packed_projection_are_folded_as_the_whole_that_the_file_has(tmp_path: Path) -> None:
     """With scalings that are no powers of two of each other, whose B stands in the file once more."""
 
