@@ -410,7 +410,7 @@ def _mutants(quick: bool) -> Table:
     import mutation
 
     every, files = (40, _MUTATED[3:]) if quick else (10, _MUTATED)
-    suites = ["fold_tasks", "fold_terms", *([] if quick else ["sites", "plan", "plan_checks", "folding"])]
+    suites = ["fold_tasks", "fold_terms", *([] if quick else ["sites", "plan", "plan_checks", "folding", "quantized"])]
     with tempfile.TemporaryDirectory() as name:
         found = Path(name) / "found.json"
         command = [sys.executable, "mutation.py", *files, f"--every={every}", "--seconds=60", f"--json={found}"]
