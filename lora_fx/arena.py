@@ -57,14 +57,11 @@ def _with_own_storage(part: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
 def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The memory of tensors that lie one behind the other, as one vector without a copy; None if they do not."""
     first, last = tensors[0], tensors[-1]
-    at = first.data_ptr() if holds_values(first) else 0
+    if not holds_values(first):
+        return None
+    at = first.data_ptr()
     for tensor in tensors:
-        if (
-            not holds_values(tensor)
-            or tensor.data_ptr() != at
-            or tensor.dtype != first.dtype
-            or not tensor.is_contiguous()
-        ):
+        if tensor.data_ptr() != at or tensor.dtype != first.dtype or not tensor.is_contiguous():
             return None
         at += tensor.nbytes
     whole = _whole_of(first)
@@ -221,8 +218,8 @@ def flatten(named: dict[str, nn.Parameter], gm: fx.GraphModule) -> list[nn.Param
 
 
 def _can_join(before: nn.Parameter, parameter: nn.Parameter) -> bool:
-    plain = all(type(p) is nn.Parameter and p.requires_grad and not p.is_meta for p in (before, parameter))
-    return plain and joined([before, parameter]) is not None
+    is_plain = all(type(p) is nn.Parameter and p.requires_grad for p in (before, parameter))
+    return is_plain and joined([before, parameter]) is not None
 
 
 def watch_optimizers() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from .errors import AdapterError, ExportError
+from .errors import AdapterError, ExportError, LoraFxError
 
 
 def check_model_destination(out: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
@@ -37,17 +37,8 @@ def check_onnx_destination(out: Path, sources: Sequence[Path], *, overwrite: boo
     """
     if out.suffix.lower() != ".onnx":
         raise typer.BadParameter(f"the file to write must end in .onnx, and {str(out)!r} does not")
-    target = resolved(out)
-    _check_apart(out, sources)
-    check_writable(out.parent)
+    target = _file_to_write(out, sources, "model.onnx", ExportError)
     with _telling(out):
-        if target.is_dir():
-            raise ExportError(f"{str(out)!r} is a directory; name a file in it, such as {str(out / 'model.onnx')!r}")
-        if not target.parent.is_dir():
-            raise ExportError(
-                f"cannot write {str(out)!r}: there is no directory {str(target.parent)!r}; make it first "
-                f"(mkdir -p {target.parent})"
-            )
         if target.exists() and not overwrite and not _is_onnx(target):
             raise ExportError(f"{str(out)!r} exists and is no readable ONNX file; --overwrite replaces it")
 
@@ -61,19 +52,26 @@ def check_page_destination(out: Path, sources: Sequence[Path], *, overwrite: boo
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise typer.BadParameter(f"the page to write must end in .html, and {str(out)!r} does not")
+    target = _file_to_write(out, sources, "report.html", AdapterError)
+    with _telling(out):
+        if target.exists() and not overwrite:
+            raise AdapterError(f"{str(out)!r} exists; --overwrite replaces it")
+
+
+def _file_to_write(out: Path, sources: Sequence[Path], example: str, error: type[LoraFxError]) -> Path:
+    """Where OUT leads, if a file can be written there and it lies in none of the sources."""
     target = resolved(out)
     _check_apart(out, sources)
     check_writable(out.parent)
     with _telling(out):
         if target.is_dir():
-            raise AdapterError(f"{str(out)!r} is a directory; name a file in it, such as {str(out / 'report.html')!r}")
+            raise error(f"{str(out)!r} is a directory; name a file in it, such as {str(out / example)!r}")
         if not target.parent.is_dir():
-            raise AdapterError(
+            raise error(
                 f"cannot write {str(out)!r}: there is no directory {str(target.parent)!r}; make it first "
                 f"(mkdir -p {target.parent})"
             )
-        if target.exists() and not overwrite:
-            raise AdapterError(f"{str(out)!r} exists; --overwrite replaces it")
+    return target
 
 
 def check_writable(directory: Path) -> None:
