@@ -220,16 +220,43 @@ class Sevens(nn.Linear):
         return torch.full((5, 7), 7.0)
 
 
-def test_dictionaries_and_classes_that_were_exchanged_are_seen(gm: lora_fx.LoraGraphModule, x: torch.Tensor) -> None:
+def _other_parameters(gm: nn.Module) -> None:
     layer = gm.get_submodule("layers.0")
-    before = gm(x)
     layer.__dict__["_parameters"] = {name: nn.Parameter(2 * p.detach()) for name, p in layer._parameters.items()}
+
+
+def _other_modules(gm: nn.Module) -> None:
+    layers = gm.get_submodule("layers")
+    children = dict(layers._modules) | {"1": copy.deepcopy(layers._modules["1"])}
+    nn.init.zeros_(children["1"].weight)
+    layers.__dict__["_modules"] = children
+
+
+def _other_root(gm: nn.Module) -> None:
+    children = dict(gm._modules) | {"layers": copy.deepcopy(gm._modules["layers"])}
+    nn.init.zeros_(children["layers"].get_parameter("1.weight"))
+    gm.__dict__["_modules"] = children
+
+
+def _other_class(gm: nn.Module) -> None:
+    gm.get_submodule("layers.0").__class__ = Sevens
+
+
+@pytest.mark.parametrize("change", [_other_parameters, _other_modules, _other_root, _other_class])
+def test_dictionaries_and_classes_that_were_exchanged_are_seen(
+    gm: lora_fx.LoraGraphModule, x: torch.Tensor, change: Callable[[nn.Module], None]
+) -> None:
+    before = gm(x)
+    change(gm)
     assert torch.equal(gm(x), _by_attributes(gm, x))
     assert not torch.allclose(gm(x), before)
-    layer.__class__ = Sevens
-    assert torch.equal(gm(x), _by_attributes(gm, x))
-    children = dict(gm._modules["layers"]._modules)
-    children["1"] = copy.deepcopy(children["1"])
-    nn.init.zeros_(children["1"].weight)
-    gm._modules["layers"].__dict__["_modules"] = children
-    assert torch.equal(gm(x), _by_attributes(gm, x))
+
+
+def test_what_took_over_the_attributes_reads_its_own(gm: lora_fx.LoraGraphModule, x: torch.Tensor) -> None:
+    """As replicas do: what gm remembers comes along with its attributes."""
+    before = gm(x)
+    other: Any = object.__new__(type(gm))
+    scale = nn.Parameter(torch.tensor([9.0]))
+    other.__dict__ = gm.__dict__ | {"_modules": dict(gm._modules), "_parameters": gm._parameters | {"scale": scale}}
+    torch.testing.assert_close(other(x), (before - 0.25) * 6 + 0.25)
+    assert torch.equal(gm(x), before)
