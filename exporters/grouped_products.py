@@ -11,24 +11,25 @@ from typing import Any
 
 import onnx
 import torch
-from onnxscript import FLOAT, INT64, script
-from onnxscript import opset18 as op
+from onnxscript import FLOAT, INT64, opset18, script
 from onnxscript.function_libs.torch_lib.ops.core import aten_grouped_mm
 from torch.export import ExportedProgram
 
-# mypy and ruff take the names of dimensions in annotations for variables.
-_Rows, _Matrices, _Ends, _Products = FLOAT["S", "K"], FLOAT["E", "K", "N"], INT64["E"], FLOAT["S", "N"]
+op: Any = opset18  # its types fit eager values, not what a script is written in
 
 
 def grouped_products(program: ExportedProgram) -> dict[Callable[..., Any], Callable[..., Any]]:
     """The forms of a program's grouped products, for the `custom_translation_table` of torch.onnx.export."""
-    forms = {"transformers::grouped_mm_fallback": _fallback, "aten::_grouped_mm": _grouped_mm}
+    forms: dict[str, Callable[..., Any]] = {
+        "transformers::grouped_mm_fallback": _fallback,
+        "aten::_grouped_mm": _grouped_mm,
+    }
     targets = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
     return {target: forms[target._schema.name] for target in targets if target._schema.name in forms}
 
 
-@script(default_opset=op)  # type: ignore[untyped-decorator]
-def _by_expert(rows: _Rows, matrices: _Matrices, ends: _Ends) -> _Products:
+@script(default_opset=op)
+def _by_expert(rows: FLOAT, matrices: FLOAT, ends: INT64) -> FLOAT:  # (S, K), (E, K, N), (E,): (S, N), of any type
     zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
     starts = op.Concat(zero, op.Slice(ends, zero, op.Constant(value_ints=[-1]), zero), axis=0)
     chosen = op.Squeeze(op.NonZero(op.Greater(ends, starts)), zero)
@@ -41,7 +42,8 @@ def _by_expert(rows: _Rows, matrices: _Matrices, ends: _Ends) -> _Products:
         products = op.Concat(products, op.MatMul(part, op.Gather(matrices, expert)), axis=0)
     # Rows behind the last group belong to no expert.
     rest = op.Sub(op.Shape(rows, start=0, end=1), op.Shape(products, start=0, end=1))
-    return op.Concat(products, op.Expand(nothing, op.Concat(rest, width, axis=0)), axis=0)
+    padded: FLOAT = op.Concat(products, op.Expand(nothing, op.Concat(rest, width, axis=0)), axis=0)
+    return padded
 
 
 def _fallback(input: Any, weight: Any, offs: Any) -> Any:
