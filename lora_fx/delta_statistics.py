@@ -16,7 +16,7 @@ from torch import fx
 from .attributes import get_attribute
 from .errors import AdapterError
 from .fold_results import FoldedSite
-from .folding import measure_fold
+from .folding import base_weight, measure_fold
 from .graph_module import LoraGraphModule, check_editable, checked_graph_module, record_of
 from .injection import Adapter, AdapterSite
 from .layouts import Kernel, Layout, without_start
@@ -248,8 +248,8 @@ def _site_delta(
     remarks = [f"same adapter as {target.shares_with}"] if target.shares_with is not None else []
     norm = math.sqrt(math.fsum(value * value for value in values))
     if isinstance(fold, str):
-        base = get_attribute(gm, site.weight)
-        weight_norm, kept = float(torch.linalg.vector_norm(base.detach(), dtype=torch.float64)), None
+        base = base_weight(gm, site.weight)
+        weight_norm, kept = float(torch.linalg.vector_norm(base, dtype=torch.float64)), None
         remarks.append(f"cannot be folded: {fold}")
     else:
         weight_norm, kept = fold.weight_norm, fold.kept

@@ -106,8 +106,7 @@ def _parts_of(gm: fx.GraphModule, adapter: Adapter) -> list[nn.Parameter]:
     own = {name for member in adapter.members for name in member.tensors.values()}
     found: list[nn.Parameter] = []
     for stack, pieces in batched.stacks.items():
-        whole = get_parameter(gm, stack)
-        found += [StackPart.of(whole, dim, start, stop) for name, dim, start, stop in pieces if name in own]
+        found += [StackPart.of(gm, stack, dim, start, stop) for name, dim, start, stop in pieces if name in own]
     single = {id(p): p for p in (get_parameter(gm, name) for name in batched.single if name in own)}
     return found + list(single.values())
 
