@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .arena import NO_HOOKS, watch_optimizers
+from .arena import NO_HOOKS, not_compiled, watch_optimizers
 from .attributes import get_attribute, get_parameter
 from .errors import GraphError
 
@@ -89,6 +89,7 @@ class StackPart(nn.Parameter):
         Raises:
             GraphError: if the whole was moved or exchanged since, so that an optimizer would train what nobody reads.
         """
+        not_compiled()
         (whole,), gm = self.members, self._gm()
         is_read = gm is None or get_attribute(gm, self._name) is whole
         if not is_read or self._of(whole.detach()).data_ptr() != self.data_ptr():

@@ -131,12 +131,11 @@ def test_what_was_exchanged_is_seen(
 
 @pytest.mark.parametrize("change", [_parametrized, _pruned])
 def test_what_is_no_parameter_any_more_is_not_folded(
-    gm: lora_fx.LoraGraphModule, x: torch.Tensor, change: Callable[[nn.Module], None], tmp_path: Path
+    gm: lora_fx.LoraGraphModule, change: Callable[[nn.Module], None], tmp_path: Path
 ) -> None:
-    config = lora_fx.LoraConfig(r=2, target_modules="all-linear")
-    base, low = lora_fx.inject(gm, config), lora_fx.inject(gm, config)
+    base, low = copy.deepcopy(gm), copy.deepcopy(gm)
     change(base)
-    with pytest.raises(lora_fx.FoldError, match=r"the weight of 'layers.0' is no parameter any more"):
+    with pytest.raises(lora_fx.FoldError, match=r"the weight of 'layers.\d' is no parameter any more"):
         lora_fx.fold(base)
     parametrize.register_parametrization(low.get_submodule("layers.0.lora_A.default"), "weight", nn.Tanh())
     for call in (lora_fx.fold, lambda gm: lora_fx.save_adapter(gm, tmp_path)):
