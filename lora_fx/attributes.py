@@ -82,6 +82,16 @@ def holds_values(tensor: torch.Tensor) -> bool:
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
+def check_holds_values(module: nn.Module, doing: str) -> None:
+    """Raise GraphError if a parameter has no values; `doing` is what cannot be done then."""
+    for name, parameter in module.named_parameters():
+        if not holds_values(parameter):
+            raise GraphError(
+                f"{name!r} {why_no_values(parameter)}, so {doing}; load the weights first: lora_fx.bind_weights(gm, "
+                "directory)"
+            )
+
+
 def why_no_values(tensor: torch.Tensor) -> str:
     """What to say of one that has none."""
     return f"is {'on the meta device' if tensor.is_meta else 'a fake tensor'} and holds no values"

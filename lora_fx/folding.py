@@ -117,7 +117,7 @@ def fold(
         raise FoldError("reversible=False goes with inplace=True: without inplace, fold leaves `gm` as it was")
     assert isinstance(gm, LoraGraphModule)
     earlier = record_of(gm).report
-    with paused_gc():
+    with paused_gc(), torch.inference_mode(False):  # weights that are made under it take no adapter any more
         tasks = fold_tasks(gm, read_applications(gm), chosen, record_of(gm).active)
         if stored:
             _check_storable(stored)
