@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from .attributes import get_attribute, holds_values, why_no_values
 from .errors import GraphError
 from .graph_module import checked_graph_module, record_of
+from .sharding import check_not_sharded
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def compare_graphs(a: fx.GraphModule, b: fx.GraphModule) -> GraphDiff:
         GraphError: if either is no graph module.
     """
     a, b = checked_graph_module(a), checked_graph_module(b)
+    for each in (a, b):
+        check_not_sharded(each, "its values cannot be compared one by one")
     left, right = a.state_dict(), b.state_dict()
     both = [key for key in left if key in right]
     return GraphDiff(
