@@ -31,11 +31,6 @@ def is_spread(tensor: object) -> bool:
     return _is_a(tensor, "torch.distributed.tensor", "DTensor")
 
 
-def is_mesh(value: object) -> bool:
-    """Whether it is a mesh of processes."""
-    return _is_a(value, "torch.distributed.device_mesh", "DeviceMesh")
-
-
 def is_sharded(module: nn.Module) -> bool:
     """Whether parameters of the module are spread over processes, or would be but for this moment of a step."""
     settle(module)

@@ -34,7 +34,7 @@ from .graph_module import (
 )
 from .layouts import Matrix
 from .matching import matches_suffix
-from .sharding import is_mesh, is_spread
+from .sharding import is_spread
 from .sites import Site, find_sites
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def distribute(
     """
     gm = checked_graph_module(gm)
     check_editable(gm)
-    if not is_mesh(mesh):
+    if not all(hasattr(mesh, name) for name in ("ndim", "mesh_dim_names", "size")):
         raise ConfigError(
             f"mesh={mesh!r} must be a DeviceMesh, such as torch.distributed.init_device_mesh('cuda', (processes,))"
         )
