@@ -8,7 +8,7 @@ from typing import Any
 import exporters
 import lora_fx
 
-_NAME = re.compile(r"(?<!<a>)<code>(?:(lora_fx|exporters)\.)?([A-Za-z_]+)(\([^<]*\))?</code>")
+_NAME = re.compile(r"(?<!<a>)<code>(?:\w+ = )?(?:(lora_fx|exporters)\.)?([A-Za-z_]+)(\([^<]*\))?</code>")
 _PACKAGES = {name: package.__name__ for package in (lora_fx, exporters) for name in package.__all__}
 
 

@@ -3,15 +3,15 @@
 `python tests/docs_blocks.py docs/PAGE.md ...` runs pages and writes what they print now into them.
 
 Fences of `python` and `bash` run, in order, in one directory; one of `text` right below is what they print, where `...`
-stands for anything. Processors differ in the last digits: numbers with a point are right within a hundredth, and rounding
-errors if they are small.
-`<!-- not run: why -->` above a fence is the only way out.
+stands for anything. Processors differ in the last digits: numbers with a point are right within a hundredth, rounding
+errors if they are small. `<!-- not run: why -->` above a fence is the only way out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import os
 import re
@@ -50,7 +50,7 @@ def blocks_of(page: Path) -> list[Block]:
     text = page.read_text("utf-8")
     fences = list(_FENCE.finditer(text))
     found = []
-    for fence, below in zip(fences, [*fences[1:], None], strict=True):
+    for fence, below in itertools.zip_longest(fences, fences[1:]):
         if fence[2] in ("python", "bash"):
             is_shown = below is not None and below[2] == "text" and not text[fence.end() : below.start()].strip()
             found.append(
@@ -81,7 +81,8 @@ def is_right(shown: str, printed: str) -> bool:
     parts[1::2] = [".*?" if part == "..." else f"({_NUMBER})" for part in parts[1::2]]
     found = re.fullmatch("".join(parts), _trim(printed), re.DOTALL)
     return found is not None and all(
-        math.isclose(float(value), number, rel_tol=0.01, abs_tol=_ROUNDING) for value, number in zip(found.groups(), numbers, strict=True)
+        math.isclose(float(value), number, rel_tol=0.01, abs_tol=_ROUNDING)
+        for value, number in zip(found.groups(), numbers, strict=True)
     )
 
 
