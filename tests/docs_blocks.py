@@ -3,8 +3,8 @@
 `python tests/docs_blocks.py docs/PAGE.md ...` runs pages and writes what they print now into them.
 
 Fences of `python` and `bash` run, in order, in one directory; one of `text` right below is what they print, where `...`
-stands for anything. Processors differ in the last digits: numbers with a point are right within a hundredth, rounding
-errors if they are small. `<!-- not run: why -->` above a fence is the only way out.
+stands for anything. Processors differ in the last digits: numbers with a point are right within a hundredth or a unit
+of their last digit, rounding errors if they are small. `<!-- not run: why -->` above a fence is the only way out.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,16 @@ def run(page: Path, directory: Path) -> Iterator[tuple[Block, str]]:
 def is_right(shown: str, printed: str) -> bool:
     """Whether a page shows what was printed; spaces at ends of lines do not count."""
     parts = re.split(rf"(\.\.\.|{_NUMBER})", _trim(shown))
-    numbers = [float(part) for part in parts[1::2] if part != "..."]
+    numbers = [part for part in parts[1::2] if part != "..."]
     parts[::2] = map(re.escape, parts[::2])
     parts[1::2] = [".*?" if part == "..." else f"({_NUMBER})" for part in parts[1::2]]
     found = re.fullmatch("".join(parts), _trim(printed), re.DOTALL)
-    return found is not None and all(
-        math.isclose(float(value), number, rel_tol=0.01, abs_tol=_ROUNDING)
-        for value, number in zip(found.groups(), numbers, strict=True)
-    )
+    return found is not None and all(map(_is_near, numbers, found.groups()))
+
+
+def _is_near(shown: str, printed: str) -> bool:
+    last_digit = 10.0 ** int(Decimal(shown).as_tuple().exponent)
+    return math.isclose(float(printed), float(shown), rel_tol=0.01, abs_tol=max(_ROUNDING, last_digit))
 
 
 def _run_python(block: Block, page: Path, names: dict[str, Any]) -> str:
