@@ -8,19 +8,23 @@ from typing import Any
 import exporters
 import lora_fx
 
-_NAME = re.compile(r"(?<!<a>)<code>(?:\w+ = )?(?:(lora_fx|exporters)\.)?([A-Za-z_]+)(\([^<]*\))?</code>")
+# Links, headings and names of arguments are passed over.
+_CODE = re.compile(
+    r"<(a|b|h[1-6])[ >].*?</\1>|<code>(?:\w+ = )?(?:(?P<package>lora_fx|exporters)\.)?(?P<name>\w+)(?P<call>\([^<]*\))?</code>",
+    re.DOTALL,
+)
+_PEFT = {"adapter_names"}  # an argument of PEFT's, where it is no call
 _PACKAGES = {name: package.__name__ for package in (lora_fx, exporters) for name in package.__all__}
 
 
 def on_page_content(html: str, **_: Any) -> str:
     """`fold` and `fold(gm)` in a page's text, with a link to what they are."""
-    outside = re.split(r"(<(?:a|h[1-6])[ >].*?</(?:a|h[1-6])>)", html, flags=re.DOTALL)
-    outside[::2] = [_NAME.sub(_link, part) for part in outside[::2]]
-    return "".join(outside)
+    return _CODE.sub(_link, html)
 
 
 def _link(found: re.Match[str]) -> str:
-    package = _PACKAGES.get(found[2])
-    if package is None or found[1] not in (None, package):
+    name = found["name"]
+    package = _PACKAGES.get(name)
+    if package is None or found["package"] not in (None, package) or (name in _PEFT and not found["call"]):
         return found[0]
-    return f'<autoref identifier="{package}.{found[2]}">{found[0]}</autoref>'
+    return f'<autoref identifier="{package}.{name}">{found[0]}</autoref>'
