@@ -10,7 +10,8 @@ import lora_fx
 
 # Links, headings and names of arguments are passed over.
 _CODE = re.compile(
-    r"<(a|b|h[1-6])[ >].*?</\1>|<code>(?:\w+ = )?(?:(?P<package>lora_fx|exporters)\.)?(?P<name>\w+)(?P<call>\([^<]*\))?</code>",
+    r"<(a|b|h[1-6])[ >].*?</\1>"
+    r"|<code>(?:\w+ = )?(?:(?P<package>lora_fx|exporters)\.)?(?P<name>\w+)(?P<call>\([^<]*\))?</code>",
     re.DOTALL,
 )
 _PEFT = {"adapter_names"}  # an argument of PEFT's, where it is no call
