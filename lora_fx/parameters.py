@@ -22,7 +22,7 @@ def lora_parameters(gm: fx.GraphModule, adapter_name: str | None = None) -> list
     Args:
         gm: an injected graph.
         adapter_name: one adapter's only; None for all. Of a graph from `batch_adapters`, one adapter's are parts of the
-            stacks, which an optimizer can give a learning rate of their own: see `stack_parts.StackPart`.
+            stacks, which an optimizer can give a learning rate of their own; their gradient is zero if no row chose it.
 
     Raises:
         AdapterError: if the graph has no adapter, or none of that name.
