@@ -18,11 +18,13 @@ from typing import TypeVar
 
 import torch
 
-from .checkpoint_plan import BiasOfB, Change, LowRank, Rows, Whole, tensor_of
+from .checkpoint_changes import BiasOfB, Change, LowRank, Rows, Whole, tensor_of
+from .checkpoint_plan import CheckpointPlan
 from .dora import gain_of, gain_on_weight, norms_by_block, scaled_outputs
 from .errors import FoldError
 from .fold_results import FoldedSite
 from .fold_terms import groups_of
+from .hf_checkpoint import Checkpoint
 from .layouts import Kernel
 from .merging import (
     Delta,
@@ -89,6 +91,19 @@ def _with(file: StoredFile, change: Change) -> StoredFile:
     header = with_tensor(file, change.name, change.source)
     grown = 8 + len(header) + file.size - file.data_start + change.source.nbytes
     return StoredFile(file.path, grown, header, file.tensors)
+
+
+def job_of(
+    checkpoint: Checkpoint,
+    plan: CheckpointPlan,
+    name: str,
+    accumulate: torch.dtype | None,
+    let_go: Callable[[], object],
+) -> ShardJob:
+    """What is to be done for the shard of that name."""
+    shard = next(shard for shard in checkpoint.shards if shard.path.name == name)
+    changes = [change for change in plan.changes if change.source.path == shard.path]
+    return ShardJob(shard, changes, accumulate, let_go)
 
 
 def write_shard(job: ShardJob, target: Path) -> list[FoldedSite]:

@@ -380,6 +380,7 @@ class Session:
         if child == 0:
             status = _BROKEN
             try:
+                os.setpgid(0, 0)
                 signal.alarm(int(seconds) + 1)
                 forget(self._caches[code] for code, made_by in self._parts.items() if key in made_by)
                 is_possible = mutant is None or _exchange(mutant)
@@ -387,6 +388,8 @@ class Session:
             finally:
                 os._exit(status)
         _, status = os.waitpid(child, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # what tests have forked, and a change has let run on
         if os.WIFSIGNALED(status):
             return "timeout" if os.WTERMSIG(status) == signal.SIGALRM else "killed"
         assert os.WEXITSTATUS(status) != _BROKEN, f"the runner failed at {mutant or key}"

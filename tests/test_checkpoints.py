@@ -22,7 +22,7 @@ from torch import nn
 from zoo import BY_NAME, injected, randomise, traced
 
 import lora_fx
-from lora_fx import AdapterError, FoldError, LoraFxError, checkpoint, fold_work, merging
+from lora_fx import AdapterError, FoldError, LoraFxError, fold_history, fold_work, merging
 from lora_fx.adapter_arrays import map_adapter
 from lora_fx.checkpoint_plan import plan_fold
 from lora_fx.hf_checkpoint import read_checkpoint
@@ -73,7 +73,7 @@ def assert_is_fold(out: Path, folded: torch.fx.GraphModule, base: Path) -> None:
             old.seek(0)
             assert new.read(8 + size) == old.read(8 + size)
         assert file.stat().st_size == (out / file.name).stat().st_size
-    assert {file.name for file in out.iterdir()} == {file.name for file in base.iterdir()} | {checkpoint.RECORD}
+    assert {file.name for file in out.iterdir()} == {file.name for file in base.iterdir()} | {fold_history.RECORD}
 
 
 def save_peft(model: nn.Module, directory: Path, **config: Any) -> Path:
@@ -368,7 +368,7 @@ def test_in_place_and_in_processes_the_files_are_the_same(tmp_path: Path) -> Non
     with pytest.raises(AdapterError, match="was saved over a base model with other weights"):
         lora_fx.fold_checkpoint(tmp_path / "out", second, tmp_path / "twice")
     lora_fx.fold_checkpoint(tmp_path / "out", second, tmp_path / "twice", integrity="ignored")
-    assert len(json.loads((tmp_path / "twice" / checkpoint.RECORD).read_text())["folds"]) == 2
+    assert len(json.loads((tmp_path / "twice" / fold_history.RECORD).read_text())["folds"]) == 2
 
 
 def test_two_at_once_are_one_too_many(tmp_path: Path) -> None:
