@@ -21,7 +21,7 @@ from .atomic import write_durably, write_through
 from .checkpoint_changes import Change
 from .checkpoint_plan import CheckpointPlan, check_base_note, plan_fold
 from .errors import FoldError
-from .fold_history import RECORD, history_with, refuse_twice
+from .fold_history import RECORD, Entry, entry_of, history_with, refuse_twice
 from .fold_results import FoldedSite
 from .fold_work import IN_PLACE, Beside, InPlace, locked, remove, work_for
 from .hf_checkpoint import CONFIG, Checkpoint, read_checkpoint, read_json, untied_config
@@ -64,6 +64,11 @@ class Order:
     adapter: AdapterArrays
     let_go: Callable[[], object]
     hands: Hands
+
+    @property
+    def entry(self) -> Entry:
+        """What is noted of the adapter in the checkpoint."""
+        return entry_of(self.adapter.data_sha256, self.adapter.config)
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ def _planned(order: Order, aside: Path | None = None, *, is_begun: bool = False)
     """Of a fold that was begun in place, the base is no longer what it was."""
     checkpoint = read_checkpoint(order.options.base, FoldError, aside)
     if not is_begun:
-        refuse_twice(checkpoint.directory, order.adapter)
+        refuse_twice(checkpoint.directory, order.entry, order.adapter.directory)
     plan = plan_fold(checkpoint, order.adapter, order.let_go)
     if not is_begun:
         check_base_note(plan, order.adapter)
@@ -195,7 +200,7 @@ def fold_beside(order: Order, out: Path) -> Folded:
             done = [name for name in work.done() if name in {shard.path.name for shard in checkpoint.shards}]
             fold = _Fold(order, checkpoint, plan)
             fold.run(work, [shard.path.name for shard in checkpoint.shards if shard.path.name not in done], done)
-            _write_companions(checkpoint, plan, order.adapter, work.new)
+            _write_companions(checkpoint, plan, order, work.new)
             sites = [site for shard in checkpoint.shards for site in work.noted(shard.path.name)]
             if _states(checkpoint) != states:
                 raise FoldError(
@@ -210,7 +215,7 @@ def fold_beside(order: Order, out: Path) -> Folded:
     return Folded(checkpoint, plan, tuple(sites), len(checkpoint.shards), len(done), fold.size)
 
 
-def _write_companions(checkpoint: Checkpoint, plan: CheckpointPlan, adapter: AdapterArrays, folder: Path) -> None:
+def _write_companions(checkpoint: Checkpoint, plan: CheckpointPlan, order: Order, folder: Path) -> None:
     """All files but the shards."""
     for file in checkpoint.others:
         if file.name == RECORD and len(file.parts) == 1:
@@ -233,7 +238,7 @@ def _write_companions(checkpoint: Checkpoint, plan: CheckpointPlan, adapter: Ada
             shutil.copyfile(source, folder / checkpoint.index)
             write_through(folder / checkpoint.index)
     (folder / RECORD).unlink(missing_ok=True)
-    _write_json(folder / RECORD, history_with(checkpoint.directory, adapter))
+    _write_json(folder / RECORD, history_with(checkpoint.directory, order.entry))
 
 
 def _grown_index(source: Path, untied: list[Change]) -> dict[str, Any]:
@@ -283,7 +288,7 @@ def fold_in_place(order: Order, out: Path) -> Folded:
             fold.run(work, [name for name in names if name not in done], done)
             sites = [site for name in names for site in work.noted(name)]
             (work.parts / RECORD).unlink(missing_ok=True)
-            _write_json(work.parts / RECORD, history_with(out, order.adapter))
+            _write_json(work.parts / RECORD, history_with(out, order.entry))
             os.replace(work.parts / RECORD, out / RECORD)
             work.put_back()
         except Exception as error:

@@ -5,35 +5,40 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .adapter_arrays import AdapterArrays
+from .config import LoraConfig
 from .errors import FoldError
 from .hf_checkpoint import read_json
 
 RECORD = "lora_fx_fold.json"
 
-
-def refuse_twice(directory: Path, adapter: AdapterArrays) -> None:
-    """Whether an adapter is not in a checkpoint yet, as far as anybody noted.
-
-    Raises:
-        FoldError: if it is.
-    """
-    if any(isinstance(entry, dict) and entry.get("adapter") == adapter.data_sha256 for entry in _folds(directory)):
-        raise FoldError(
-            f"{str(adapter.directory)!r} is folded into {str(directory)!r} already ({RECORD} says so), and folding it "
-            "again would count it twice; take the checkpoint as it is, or its base"
-        )
+Entry = dict[str, str | int | float | bool]
 
 
-def history_with(directory: Path, adapter: AdapterArrays) -> dict[str, Any]:
-    """What the file of a checkpoint says once an adapter is folded in, too."""
-    config = adapter.config
-    entry = {
-        "adapter": adapter.data_sha256,
+def entry_of(data_sha256: str, config: LoraConfig) -> Entry:
+    """What is noted of an adapter: sha256 of its tensors' bytes, and what they were multiplied with."""
+    return {
+        "adapter": data_sha256,
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
     }
+
+
+def refuse_twice(directory: Path, entry: Entry, adapter: Path) -> None:
+    """Whether an adapter is not in a checkpoint yet, as far as anybody noted.
+
+    Raises:
+        FoldError: if it is, or the note cannot be read.
+    """
+    if any(isinstance(each, dict) and each.get("adapter") == entry["adapter"] for each in _folds(directory)):
+        raise FoldError(
+            f"{str(adapter)!r} is folded into {str(directory)!r} already ({RECORD} says so), and folding it again "
+            "would count it twice; take the checkpoint as it is, or its base"
+        )
+
+
+def history_with(directory: Path, entry: Entry) -> dict[str, Any]:
+    """What the file of a checkpoint says once an adapter is folded in, too."""
     earlier = [each for each in _folds(directory) if each != entry]  # a fold in place may have come this far before
     return {"folds": [*earlier, entry]}
 
