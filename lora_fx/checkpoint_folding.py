@@ -10,7 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,9 @@ class _Fold:
     order: Order
     checkpoint: Checkpoint
     plan: CheckpointPlan
-
-    def __post_init__(self) -> None:
-        self.size = 0
-        self._done = 0
-        self._lock = threading.Lock()
+    size: int = field(default=0, init=False)
+    _done: int = field(default=0, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def job(self, name: str) -> ShardJob:
         """What is to be done for one shard."""
@@ -197,7 +195,7 @@ def fold_beside(order: Order, out: Path) -> Folded:
     with locked(work.path, f"folding into {str(out)!r}"):
         try:
             work.begin()
-            done = [name for name in work.done() if name in {shard.path.name for shard in checkpoint.shards}]
+            done = work.done()
             fold = _Fold(order, checkpoint, plan)
             fold.run(work, [shard.path.name for shard in checkpoint.shards if shard.path.name not in done], done)
             _write_companions(checkpoint, plan, order, work.new)
@@ -222,14 +220,12 @@ def _write_companions(checkpoint: Checkpoint, plan: CheckpointPlan, order: Order
             continue
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
         if plan.unties and file == Path(CONFIG):
             _write_json(target, untied_config(checkpoint.config))
         else:
             shutil.copyfile(checkpoint.directory / file, target)
             write_through(target)
     if checkpoint.index is not None:
-        (folder / checkpoint.index).unlink(missing_ok=True)
         source = checkpoint.directory / checkpoint.index
         untied = [change for change in plan.changes if change.is_untied]
         if untied:
@@ -237,7 +233,6 @@ def _write_companions(checkpoint: Checkpoint, plan: CheckpointPlan, order: Order
         else:
             shutil.copyfile(source, folder / checkpoint.index)
             write_through(folder / checkpoint.index)
-    (folder / RECORD).unlink(missing_ok=True)
     _write_json(folder / RECORD, history_with(checkpoint.directory, order.entry))
 
 
@@ -266,7 +261,7 @@ def fold_in_place(order: Order, out: Path) -> Folded:
     with locked(place, f"folding into {str(out)!r}"):
         work = InPlace(place, "")
         try:
-            aside = work.aside if begun and work.aside.is_dir() else None
+            aside = work.aside if work.aside.is_dir() else None
             checkpoint, plan = _planned(order, aside, is_begun=work.known_key() is not None)
             names = _changed_shards(checkpoint, plan)
             work = InPlace(place, _key(checkpoint, order, is_in_place=True), keeps_old=len(names) == 1)
@@ -287,10 +282,9 @@ def fold_in_place(order: Order, out: Path) -> Folded:
         try:
             fold.run(work, [name for name in names if name not in done], done)
             sites = [site for name in names for site in work.noted(name)]
-            (work.parts / RECORD).unlink(missing_ok=True)
             _write_json(work.parts / RECORD, history_with(out, order.entry))
-            os.replace(work.parts / RECORD, out / RECORD)
             work.put_back()
+            os.replace(work.parts / RECORD, out / RECORD)
         except Exception as error:
             if not work.take_back():
                 text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
@@ -298,8 +292,6 @@ def fold_in_place(order: Order, out: Path) -> Folded:
                     f"{str(out)!r} is half folded, and cannot be loaded as it is: {text}. Mend that, and make the "
                     "same call again, which goes on"
                 ) from error
-            if RECORD not in {file.name for file in checkpoint.others}:
-                (out / RECORD).unlink(missing_ok=True)
             work.put_back()
             remove(place)
             raise
@@ -352,7 +344,8 @@ def _refuse_unfinished(directory: Path) -> None:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """JSON in a new file, on the disk when this returns."""
+    """JSON in a file, in place of what an interrupted fold left there; on the disk when this returns."""
+    path.unlink(missing_ok=True)
     write_durably(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 

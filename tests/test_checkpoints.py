@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from checkpoint_files import bits, tensors_of, write_base
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_fuzzing import changed
@@ -30,35 +31,6 @@ from lora_fx.hf_models import load_model
 
 LLAMA = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 1}
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 40}
-
-
-def write_base(tensors: dict[str, torch.Tensor], directory: Path, shards: int = 2, **config: Any) -> Path:
-    """A checkpoint of these tensors; each memory once, as transformers writes ties."""
-    directory.mkdir(parents=True)
-    found: dict[tuple[int, int], tuple[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        found.setdefault((tensor.data_ptr(), tensor.numel()), (name, tensor.detach().clone().contiguous()))
-    kept = list(found.values())
-    places = {}
-    for i in range(shards):
-        file = f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
-        part = dict(kept[len(kept) * i // shards : len(kept) * (i + 1) // shards])
-        save_file(part, directory / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(part, file)
-    if shards > 1:
-        index = {"metadata": {"total_size": 7}, "weight_map": places}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    if config:
-        (directory / "config.json").write_text(json.dumps(config))
-    return directory
-
-
-def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def assert_is_fold(out: Path, folded: torch.fx.GraphModule, base: Path) -> None:
