@@ -119,15 +119,15 @@ def fold_checkpoint(
     _check_types(base, adapter, out, adapter_name, in_place, overwrite, workers, progress)
     if not any(accumulate is each for each in (None, torch.float32, torch.float64)):
         raise FoldError(f"accumulate={accumulate!r} must be torch.float32 or torch.float64")
-    target = _checked_target(base, out, in_place=in_place, overwrite=overwrite)
-    options = Options(Path(os.path.realpath(base)), Path(os.path.realpath(adapter)), adapter_name, accumulate)
-    arrays, let_go = map_adapter(adapter, adapter_name=adapter_name, integrity=integrity)
     threads = torch.get_num_threads()
-    order = Order(options, arrays, let_go, Hands(workers, max(1, min(_MOST_THREADS, threads // workers)), progress))
-    torch.set_num_threads(1)  # blocks are too small to be shared out
+    hands = Hands(workers, max(1, min(_MOST_THREADS, threads // workers)), progress)
     try:
+        target = _checked_target(base, out, in_place=in_place, overwrite=overwrite)
+        options = Options(Path(os.path.realpath(base)), Path(os.path.realpath(adapter)), adapter_name, accumulate)
+        arrays, let_go = map_adapter(adapter, adapter_name=adapter_name, integrity=integrity)
         clear(target / IN_PLACE if in_place else work_for(target))
-        folded = (fold_in_place if in_place else fold_beside)(order, target)
+        torch.set_num_threads(1)  # blocks are too small to be shared out
+        folded = (fold_in_place if in_place else fold_beside)(Order(options, arrays, let_go, hands), target)
     except OSError as error:
         raise FoldError(_why_not_written(out, error)) from error
     finally:
@@ -191,6 +191,7 @@ def _checked_target(
 
     Raises:
         FoldError: if it is not free to be written.
+        OSError: if that cannot be looked at.
     """
     source, target = Path(os.path.realpath(base)), Path(os.path.realpath(out))
     if in_place:
@@ -204,23 +205,20 @@ def _checked_target(
             f"out={str(out)!r} is, holds or lies in the base {str(base)!r}; give a place outside, or in_place=True, "
             "which changes the base itself"
         )
-    try:
-        if target.exists() and not target.is_dir():
-            raise FoldError(f"{str(out)!r} is a file; give a directory to make")
-        is_begun = is_fixed(target) and Beside(work_for(target), "").known_key() is not None
-        if target.is_dir() and any(target.iterdir()) and not is_begun:
-            if not overwrite:
-                raise FoldError(f"{str(out)!r} is not empty; overwrite=True (--overwrite) replaces a model directory")
-            if not (target / CONFIG).is_file():
-                raise FoldError(
-                    f"{str(out)!r} holds files but no {CONFIG}, so it is no model directory, and nothing replaces it; "
-                    "give another directory, or empty this one"
-                )
-            if is_fixed(target):
-                raise FoldError(
-                    f"{str(out)!r} is a mount, or where you stand, so that nothing can take its place in one step; "
-                    "empty it, or give another directory"
-                )
-    except OSError as error:
-        raise FoldError(_why_not_written(out, error)) from error
+    if target.exists() and not target.is_dir():
+        raise FoldError(f"{str(out)!r} is a file; give a directory to make")
+    is_begun = is_fixed(target) and Beside(work_for(target), "").known_key() is not None
+    if target.is_dir() and any(target.iterdir()) and not is_begun:
+        if not overwrite:
+            raise FoldError(f"{str(out)!r} is not empty; overwrite=True (--overwrite) replaces a model directory")
+        if not (target / CONFIG).is_file():
+            raise FoldError(
+                f"{str(out)!r} holds files but no {CONFIG}, so it is no model directory, and nothing replaces it; "
+                "give another directory, or empty this one"
+            )
+        if is_fixed(target):
+            raise FoldError(
+                f"{str(out)!r} is a mount, or where you stand, so that nothing can take its place in one step; "
+                "empty it, or give another directory"
+            )
     return target

@@ -123,9 +123,8 @@ def _turned_siblings(places: CheckpointPlaces, tensor: StoredTensor) -> Iterator
 def _lies_turned(places: CheckpointPlaces, low: LowRankArrays) -> bool:
     """Whether the shapes of A and B alone say that a weight is stored (in, out)."""
     shape = places.shape_of_parameter(joined(low.path, "weight"))
-    return (
-        not low.is_lookup and low.a.ndim == 2 and shape == (low.a.shape[1], len(low.b)) != (len(low.b), low.a.shape[1])
-    )
+    out, into = len(low.b), low.a.shape[1]
+    return not low.is_lookup and shape == (into, out) != (out, into)
 
 
 def turned_of(adapter: AdapterArrays) -> frozenset[str]:
@@ -149,17 +148,15 @@ def turned_of(adapter: AdapterArrays) -> frozenset[str]:
 def _kernel(places: CheckpointPlaces, low: LowRankArrays, name: str, tensor: StoredTensor) -> Kernel:
     """Of a convolution, or of a transposed one, which lora_fx alone adapts."""
     out, extent = len(low.b), low.a.shape[2:]
-    if tensor.shape[2:] != extent or any(size != 1 for size in low.b.shape[2:]) or len(low.a) % low.b.shape[1]:
+    if tensor.shape[2:] != extent or any(size != 1 for size in low.b.shape[2:]):
         raise _misfit(low, tensor)
     is_transposed = name in turned_of(places.adapter)
     if is_transposed:
-        inputs, per_group = tensor.shape[:2]
-        groups = out // per_group if per_group and out % per_group == 0 else 0
-        fits = groups > 0 and inputs == low.a.shape[1] * groups
+        groups = _ratio(out, tensor.shape[1])
+        fits = tensor.shape[0] == low.a.shape[1] * groups
     else:
-        per_group = tensor.shape[1]
-        groups = low.a.shape[1] // per_group if per_group and low.a.shape[1] % per_group == 0 else 0
-        fits = groups > 0 and tensor.shape[0] == out and out % groups == 0
+        groups = _ratio(low.a.shape[1], tensor.shape[1])
+        fits = tensor.shape[0] == out and groups > 0 and out % groups == 0
     if not fits or low.b.shape[1] * groups != len(low.a):
         raise _misfit(low, tensor)
     layout = Kernel(tensor.shape, groups, is_transposed)
@@ -171,11 +168,15 @@ def _kernel(places: CheckpointPlaces, low: LowRankArrays, name: str, tensor: Sto
     return layout
 
 
+def _ratio(size: int, per_group: int) -> int:
+    """Into how many groups a size is shared out; 0 if that does not come out even."""
+    return size // per_group if per_group and size % per_group == 0 else 0
+
+
 def _parameter_layout(places: CheckpointPlaces, low: LowRankArrays, name: str, tensor: StoredTensor) -> Layout:
     """Of target_parameters, and of stacks of matrices."""
     r = places.adapter.rank_at(*places.names_at_slot(low))
-    is_extended = low.magnitude is not None or low.bias is not None
-    if is_extended and (len(tensor.shape) != 2 or places.adapter.config.target_parameters):
+    if low.magnitude is not None or low.bias is not None:
         raise AdapterError(
             f"{name!r} is a parameter of its own, for which use_dora and lora_bias are not defined; train without"
         )
@@ -184,7 +185,9 @@ def _parameter_layout(places: CheckpointPlaces, low: LowRankArrays, name: str, t
         if tensor.shape != (out, into) or len(low.a) != r:
             raise _misfit(low, tensor)
         return Matrix(out, into)
-    count, rows, columns = tensor.shape if len(tensor.shape) == 3 else (0, 0, 0)
+    if len(tensor.shape) != 3:
+        raise _misfit(low, tensor)
+    count, rows, columns = tensor.shape
     if len(low.a) != r * count or low.b.shape[1] != len(low.a) or (rows, columns) not in ((out, into), (into, out)):
         raise _misfit(low, tensor)
     if rows != columns:

@@ -201,6 +201,7 @@ def test_the_report_says_what_was_done(base: Path, tmp_path: Path) -> None:
     text = str(report)
     assert "replaced, because the adapter trained them in full: b.weight" in text
     assert "2 shards, " in text
+    assert "interruption" not in text
     assert "old.bin" in text
     assert "2 shards, 1 of them before an interruption" in str(replace(report, resumed=1))
     assert "trained them in full" not in str(replace(report, trained=()))
@@ -316,11 +317,16 @@ def test_a_directory_that_has_to_stay_is_gone_on_with(
 def test_what_an_earlier_call_left_is_removed(base: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / ".out.lora_fx-fold.gone").mkdir()
     (base / ".lora_fx-fold.gone").mkdir()
-    fold(base, adapter, tmp_path / "out")
-    assert not (tmp_path / ".out.lora_fx-fold.gone").exists()
+    for out, gone, in_place in (
+        (tmp_path / "out", tmp_path / ".out.lora_fx-fold.gone", False), (base, base / ".lora_fx-fold.gone", True),
+    ):  # fmt: skip
+        seen: list[bool] = []
+        fold(
+            base, adapter, out, in_place=in_place, progress=lambda *_, gone=gone, seen=seen: seen.append(gone.exists())
+        )
+        assert set(seen) == {False}, "its room is needed"
+        assert not gone.exists()
     assert not (tmp_path / ".out.lora_fx-fold").exists()
-    fold(base, adapter, base, in_place=True)
-    assert not (base / ".lora_fx-fold.gone").exists()
     assert not (base / ".lora_fx-fold").exists()
 
 
