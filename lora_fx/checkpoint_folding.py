@@ -271,9 +271,8 @@ def fold_in_place(order: Order, out: Path) -> Folded:
                 fold.check_finite()
             work.begin()
             done = work.done()
-            is_mixed_meanwhile = len(names) > 1
-            if is_mixed_meanwhile:
-                work.set_aside([CONFIG, *([checkpoint.index] if checkpoint.index is not None else [])])
+            if checkpoint.index is not None and len(names) > 1:
+                work.set_aside([CONFIG, checkpoint.index])
         except Exception:
             if not begun:
                 work.put_back()

@@ -60,8 +60,6 @@ def _misfit(low: LowRankArrays, tensor: StoredTensor) -> AdapterError:
 
 def _module_layout(places: CheckpointPlaces, low: LowRankArrays, name: str, tensor: StoredTensor) -> Layout:
     """How A and B of a module lie beside its weight, of that full name in the adapter."""
-    if low.a.ndim != len(tensor.shape):
-        raise _misfit(low, tensor)
     if low.a.ndim > 2:
         return _kernel(places, low, name, tensor)
     out, into = len(low.b), low.a.shape[1]
@@ -175,19 +173,15 @@ def _ratio(size: int, per_group: int) -> int:
 
 def _parameter_layout(places: CheckpointPlaces, low: LowRankArrays, name: str, tensor: StoredTensor) -> Layout:
     """Of target_parameters, and of stacks of matrices."""
-    r = places.adapter.rank_at(*places.names_at_slot(low))
     if low.magnitude is not None or low.bias is not None:
         raise AdapterError(
             f"{name!r} is a parameter of its own, for which use_dora and lora_bias are not defined; train without"
         )
     out, into = len(low.b), low.a.shape[1]
     if len(tensor.shape) == 2:
-        if tensor.shape != (out, into) or len(low.a) != r:
-            raise _misfit(low, tensor)
-        return Matrix(out, into)
-    if len(tensor.shape) != 3:
-        raise _misfit(low, tensor)
+        return Matrix(out, into)  # `parameter_of` has looked at its shape
     count, rows, columns = tensor.shape
+    r = places.adapter.rank_at(*places.names_at_slot(low))
     if len(low.a) != r * count or low.b.shape[1] != len(low.a) or (rows, columns) not in ((out, into), (into, out)):
         raise _misfit(low, tensor)
     if rows != columns:

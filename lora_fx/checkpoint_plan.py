@@ -197,14 +197,16 @@ def check_base_note(plan: CheckpointPlan, adapter: AdapterArrays) -> None:
     """
     where = str(adapter.directory)
     noted = noted_values(adapter.metadata.get(KEY), where)
-    for change in () if noted is None else plan.changes:
+    if noted is None:
+        return
+    for change in plan.changes:
         tensor, size = change.source, math.prod(change.source.shape)
         if not isinstance(change.terms[0], LowRank) or size < NOTED:
             continue
         with open(tensor.path, "rb") as file:
             rows = [read_rows(file.fileno(), tensor, int(at), 1) for at in places_of(size, NOTED)]
         values = torch.cat(rows).float().numpy().reshape(1, NOTED)
-        if noted is not None and not is_noted(noted, values, str(tensor.dtype).removeprefix("torch.")):
+        if not is_noted(noted, values, str(tensor.dtype).removeprefix("torch.")):
             raise AdapterError(
                 f"{where} was saved over a base model with other weights ({tensor.name!r} is another, for one); take "
                 "that base. If this one is meant, integrity='ignored' folds the adapter all the same"

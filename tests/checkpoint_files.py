@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_fx.base_note import KEY, encoded, places_of
+
 
 def write_base(tensors: Mapping[str, torch.Tensor], directory: Path, shards: int = 2, **config: Any) -> Path:
     """A checkpoint of these tensors; each memory once, as transformers writes ties."""
@@ -49,6 +51,12 @@ def low_rank(path: str, out: int, into: int, r: int = 2, dtype: torch.dtype = to
     generator = torch.Generator().manual_seed(sum(path.encode()))
     a, b = torch.randn(r, into, generator=generator), torch.randn(out, r, generator=generator)
     return {f"{path}.lora_A.weight": a.to(dtype), f"{path}.lora_B.weight": b.to(dtype)}
+
+
+def noted(weights: list[torch.Tensor], dtype: str = "float32") -> dict[str, str]:
+    """The note on a base of these weights, as `save_adapter` puts it into a file's metadata."""
+    picked = [w.reshape(-1).float()[torch.from_numpy(places_of(w.numel(), 4))] for w in weights]
+    return {KEY: json.dumps({"values": encoded(torch.cat(picked).numpy()), "dtype": dtype})}
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import low_rank, tensors_of, write_adapter, write_base
+from checkpoint_files import low_rank, noted, tensors_of, write_adapter, write_base
 
 import lora_fx
 from lora_fx import AdapterError, FoldError, checkpoint, checkpoint_folding, fold_work, fold_workers
@@ -330,6 +330,17 @@ def test_what_an_earlier_call_left_is_removed(base: Path, adapter: Path, tmp_pat
     assert not (base / ".lora_fx-fold").exists()
 
 
+def test_a_base_that_changed_since_a_kill_is_folded_anew(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Beside, "publish", raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            fold(base, adapter, tmp_path / "out")
+    os.utime(base / TWO, ns=(0, 7))
+    assert fold(base, adapter, tmp_path / "out").resumed == 0
+
+
 # What keeps two folds apart ----------------------------------------------------------------------------
 
 
@@ -463,6 +474,19 @@ def test_processes_fold_where_there_are_shards_for_several(
         assert torch.equal(tensor, tensors_of(tmp_path / "single")[name])
 
 
+def test_each_shard_has_the_threads(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def write(job: Any, part: Path) -> Any:
+        seen.append(job.threads)
+        return write_shard(job, part)
+
+    monkeypatch.setattr(checkpoint_folding, "write_shard", write)
+    order = replace(order_of(base, adapter), hands=Hands(1, 3, None))
+    checkpoint_folding.fold_beside(order, tmp_path / "out")
+    assert seen == [3, 3]
+
+
 @pytest.mark.parametrize("failing", [ONE, TWO])
 def test_a_shard_that_the_disk_did_not_take_is_told(
     failing: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -523,6 +547,53 @@ def test_a_fold_in_place_that_was_killed_is_gone_on_with(base: Path, adapter: Pa
     assert (report.shards, report.resumed, len(report.sites)) == (2, 1, 2)
     assert content(base) == content(tmp_path / "out")
     assert not (base / fold_work.IN_PLACE).exists()
+
+
+def test_what_was_noted_of_the_base_is_looked_for_before_the_first_shard_changes(base: Path, tmp_path: Path) -> None:
+    tensors = tensors_of(base)
+    weights, factors = [tensors["a.weight"], tensors["b.weight"]], low_rank("a", 5, 3) | low_rank("b", 4, 5)
+    other = write_adapter(tmp_path / "other", factors, noted([weight + 1 for weight in weights]))
+    for out, in_place in ((tmp_path / "out", False), (base, True)):
+        with pytest.raises(AdapterError, match="over a base model with other weights"):
+            fold(base, other, out, in_place=in_place)
+    own = write_adapter(tmp_path / "own", factors, noted(weights))
+    killed_after_one(base, own)
+    assert fold(base, own, base, in_place=True).resumed == 1
+
+
+def test_a_fold_that_was_killed_at_its_very_end_is_ended(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fold(base, adapter, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_folding, "remove", raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            fold(base, adapter, base, in_place=True)
+    assert content(tmp_path / "out").items() <= content(base).items()
+    assert fold(base, adapter, base, in_place=True).resumed == 2
+    assert content(base) == content(tmp_path / "out")
+
+
+def test_an_only_shard_is_never_half_folded(base: Path, adapter: Path, tmp_path: Path) -> None:
+    own = write_base(tensors_of(base), tmp_path / "own", 1, model_type="x")
+    seen: list[bool] = []
+    fold(own, adapter, own, in_place=True, progress=lambda *_: seen.append((own / "config.json").exists()))
+    assert set(seen) == {True}
+    seen.clear()
+    of_b = write_adapter(tmp_path / "of_b", low_rank("b", 4, 5))
+    fold(base, of_b, base, in_place=True, progress=lambda *_: seen.append((base / "config.json").exists()))
+    assert set(seen) == {True}
+
+
+def test_what_is_done_is_not_looked_at_again(tmp_path: Path) -> None:
+    """A delta that float16 has room for once."""
+    half = torch.float16
+    tensors = {"a.weight": torch.ones(5, 3, dtype=half), "b.weight": torch.ones(4, 5, dtype=half)}
+    base = write_base(tensors, tmp_path / "base", 2, model_type="x")
+    factors = low_rank("b", 4, 5) | {"a.lora_A.weight": torch.full((2, 3), 2e4), "a.lora_B.weight": torch.ones(5, 2)}
+    adapter = write_adapter(tmp_path / "adapter", factors, lora_alpha=2)
+    killed_after_one(base, adapter)
+    assert fold(base, adapter, base, in_place=True).resumed == 1
 
 
 def test_a_lock_that_was_left_in_the_base_is_no_half_fold(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from checkpoint_files import write_adapter, write_base
+from checkpoint_files import noted, write_adapter, write_base
 
 from lora_fx import AdapterError, FoldError, LoraFxError, checkpoint_plan
 from lora_fx.adapter_arrays import map_adapter
-from lora_fx.base_note import KEY, encoded, places_of
-from lora_fx.checkpoint_changes import BiasOfB, LowRank, Rows, Whole
+from lora_fx.base_note import KEY
+from lora_fx.checkpoint_changes import BiasOfB, LowRank, Rows, Whole, tensor_of
 from lora_fx.checkpoint_plan import CheckpointPlan, check_base_note, is_stored, plan_fold
+from lora_fx.checkpoint_ties import _is_same
 from lora_fx.hf_checkpoint import read_checkpoint
 from lora_fx.layouts import Experts, Kernel, Matrix
 
@@ -95,6 +97,8 @@ def test_names_may_begin_otherwise(plan: Files) -> None:
         assert [change.name for change in found.changes] == list(turned)
         assert found.notes == ("names in the file begin with 'model.', which the adapter's have not",)
     assert plan({"a.weight": (5, 3)}, linear("a", 5, 3)).notes == ()
+    with pytest.raises(AdapterError, match="no tensor for the adapter's 'model.up.weight'"):
+        plan({"up": (5, 3)}, linear("model.up", 5, 3))
 
 
 def test_a_tied_head_has_no_say_in_that_and_one_of_its_own_has(plan: Files) -> None:
@@ -231,9 +235,9 @@ def test_what_is_stored_is_compared_in_either_type(tmp_path: Path, monkeypatch: 
     assert is_stored(half.float().numpy(), stored["half"])
     assert is_stored(half.view(torch.uint16).numpy(), stored["whole"])
     assert not is_stored(array, stored["other"])
-    assert not is_stored(array, stored["early"])
+    assert is_stored(array, stored["early"]) is False
     assert not is_stored(half.float().numpy() + 1, stored["half"])
-    assert not is_stored(torch.ones(3, 5).numpy(), stored["ints"])
+    assert is_stored(torch.ones(3, 5).numpy(), stored["ints"]) is False
 
 
 def test_trained_rows_are_of_a_table(plan: Files) -> None:
@@ -539,6 +543,24 @@ def test_a_table_and_a_head_that_get_the_same_stay_tied(plan: Files) -> None:
     assert outcome(plan, TABLE, table | head | magnitude, DECODER, use_dora=True) == (both, True)
 
 
+def test_two_changes_are_the_same_or_not(plan: Files) -> None:
+    (one,) = plan({"a.weight": (5, 3)}, linear("a", 5, 3)).changes
+    rows = replace(one, terms=(Rows((1,), np.zeros((1, 3))),))
+    dora = replace(one, terms=(replace(one.terms[0], low=replace(one.terms[0].low, magnitude=np.ones(5))),))
+    twice = replace(one, terms=one.terms * 2)
+    assert _is_same(one, one) is True
+    for other in (rows, dora, twice):
+        assert _is_same(other, other) is _is_same(other, one) is False
+    assert _is_same(one, rows) is _is_same(one, twice) is False
+
+
+def test_the_memory_of_an_adapter_is_aligned(tmp_path: Path) -> None:
+    odd = np.frombuffer(b"x" + np.arange(3, dtype=np.float32).tobytes(), np.float32, offset=1)
+    found = tensor_of(odd)
+    assert found.tolist() == [0, 1, 2]
+    assert found.data_ptr() % 4 == 0
+
+
 def test_what_was_saved_twice_and_parts_is_no_longer_tied(plan: Files) -> None:
     base, tied = TABLE | HEAD, DECODER | {"tie_word_embeddings": True}
     head, table = linear("lm_head", 7, 3), lookup("m.embed_tokens", 7, 3)
@@ -549,6 +571,9 @@ def test_what_was_saved_twice_and_parts_is_no_longer_tied(plan: Files) -> None:
         assert outcome(plan, base, adapter, DECODER | {"tie_word_embeddings": 1}, **config)[1] is False
     assert outcome(plan, base, rows, tied, trainable_token_indices=[3])[1] is False
     assert outcome(plan, base, linear("m.a", 5, 3), tied)[1] is False
+    for none in (TABLE, TABLE | {"lm_head.bias": (7,)}):
+        found = outcome(plan, none, table, {"architectures": ["XModel"], "tie_word_embeddings": True})
+        assert found == ({"m.embed_tokens.weight": "m.embed_tokens.weight"}, False)
     bias = {"m.embed_tokens.weight": (7, 3), "m.a.weight": (5, 3), "lm_head.bias": (7,)}
     assert outcome(plan, bias, linear("m.a", 5, 3), tied)[1] is False
     assert "folding unties 'lm_head.weight', and what that does to XForMaskedLM" in outcome(
@@ -557,11 +582,6 @@ def test_what_was_saved_twice_and_parts_is_no_longer_tied(plan: Files) -> None:
 
 
 # The base's note ---------------------------------------------------------------------------------------
-
-
-def noted(weights: list[torch.Tensor], dtype: str = "float32") -> dict[str, str]:
-    picked = [w.reshape(-1).float()[torch.from_numpy(places_of(w.numel(), 4))] for w in weights]
-    return {KEY: json.dumps({"values": encoded(torch.cat(picked).numpy()), "dtype": dtype})}
 
 
 def check(

@@ -133,14 +133,17 @@ def without(name: str) -> Callable[[pytest.MonkeyPatch], Any]:
 
 
 def refusing(number: int) -> Callable[[pytest.MonkeyPatch], Any]:
-    calls: list[int] = []
+    def prepare(patch: pytest.MonkeyPatch) -> None:
+        calls: list[int] = []
 
-    def refuse(*_: Any) -> int:
-        calls.append(number)
-        assert len(calls) == 1, "asked again"
-        raise OSError(number, "no")
+        def refuse(*_: Any) -> int:
+            calls.append(number)
+            assert len(calls) == 1, "asked again"
+            raise OSError(number, "no")
 
-    return lambda patch: patch.setattr(os, "copy_file_range", refuse)
+        patch.setattr(os, "copy_file_range", refuse)
+
+    return prepare
 
 
 def in_pieces(patch: pytest.MonkeyPatch) -> None:
@@ -361,6 +364,7 @@ def test_what_is_looked_at_is_not_written_and_let_go(tmp_path: Path, monkeypatch
     bias = change(base.tensors["d.weight"], BiasOfB(np.ones(3, np.float32), 1.0))
     check_finite(job_for(base, bias)[0])
     assert len(merged) == 1
+    assert shard_writing._is_surely_finite(bias, -1) is False
 
 
 @pytest.mark.parametrize(("of_weight", "of_delta", "is_sure"), [
