@@ -45,6 +45,7 @@ EQUIVALENTS, RECORD = (ROOT / "tests" / f"mutation_{name}" for name in ("equival
 TESTS = (
     "sites", "plan", "plan_checks", "matching", "merging", "folding", "fold_tasks", "fold_terms", "checks",
     "tokens_and_ties", "parts", "aliasing", "config", "injection", "quantized",
+    "checkpoint_calls", "checkpoint_plan", "shard_writing", "fold_work", "checkpoints",
 )  # fmt: skip
 
 _SWAPS: dict[type, type] = {

@@ -619,14 +619,14 @@ def test_each_adapted_weight_is_looked_for_in_the_note(tmp_path: Path) -> None:
 
 def test_what_is_not_adapted_by_a_and_b_or_has_too_few_values_is_not_looked_for(tmp_path: Path) -> None:
     a, tiny, exact = torch.randn(5, 3), torch.randn(3, 1), torch.randn(2, 2)
-    adapter = linear("a", 5, 3) | linear("tiny", 3, 1) | {"full.weight": (4, 4)}
-    base = {"a.weight": a, "tiny.weight": tiny, "full.weight": torch.randn(4, 4)}
+    adapter = linear("a", 5, 3) | linear("b", 3, 1) | {"full.weight": (4, 4)}
+    base = {"a.weight": a, "b.weight": tiny, "full.weight": torch.randn(4, 4)}
     check(tmp_path, base, noted([a]), adapter, modules_to_save=["full"])
-    with pytest.raises(AdapterError, match="'exact.weight' is another"):
+    with pytest.raises(AdapterError, match="'c.weight' is another"):
         check(
             tmp_path,
-            base | {"exact.weight": exact},
+            base | {"c.weight": exact},
             noted([a]),
-            adapter | linear("exact", 2, 2),
+            adapter | linear("c", 2, 2),
             modules_to_save=["full"],
         )
