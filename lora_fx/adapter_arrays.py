@@ -25,6 +25,7 @@ from .adapter_files import (
     KEYS_OF_LOOKUPS,
     PREFIX,
     WEIGHTS_FILE,
+    AdapterFiles,
     checked_path,
     is_left_behind,
     open_adapter,
@@ -155,9 +156,8 @@ def _read(
     files = open_adapter(directory, adapter_name, integrity, mapped=mapped)
     _check_start(files.config, files.folder)
     path = files.folder / WEIGHTS_FILE
-    views = {key: view for key, view in views_of(files.weights).items() if not is_left_behind(key)}
+    views = _views(files)
     in_parts = part_keys(files.metadata.get(METADATA))  # which the whole has, too
-    data_sha256 = digest_of(_one_by_one((data for _, _, data in views.values()), files.let_go))
     tensors = {
         key: _array(key, *view, path, mapped=mapped)
         for key, view in zip(views, _one_by_one(views.values(), files.let_go), strict=True)
@@ -169,8 +169,18 @@ def _read(
     _check_config(files.config, low_rank, full, files.folder)
     sha256 = sha256_of(files.weights, files.let_go)
     metadata = {name: text for name, text in files.metadata.items() if integrity != "ignored" or name != KEY}
-    arrays = AdapterArrays(files.folder, files.config, low_rank, full, rows, metadata, sha256, data_sha256)
+    arrays = AdapterArrays(files.folder, files.config, low_rank, full, rows, metadata, sha256, data_sha256_of(files))
     return arrays, files.let_go
+
+
+def data_sha256_of(files: AdapterFiles) -> str:
+    """sha256 of the tensors' bytes alone, whatever the header says: `AdapterArrays.data_sha256`."""
+    return digest_of(_one_by_one((data for _, _, data in _views(files).values()), files.let_go))
+
+
+def _views(files: AdapterFiles) -> dict[str, tuple[str, list[int], memoryview]]:
+    """{key: (type, shape, bytes)} of what the adapter is."""
+    return {key: view for key, view in views_of(files.weights).items() if not is_left_behind(key)}
 
 
 def _one_by_one(items: Iterable[T], let_go: Callable[[], object]) -> Iterator[T]:

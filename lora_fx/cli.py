@@ -330,6 +330,7 @@ def _fold_files(
 def _fold_model(
     model: Path, adapter: Path, out: Path, dtype: Dtype | None, integrity: Integrity, *, as_json: bool
 ) -> None:
+    history = _history_with(model, adapter)
     loaded = _loaded(model, adapter, dtype)
     gm = _traced(loaded)
     from safetensors import SafetensorError
@@ -346,7 +347,7 @@ def _fold_model(
         raise CheckFailedError(outcome.problem)
     try:
         with progress("saving"):
-            save_folded(loaded, outcome, out, dtype=dtype)
+            save_folded(loaded, outcome, out, dtype=dtype, history=history)
     except SafetensorError as error:  # how a full disk reads there
         raise OSError(f"{str(out)!r} cannot be written: {error}") from error
     if as_json:
@@ -358,6 +359,18 @@ def _fold_model(
     if outcome.trained:
         print(f"\nreplaced, because the adapter trained them in full: {', '.join(outcome.trained)}")
     print(f"\nwritten to {out}; folded and adapted outputs differ by {outcome.error:.2g} of the largest value")
+
+
+def _history_with(model: Path, adapter: Path) -> dict[str, Any]:
+    """What is to be noted of the folded model. An adapter that it holds already is refused."""
+    from .adapter_arrays import data_sha256_of
+    from .adapter_files import open_adapter
+    from .fold_history import entry_of, history_with, refuse_twice
+
+    files = open_adapter(adapter, "default", "ignored", mapped=True)  # load_adapter looks at the seal
+    entry, directory = entry_of(data_sha256_of(files), files.config), resolved(model)
+    refuse_twice(directory, entry, adapter)
+    return history_with(directory, entry)
 
 
 @app.command()
@@ -617,6 +630,8 @@ def _folded(
     """The graph that an ONNX file is made of, or compared with."""
     import lora_fx
 
+    if adapter is not None:
+        _history_with(model, adapter)
     loaded = _loaded(model, adapter, dtype)
     if dtype is None and loaded.is_bfloat16:
         loaded.model.float()

@@ -169,8 +169,14 @@ class Beside(Work):
         """Let the directory take its place, where there is none, or one to replace; or its files, one by one."""
         if self.path.parent == out:
             last = (_CONFIG, *(name for name in os.listdir(self.new) if name.endswith(".index.json")))
-            for name in sorted(os.listdir(self.new), key=lambda name: (name in last, name)):
-                os.replace(self.new / name, out / name)
+            names = sorted(os.listdir(self.new), key=lambda name: (name in last, name))
+            try:
+                for name in names:
+                    os.replace(self.new / name, out / name)
+            except OSError:
+                for name in names:
+                    (out / name).unlink(missing_ok=True)  # which was empty
+                raise
             sync_directory(out)
         elif not out.is_dir() or not any(out.iterdir()):
             rename_to(self.new, out)

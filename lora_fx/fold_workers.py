@@ -20,10 +20,10 @@ from .checkpoint_plan import plan_fold
 from .errors import FoldError
 from .fold_results import FoldedSite
 from .hf_checkpoint import read_checkpoint
-from .shard_writing import write_shard
+from .shard_writing import job_of, write_shard
 
 if TYPE_CHECKING:
-    from .checkpoint import Hands, Options
+    from .checkpoint_folding import Hands, Options
     from .fold_work import Work
 
 _PARENT_DIES = 1  # PR_SET_PDEATHSIG
@@ -86,8 +86,6 @@ def _die_with(parent: int) -> None:
 
 
 def _fold(name: str) -> tuple[Path, list[FoldedSite]]:
-    from .checkpoint import job_of
-
     part: Path = _own["parts"] / f"{name}.{os.getpid()}"
     job = job_of(_own["checkpoint"], _own["plan"], name, _own["accumulate"], _own["let_go"])
     return part, write_shard(replace(job, threads=_own["threads"]), part)

@@ -144,6 +144,11 @@ def _shards(places: Mapping[str, Path], root: Path, error: type[LoraFxError]) ->
     if not indexes:
         chosen = ["model.safetensors"] if "model.safetensors" in files else files
         if not files:
+            if "adapter_config.json" in places:
+                raise error(
+                    f"{str(root)!r} holds an adapter, and no weights of a base model; give the directory of the base "
+                    "here, and this one as the adapter"
+                )
             raise error(f"{str(root)!r} holds no {ENDING} file; give a directory that does, or convert its weights")
         if len(chosen) > 1:
             raise error(

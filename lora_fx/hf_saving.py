@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from .atomic import replace_directory, temporary_beside
 from .checks import output_error
 from .cli_paths import resolved
 from .errors import FoldError
+from .fold_history import RECORD
 from .hf_checkpoint import untied_config
 from .hf_folding import HfFold
 from .hf_models import HfModel, load_model
@@ -23,7 +25,14 @@ from .hf_models import HfModel, load_model
 _COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".bpe"}
 
 
-def save_folded(loaded: HfModel, outcome: HfFold, out: Path, *, dtype: str | None) -> None:
+def save_folded(
+    loaded: HfModel,
+    outcome: HfFold,
+    out: Path,
+    *,
+    dtype: str | None,
+    history: Mapping[str, object] | None = None,
+) -> None:
     """Write the model directory OUT, in place only when it is whole.
 
     Args:
@@ -31,6 +40,7 @@ def save_folded(loaded: HfModel, outcome: HfFold, out: Path, *, dtype: str | Non
         outcome: of folding into it; where weights were untied, the written files are loaded and run as a check.
         out: a new directory, an empty one, or one to replace.
         dtype: that the model was asked to be in; None leaves what the config says.
+        history: which adapters the directory comes to hold, as `fold_history` notes it.
 
     Raises:
         FoldError: if what was written does not load as what was folded. OUT is as it was then.
@@ -42,6 +52,8 @@ def save_folded(loaded: HfModel, outcome: HfFold, out: Path, *, dtype: str | Non
         loaded.model.save_pretrained(folder)
         _write_config(loaded, outcome, folder, dtype)
         _copy_companions(loaded.directory, folder)
+        if history is not None:
+            (folder / RECORD).write_text(json.dumps(history, indent=2) + "\n", "utf-8")
         if outcome.untied:
             _check_reloaded(loaded, outcome, folder)
         if not target.is_dir():

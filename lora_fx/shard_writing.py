@@ -18,11 +18,13 @@ from typing import TypeVar
 
 import torch
 
-from .checkpoint_plan import BiasOfB, Change, LowRank, Rows, Whole, tensor_of
+from .checkpoint_changes import BiasOfB, Change, LowRank, Rows, Whole, tensor_of
+from .checkpoint_plan import CheckpointPlan
 from .dora import gain_of, gain_on_weight, norms_by_block, scaled_outputs
 from .errors import FoldError
 from .fold_results import FoldedSite
 from .fold_terms import groups_of
+from .hf_checkpoint import Checkpoint
 from .layouts import Kernel
 from .merging import (
     Delta,
@@ -40,6 +42,7 @@ from .merging import (
 from .stored_tensors import SHORTER, StoredFile, StoredTensor, bytes_of, read_into, read_rows, with_tensor
 
 _COPIED = 1 << 26  # bytes that are copied, or a piece of them, between two reports of progress
+_BUFFER = 1 << 20  # bytes that are copied in one go where the system does not
 _PIECE = 1 << 18  # elements of a tensor that takes the place of another
 
 Shape = tuple[int, int, int]
@@ -91,6 +94,19 @@ def _with(file: StoredFile, change: Change) -> StoredFile:
     return StoredFile(file.path, grown, header, file.tensors)
 
 
+def job_of(
+    checkpoint: Checkpoint,
+    plan: CheckpointPlan,
+    name: str,
+    accumulate: torch.dtype | None,
+    let_go: Callable[[], object],
+) -> ShardJob:
+    """What is to be done for the shard of that name."""
+    shard = next(shard for shard in checkpoint.shards if shard.path.name == name)
+    changes = [change for change in plan.changes if change.source.path == shard.path]
+    return ShardJob(shard, changes, accumulate, let_go)
+
+
 def write_shard(job: ShardJob, target: Path) -> list[FoldedSite]:
     """Write the folded shard to a new file; whoever needs it on the disk sees to that.
 
@@ -108,10 +124,8 @@ def write_shard(job: ShardJob, target: Path) -> list[FoldedSite]:
     with open(job.source.path, "rb") as source, open(target, "xb") as into:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        into.write(len(header).to_bytes(8, "little") + header)
-        into.flush()
-        job.told(8 + len(header))
         out = _Writer(into.fileno(), job.told)
+        out.write(memoryview(len(header).to_bytes(8, "little") + header), 0)
         at = job.source.data_start
         for tensor in job.source.tensors:
             change = by_name.get(tensor.name)
@@ -138,22 +152,21 @@ def check_finite(job: ShardJob) -> None:
         for change in job.changes:
             whole = change.terms[0]
             if isinstance(whole, Whole):
-                _write_whole(change, whole, None, 0)
-            elif not _is_surely_finite(job, change, source.fileno()):
-                _merge(job, change, source.fileno(), None, 0)
+                _write_whole(change, whole)
+            elif not _is_surely_finite(change, source.fileno()):
+                _merge(job, change, source.fileno())
             job.let_go()
 
 
-def _is_surely_finite(job: ShardJob, change: Change, source: int) -> bool:
+def _is_surely_finite(change: Change, source: int) -> bool:
     """Whether norms alone tell; as `merging.norm_if_finite`."""
-    dtype = change.source.dtype
-    blocks = _Blocks(source, change.source, _matrices(change), torch.float32)
     if len(change.terms) > 1 or not isinstance(change.terms[0], LowRank) or change.terms[0].low.magnitude is not None:
         return False
+    blocks = _Blocks(source, change.source, _matrices(change), torch.float32)
     delta = _low_rank_delta(change.terms[0], blocks, torch.float32, torch.float64)
     squares = sum(float(block.view(-1).dot(block.view(-1))) for _, _, block in blocks.read(torch.float32))
-    largest = math.sqrt(squares) + delta.bound() if math.isfinite(squares) else math.inf
-    return largest < torch.finfo(dtype).max / 2  # NaN is below nothing
+    largest = math.sqrt(squares) + delta.bound()
+    return largest < torch.finfo(change.source.dtype).max / 2  # NaN is below nothing
 
 
 class _Writer:
@@ -190,7 +203,7 @@ class _Writer:
                     raise FoldError(SHORTER)
                 self._told(done)
                 return done
-        buffer = memoryview(bytearray(min(count, 1 << 20)))
+        buffer = memoryview(bytearray(min(count, _BUFFER)))
         read_into(source, start, buffer)
         self.write(buffer, at)
         return len(buffer)
@@ -205,7 +218,7 @@ def _fold(job: ShardJob, change: Change, source: int, out: _Writer, at: int) -> 
     job.let_go()
 
 
-def _write_whole(change: Change, whole: Whole, out: _Writer | None, at: int) -> None:
+def _write_whole(change: Change, whole: Whole, out: _Writer | None = None, at: int = 0) -> None:
     dtype, values = change.source.dtype, tensor_of(whole.values).reshape(-1)
     for first in range(0, values.numel(), _PIECE):
         piece = values[first : first + _PIECE].to(dtype).contiguous()
@@ -218,7 +231,7 @@ def _write_whole(change: Change, whole: Whole, out: _Writer | None, at: int) -> 
             out.write(bytes_of(piece), at + first * dtype.itemsize)
 
 
-def _merge(job: ShardJob, change: Change, source: int, out: _Writer | None, at: int) -> FoldedSite:
+def _merge(job: ShardJob, change: Change, source: int, out: _Writer | None = None, at: int = 0) -> FoldedSite:
     """W + Δ, block by block, in the blocks of `lora_fx.fold`, so that it gives the same bits."""
     dtype = change.source.dtype
     sums = sum_dtype(dtype, job.accumulate)
@@ -269,11 +282,12 @@ def _in_lanes(items: Iterable[T], lane: Callable[[], Callable[[T], R]], count: i
         work = lane()
         while not failed.is_set():
             with lock:
-                number, item = next(numbered, (-1, None))
-            if number < 0:
+                numbered_item = next(numbered, None)
+            if numbered_item is None:
                 return
+            number, item = numbered_item
             try:
-                found[number] = work(item)  # type: ignore[arg-type]
+                found[number] = work(item)
             except BaseException:
                 failed.set()
                 raise
@@ -289,7 +303,7 @@ class _Blocks:
 
     def __init__(self, source: int, tensor: StoredTensor, shape: Shape, sums: torch.dtype) -> None:
         self._source, self._tensor, self.shape, self._sums = source, tensor, shape, sums
-        self.most = next((rows.stop for _, rows in block_ranges(shape, sums)), 0)
+        self.most = next(rows.stop for _, rows in block_ranges(shape, sums))
 
     def offset(self, n: int, rows: slice) -> int:
         """Bytes before a block."""

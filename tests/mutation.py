@@ -45,6 +45,7 @@ EQUIVALENTS, RECORD = (ROOT / "tests" / f"mutation_{name}" for name in ("equival
 TESTS = (
     "sites", "plan", "plan_checks", "matching", "merging", "folding", "fold_tasks", "fold_terms", "checks",
     "tokens_and_ties", "parts", "aliasing", "config", "injection", "quantized",
+    "checkpoint_calls", "checkpoint_plan", "shard_writing", "fold_work", "checkpoints",
 )  # fmt: skip
 
 _SWAPS: dict[type, type] = {
@@ -380,6 +381,7 @@ class Session:
         if child == 0:
             status = _BROKEN
             try:
+                os.setpgid(0, 0)
                 signal.alarm(int(seconds) + 1)
                 forget(self._caches[code] for code, made_by in self._parts.items() if key in made_by)
                 is_possible = mutant is None or _exchange(mutant)
@@ -387,6 +389,8 @@ class Session:
             finally:
                 os._exit(status)
         _, status = os.waitpid(child, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # what tests have forked, and a change has let run on
         if os.WIFSIGNALED(status):
             return "timeout" if os.WTERMSIG(status) == signal.SIGALRM else "killed"
         assert os.WEXITSTATUS(status) != _BROKEN, f"the runner failed at {mutant or key}"

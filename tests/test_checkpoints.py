@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from checkpoint_files import bits, tensors_of, write_base
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_fuzzing import changed
@@ -22,7 +23,7 @@ from torch import nn
 from zoo import BY_NAME, injected, randomise, traced
 
 import lora_fx
-from lora_fx import AdapterError, FoldError, LoraFxError, checkpoint, fold_work, merging
+from lora_fx import AdapterError, FoldError, LoraFxError, fold_history, fold_work, merging
 from lora_fx.adapter_arrays import map_adapter
 from lora_fx.checkpoint_plan import plan_fold
 from lora_fx.hf_checkpoint import read_checkpoint
@@ -30,35 +31,6 @@ from lora_fx.hf_models import load_model
 
 LLAMA = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 1}
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 40}
-
-
-def write_base(tensors: dict[str, torch.Tensor], directory: Path, shards: int = 2, **config: Any) -> Path:
-    """A checkpoint of these tensors; each memory once, as transformers writes ties."""
-    directory.mkdir(parents=True)
-    found: dict[tuple[int, int], tuple[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        found.setdefault((tensor.data_ptr(), tensor.numel()), (name, tensor.detach().clone().contiguous()))
-    kept = list(found.values())
-    places = {}
-    for i in range(shards):
-        file = f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
-        part = dict(kept[len(kept) * i // shards : len(kept) * (i + 1) // shards])
-        save_file(part, directory / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(part, file)
-    if shards > 1:
-        index = {"metadata": {"total_size": 7}, "weight_map": places}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    if config:
-        (directory / "config.json").write_text(json.dumps(config))
-    return directory
-
-
-def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def assert_is_fold(out: Path, folded: torch.fx.GraphModule, base: Path) -> None:
@@ -73,7 +45,7 @@ def assert_is_fold(out: Path, folded: torch.fx.GraphModule, base: Path) -> None:
             old.seek(0)
             assert new.read(8 + size) == old.read(8 + size)
         assert file.stat().st_size == (out / file.name).stat().st_size
-    assert {file.name for file in out.iterdir()} == {file.name for file in base.iterdir()} | {checkpoint.RECORD}
+    assert {file.name for file in out.iterdir()} == {file.name for file in base.iterdir()} | {fold_history.RECORD}
 
 
 def save_peft(model: nn.Module, directory: Path, **config: Any) -> Path:
@@ -368,7 +340,7 @@ def test_in_place_and_in_processes_the_files_are_the_same(tmp_path: Path) -> Non
     with pytest.raises(AdapterError, match="was saved over a base model with other weights"):
         lora_fx.fold_checkpoint(tmp_path / "out", second, tmp_path / "twice")
     lora_fx.fold_checkpoint(tmp_path / "out", second, tmp_path / "twice", integrity="ignored")
-    assert len(json.loads((tmp_path / "twice" / checkpoint.RECORD).read_text())["folds"]) == 2
+    assert len(json.loads((tmp_path / "twice" / fold_history.RECORD).read_text())["folds"]) == 2
 
 
 def test_two_at_once_are_one_too_many(tmp_path: Path) -> None:

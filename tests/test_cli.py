@@ -129,6 +129,34 @@ def test_fold_writes_what_peft_merges(directories, tmp_path, monkeypatch, capsys
     assert run(monkeypatch, "fold", model, adapter, tmp_path / "out", "--overwrite") == 0
 
 
+def test_what_is_folded_in_already_is_refused(directories, tmp_path, monkeypatch, capsys) -> None:
+    """Both ways of folding note the same, and look at what the other noted."""
+    model, adapter = directories
+    files = ("--adapter", adapter, "--out")
+    assert run(monkeypatch, "fold", model, adapter, tmp_path / "loaded") == 0
+    assert run(monkeypatch, "fold", "--base", model, *files, tmp_path / "files") == 0
+    noted = json.loads((tmp_path / "loaded" / "lora_fx_fold.json").read_text())
+    assert noted == json.loads((tmp_path / "files" / "lora_fx_fold.json").read_text())
+    assert [(each["r"], each["lora_alpha"]) for each in noted["folds"]] == [(3, 7)]
+    shutil.copytree(adapter, tmp_path / "other")
+    values = safetensors.torch.load_file(adapter / "adapter_model.safetensors")
+    halved = {key: value / 2 for key, value in values.items()}
+    safetensors.torch.save_file(halved, tmp_path / "other" / "adapter_model.safetensors")
+    for folded in (tmp_path / "loaded", tmp_path / "files"):
+        assert run(monkeypatch, "fold", folded, tmp_path / "other", folded.with_suffix(".two")) == 0
+        assert len(json.loads((folded.with_suffix(".two") / "lora_fx_fold.json").read_text())["folds"]) == 2
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            must_not_load(patch)
+            for arguments in (
+                ("fold", folded, adapter, tmp_path / "x"), ("fold", "--base", folded, *files, tmp_path / "x"),
+                ("export", folded, adapter, tmp_path / "x.onnx"),
+            ):  # fmt: skip
+                assert run(patch, *arguments) == 3
+                assert "already (lora_fx_fold.json says so)" in capsys.readouterr().err
+    assert not list(tmp_path.glob("x*"))
+
+
 def test_fold_goes_from_files_to_files(directories, tmp_path, monkeypatch, capsys) -> None:
     """No model, and a bar on a terminal."""
     model, adapter = directories
@@ -174,7 +202,8 @@ def test_fold_copies_the_tokenizer_and_no_stale_weights(directories, tmp_path, m
         (model / name).write_text("{}")
     assert run(monkeypatch, "fold", model, directories[1], tmp_path / "out") == 0
     written = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
-    assert written == {"config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"}
+    names = {"config.json", "lora_fx_fold.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"}
+    assert written == names
 
 
 def test_fold_never_replaces_a_directory_that_holds_what_it_reads(directories, tmp_path, monkeypatch, capsys) -> None:
@@ -390,7 +419,8 @@ def test_fold_fills_the_empty_directory_that_the_user_stands_in(directories, tmp
     monkeypatch.chdir(tmp_path / "out")
     for options in ([], ["--overwrite"]):
         assert run(monkeypatch, "fold", *directories, ".", *options) == 0
-        assert {path.name for path in tmp_path.glob("out/*")} == {"config.json", "model.safetensors"}
+        names = {"config.json", "lora_fx_fold.json", "model.safetensors"}
+        assert {path.name for path in tmp_path.glob("out/*")} == names
         assert (tmp_path / "out").stat().st_ino == inode
     assert len(list(tmp_path.iterdir())) == 1
 

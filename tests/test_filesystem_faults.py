@@ -18,9 +18,9 @@ import pytest
 import torch
 import transformers
 import zoo
+from checkpoint_files import write_base
 from filesystem_faults import DONE, REFUSED, hidden, run_with_fault, visible
 from safetensors import SafetensorError
-from test_checkpoints import write_base
 from torch import nn
 
 import exporters

@@ -576,9 +576,9 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
     "checkpoint": (
         FoldError,
         lambda p: lora_fx.fold_checkpoint(written(p / "a"), p / "a", p / "out"),
-        "holds no .safetensors file",
+        "holds an adapter, and no weights of a base model",
         "test_each_error",
-        "give a directory that does",
+        "give the directory of the base",
     ),
     "checkpoint names": (
         AdapterError,

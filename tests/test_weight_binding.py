@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import write_base
 from safetensors.torch import load_file, save_file
-from test_checkpoints import write_base
 from torch import nn
 from torch._subclasses import FakeTensorMode
 

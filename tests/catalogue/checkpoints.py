@@ -130,6 +130,21 @@ BROKEN: dict[str, tuple[Callable[[World], object], tuple[str, ...]]] = {
 
 SAMPLE = ("weights cut by a byte", "header of 2^63", "shape of 2^62 twice", "a bit flipped", "type says int32")
 
+WRONG: tuple[tuple[str, Any], ...] = (
+    ("base", None), ("base", ""), ("adapter", None), ("adapter", 3), ("adapter", b"x"), ("out", None), ("out", b"x"),
+    ("in_place", "no"), ("in_place", None), ("overwrite", 1), ("workers", True), ("workers", 1.5), ("workers", "2"),
+    ("progress", 3), ("adapter_name", None), ("accumulate", "float32"), ("integrity", "any"),
+)  # fmt: skip
+
+
+def with_argument(name: str, value: object) -> Callable[[World], object]:
+    def call(world: World) -> object:
+        arguments: dict[str, Any] = {"base": world.here / "base", "adapter": world.adapter, "out": world.here / "out"}
+        return lora_fx.fold_checkpoint(**arguments | {name: value}) is None
+
+    return call
+
+
 CASES = [
     *(Case(f"checkpoints/fold/{name}", fold, words, both(base, damage)) for name, (damage, words) in BROKEN.items()),
     *(Case(f"checkpoints/bind/{name}", bind, BROKEN[name][1], both(base, BROKEN[name][0]))
@@ -164,5 +179,10 @@ CASES = [
     Case("checkpoints/half precision sums", fold_into("out", accumulate=torch.float16), ("accumulate",), base),
     Case("checkpoints/a zero byte", lambda w: lora_fx.fold_checkpoint("a\0", w.adapter, w.here / "out"), ("base=",)),
     Case("checkpoints/no directory", fold, ("base",)),
+    Case("checkpoints/an adapter in place of the base", lambda w: lora_fx.fold_checkpoint(w.adapter, w.adapter, w.here / "out"),
+         ("adapter", "give the directory of the base"), base),
+    Case("checkpoints/in place of nothing", lambda w: lora_fx.fold_checkpoint("no", w.adapter, "no", in_place=True), ("'no'",)),
+    *(Case(f"checkpoints/{name}={value!r}", with_argument(name, value), (f"{name}={value!r}",), base)
+      for name, value in WRONG),
     Case("checkpoints/a number", lambda w: lora_fx.fold_checkpoint(3, w.adapter, w.here / "out"), ("base=3",)),
 ]  # fmt: skip
