@@ -2,10 +2,11 @@
 
     python examples/generate_in_onnx.py
 
-The base has read Python's documentation; the adapter learns to SHOUT it. What is trained takes labels and gives a loss; what is deployed takes a cache and gives one. They are two traces of one
-model, and what travels between them is the adapter's files, as it would be between two machines. Printed: the loss, the
-text of base and tuned model, whether ONNX Runtime gives the tokens of `model.generate()`, for two prompts of different
-lengths in one batch; and the check of the file.
+The base has read Python's documentation; the adapter learns to SHOUT it. What is trained takes labels and gives a loss;
+what is deployed takes a cache and gives one. They are two traces of one model, and what travels between them is the
+adapter's files, as it would between two machines. Printed: the loss, the text of base and tuned model, whether ONNX
+Runtime gives the tokens of `model.generate()` for two prompts of different lengths in one batch; and the check of the
+file.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ def to_session(
 
     Returns:
         The session of folded.onnx, and what was measured: "loaded", by how much the outputs of the saved adapter
-        differ when it is loaded onto the traced graph; "nodes" of the file; "error", of ONNX Runtime against torch,
-        relative to the largest output.
+        differ when it is loaded onto the traced graph; "nodes" and, if compared, "base nodes" of the files; "error",
+        of ONNX Runtime against torch, relative to the largest output.
     """
     lora_fx.save_adapter(gm, directory / "adapter")
     loaded = lora_fx.load_adapter(traced, directory / "adapter")
@@ -41,12 +41,14 @@ def to_session(
 
     folded = lora_fx.fold(gm)  # the traced graph again, node for node, with new weights
     file = exporters.export_onnx(folded, directory / "folded.onnx")
-    base = exporters.export_onnx(traced, directory / "base.onnx").path if compare else None
-    report = exporters.verify_onnx(file.path, folded, base=base, provider="cpu")
+    base = exporters.export_onnx(traced, directory / "base.onnx") if compare else None
+    report = exporters.verify_onnx(file.path, folded, base=base and base.path, provider="cpu")
     print(report)
     report.raise_if_failed()
     error = max(check.relative_error for check in report.checks)
     found = {"loaded": loaded_differs, "nodes": float(file.nodes), "error": error}
+    if base is not None:
+        found["base nodes"] = float(base.nodes)
     return exporters.make_session(file.path, provider="cpu"), found
 
 

@@ -4,7 +4,8 @@
 
 transformers stores the experts of a layer as two parameters, (experts, out, in): no modules to name, so they are named
 in `target_parameters`, as in PEFT. Every expert gets A and B of its own, and the router stays as it is. What is trained
-groups tokens by expert; what is exported gathers each token's experts, over the same adapter's files. Printed: the plan, the loss, how many experts were adapted and by how much, and the check of the file.
+groups tokens by expert; what is exported gathers each token's experts, over the same adapter's files. Printed: the
+plan, the loss, by how much each expert has moved, and the check of the file.
 """
 
 from __future__ import annotations
