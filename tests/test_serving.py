@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import importlib
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,13 @@ class Served:
     """A directory to serve, and what each adapter's own folded file gives, one text at a time."""
 
     def __init__(self, directory: Path) -> None:
-        from embedding_model import EmbeddingModel, prepare
-
         self.directory = directory
-        self.losses = prepare(directory, layers=1, steps=6)
+        self.make_app = importlib.import_module("serve_adapters").make_app
+        embedding_model = importlib.import_module("embedding_model")
+        EmbeddingModel = self.Model = embedding_model.EmbeddingModel
+        self.losses = embedding_model.prepare(directory, layers=1, steps=6)
         self.names = list(self.losses)
+        self.model = EmbeddingModel(directory, self.names)  # for tests that change nothing
         self.alone = {None: EmbeddingModel(directory, ())}
         for name in self.names:
             folded = directory / f"{name} folded"
@@ -44,6 +48,7 @@ class Served:
             (folded / "tokenizer.json").symlink_to(directory / "tokenizer.json")
             self.alone[name] = EmbeddingModel(folded, ())
 
+    @functools.cache  # noqa: B019, lives as long as the module
     def expected(self, text: str, name: str | None) -> np.ndarray:
         return self.alone[name].embed([(text, None)])[0]
 
@@ -56,21 +61,17 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    before = set(sys.modules)
-    sys.path.insert(0, str(EXAMPLES))
-    yield Served(tmp_path_factory.mktemp("served"))
-    sys.path.remove(str(EXAMPLES))
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == EXAMPLES:
-            del sys.modules[name]
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        served = Served(tmp_path_factory.mktemp("served"))
+        for name in [path.stem for path in EXAMPLES.glob("*.py") if path.stem in sys.modules]:
+            del sys.modules[name]  # others import their own
+    return served
 
 
-def app_of(served: Served, names: list[str], **options: Any) -> fastapi.FastAPI:
-    from embedding_model import EmbeddingModel
-    from serve_adapters import make_app
-
-    return make_app(EmbeddingModel(served.directory, names), **options)
+def app_of(served: Served, names: list[str] | None = None, **options: Any) -> fastapi.FastAPI:
+    return served.make_app(served.model if names is None else served.Model(served.directory, names), **options)
 
 
 def client_of(app: fastapi.FastAPI) -> httpx2.AsyncClient:
@@ -78,7 +79,7 @@ def client_of(app: fastapi.FastAPI) -> httpx2.AsyncClient:
 
 
 @asynccontextmanager
-async def serving(served: Served, names: list[str], **options: Any) -> AsyncIterator[httpx2.AsyncClient]:
+async def serving(served: Served, names: list[str] | None = None, **options: Any) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of a service that has started, and that is shut down at the end."""
     app = app_of(served, names, **options)
     async with app.router.lifespan_context(app), client_of(app) as client:
@@ -102,7 +103,7 @@ def test_who_asks_at_once_shares_a_run_and_has_their_own_adapter(served: Served)
     asked = [(text, name) for text in TEXTS for name in (None, *served.names)]
 
     async def talk() -> list[dict[str, Any]]:
-        async with serving(served, served.names, wait=60, size=len(asked)) as client:
+        async with serving(served, wait=60, size=len(asked)) as client:
             answers = await asyncio.gather(*(ask(client, text, name) for text, name in asked))
             return [answer.raise_for_status().json() for answer in answers]
 
@@ -114,7 +115,7 @@ def test_who_asks_at_once_shares_a_run_and_has_their_own_adapter(served: Served)
 
 def test_batches_have_a_size(served: Served) -> None:
     async def talk() -> list[int]:
-        async with serving(served, served.names, wait=60, size=4) as client:
+        async with serving(served, wait=60, size=4) as client:
             answers = await asyncio.gather(*(ask(client, text, None) for text in 2 * TEXTS))
             return [answer.json()["batch"] for answer in answers]
 
@@ -123,7 +124,7 @@ def test_batches_have_a_size(served: Served) -> None:
 
 def test_unknown_adapters_are_told_those_there_are_and_disturb_nobody(served: Served) -> None:
     async def talk() -> tuple[Any, Any]:
-        async with serving(served, served.names, wait=60, size=2) as client:
+        async with serving(served, wait=60, size=2) as client:
             return await asyncio.gather(ask(client, "a list", "clas"), ask(client, "a list", "class"))
 
     unknown, known = asyncio.run(talk())
@@ -134,11 +135,13 @@ def test_unknown_adapters_are_told_those_there_are_and_disturb_nobody(served: Se
 
 
 @pytest.mark.parametrize(
-    "query", [{"text": ""}, {"text": "x" * 2001}, {"adapter": "class"}, {"text": "a list", "adapter": 1}], ids=str
+    "query",
+    [{"text": ""}, {"text": "x" * 2001}, {"adapter": "class"}, {"text": "a list", "adapter": 1}],
+    ids=["empty", "long", "no text", "no name"],
 )
 def test_what_is_no_query_is_refused(served: Served, query: dict[str, Any]) -> None:
     async def talk() -> int:
-        async with serving(served, []) as client:
+        async with serving(served) as client:
             return (await client.post("/embed", json=query)).status_code
 
     assert asyncio.run(talk()) == 422
@@ -160,6 +163,7 @@ def test_adapters_come_and_go_while_it_serves(served: Served) -> None:
                     assert served.nearest("a list", answer.json()["embedding"]) == name
                 else:
                     assert changed not in answer.json()["adapters"]
+            await asyncio.sleep(0.02)
 
     async def talk() -> None:
         async with serving(served, [kept]) as client, asyncio.TaskGroup() as tasks:
@@ -212,7 +216,7 @@ def test_a_directory_that_does_not_fit_changes_nothing(served: Served) -> None:
 
 def test_who_waits_when_it_shuts_down_is_answered(served: Served) -> None:
     async def talk() -> tuple[Any, int]:
-        app = app_of(served, [], wait=60)
+        app = app_of(served, wait=60)
         async with client_of(app) as client:
             async with app.router.lifespan_context(app):
                 waiting = asyncio.create_task(ask(client, "a list", None))
@@ -226,12 +230,11 @@ def test_who_waits_when_it_shuts_down_is_answered(served: Served) -> None:
 
 def test_an_error_is_theirs_whom_it_hits(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that fails is told to those who were in it; the service goes on."""
-    from embedding_model import EmbeddingModel
 
     async def talk() -> tuple[BaseException | Any, Any]:
-        async with serving(served, []) as client:
+        async with serving(served) as client:
             with monkeypatch.context() as patch:
-                patch.setattr(EmbeddingModel, "_run", lambda *_: 1 / 0)
+                patch.setattr(served.Model, "_run", lambda *_: 1 / 0)
                 (failed,) = await asyncio.gather(ask(client, "a list", None), return_exceptions=True)
             return failed, await ask(client, "a list", None)
 
