@@ -1,6 +1,6 @@
 """One base model serves many adapters over HTTP: each request names its adapter, and all share one run.
 
-    pip install fastapi uvicorn && python examples/serve_adapters.py    # trains three first, if ./served is not there
+    pip install -e '.[examples]' && python examples/serve_adapters.py  # trains three first, if there is no ./served
     curl localhost:8000/embed -H 'content-type: application/json' -d '{"text": "a list", "adapter": "class"}'
     curl localhost:8000/adapters
     curl -X DELETE localhost:8000/adapters/class

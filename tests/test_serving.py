@@ -36,17 +36,17 @@ class Served:
         self.directory = directory
         self.make_app = importlib.import_module("serve_adapters").make_app
         embedding_model = importlib.import_module("embedding_model")
-        EmbeddingModel = self.Model = embedding_model.EmbeddingModel
+        self.Model = embedding_model.EmbeddingModel
         self.losses = embedding_model.prepare(directory, layers=1, steps=6)
         self.names = list(self.losses)
-        self.model = EmbeddingModel(directory, self.names)  # for tests that change nothing
-        self.alone = {None: EmbeddingModel(directory, ())}
+        self.model = self.Model(directory, self.names)  # for tests that change nothing
+        self.alone = {None: self.Model(directory, ())}
         for name in self.names:
             folded = directory / f"{name} folded"
             folded.mkdir()
             exporters.fold_into_onnx(directory / "base.onnx", directory / "adapters" / name, folded / "base.onnx")
             (folded / "tokenizer.json").symlink_to(directory / "tokenizer.json")
-            self.alone[name] = EmbeddingModel(folded, ())
+            self.alone[name] = self.Model(folded, ())
 
     @functools.cache  # noqa: B019, lives as long as the module
     def expected(self, text: str, name: str | None) -> np.ndarray:
