@@ -1,4 +1,4 @@
-"""What the examples share: a small Llama made from a configuration, and text from Python's own documentation.
+"""What the examples share: a small Llama made from a configuration, text from Python's own documentation, and digits.
 
 Nothing is downloaded. With a model of your own, `transformers.AutoModelForCausalLM.from_pretrained(...)` takes the
 place of `tiny_llama()`, and everything else stays.
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 LENGTH = 48  # tokens of a row; a token is a byte
 
 
-def tiny_llama(seed: int = 0) -> transformers.LlamaForCausalLM:
+def tiny_llama(seed: int = 0, *, initializer_range: float = 0.02) -> transformers.LlamaForCausalLM:
     """Two layers, 150 thousand parameters, the same ones for the same seed."""
     config = transformers.LlamaConfig(
         hidden_size=64,
@@ -27,6 +27,7 @@ def tiny_llama(seed: int = 0) -> transformers.LlamaForCausalLM:
         bos_token_id=1,
         eos_token_id=2,
         use_cache=False,
+        initializer_range=initializer_range,
     )
     torch.manual_seed(seed)
     return transformers.LlamaForCausalLM(config)
@@ -50,3 +51,11 @@ def example_batch(rows: int = 2) -> dict[str, torch.Tensor]:
     """What `lora_fx.trace` is shown: with labels in it, the graph gives the loss, as the model does."""
     ids = torch.stack([Text(rows)[i]["input_ids"] for i in range(rows)])
     return {"input_ids": ids, "labels": ids}
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """scikit-learn's 1,797 handwritten digits: images (rows, 1, 8, 8) from 0 to 1, and labels (rows,)."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    return torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)

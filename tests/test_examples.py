@@ -1,4 +1,7 @@
-"""The scripts in examples/ run, and what they show is so: losses fall, resumed is uninterrupted, tokens are equal."""
+"""The scripts in examples/ run, and what they show is so: losses fall, resumed is uninterrupted, tokens are equal.
+
+tests/test_serving.py has the service.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx  # noqa: F401, conftest.py has exports share what torch compiles for each, where this is imported
 import pytest
 import torch
 
@@ -28,6 +32,13 @@ def _is_example(module: Any) -> bool:
 
 def _run(name: str, **arguments: Any) -> Any:
     return importlib.import_module(name).main(**arguments)
+
+
+def _assert_deployed(found: dict[str, Any]) -> None:
+    """The loss fell, the saved files are what was trained, and ONNX Runtime computes it."""
+    assert found["last loss"] < found["first loss"] - 0.05
+    assert found.get("loaded", 0) == 0
+    assert found["error"] < 1024 * torch.finfo(torch.float32).eps
 
 
 def test_trainer() -> None:
@@ -82,3 +93,56 @@ def test_many_adapters() -> None:
     found = _run("train_many_adapters", adapters=3, steps=6)
     assert found["after"] < found["before"] - 0.05
     assert found["difference"] < 1e-4  # of steps of 3e-3 to 9e-3
+
+
+def test_retrieval() -> None:
+    found = _run("embed_for_retrieval", steps=8, layers=1)
+    _assert_deployed(found)
+    assert found["ok"]
+    assert found["before"] < found["after"] == pytest.approx(found["in ONNX Runtime"], abs=0.02)  # one query, at ties
+
+
+def test_text_classifier() -> None:
+    found = _run("classify_text", steps=12, layers=1)
+    _assert_deployed(found)
+    assert found["before"] < found["after"] == pytest.approx(found["in ONNX Runtime"], abs=0.01)
+
+
+def test_generation_in_onnx_runtime() -> None:
+    found = _run("generate_in_onnx", steps=60)
+    _assert_deployed(found)
+    assert found["agree"]
+    assert found["differ from base"]
+
+
+def test_vision_transformer() -> None:
+    found = _run("classify_digits_vit", steps=40)
+    _assert_deployed(found)
+    assert found["before"] + 0.4 < found["after"] == pytest.approx(found["in ONNX Runtime"], abs=0.005)
+    assert found["base on its own"] > 0.8
+
+
+def test_convolutions() -> None:
+    found = _run("classify_digits_conv", steps=60)
+    _assert_deployed(found)
+    assert found["before"] + 0.4 < found["after"] == pytest.approx(found["in ONNX Runtime"], abs=0.005)
+    assert found["base changed"] == 0  # the batch norms' statistics, too
+    assert found["nodes"] == found["base nodes"]
+
+
+def test_audio_encoder() -> None:
+    found = _run("classify_audio", steps=60)
+    _assert_deployed(found)
+    assert found["before"] + 0.3 < found["after"] == pytest.approx(found["in ONNX Runtime"], abs=0.005)
+
+
+def test_experts() -> None:
+    found = _run("train_experts", steps=30)
+    _assert_deployed(found)
+    assert found["experts"] == 4
+    assert found["logits"] < 1e-4
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_script_is_in_the_table(path: Path) -> None:
+    assert f"`{path.name}`" in (EXAMPLES / "README.md").read_text("utf-8")
