@@ -112,9 +112,9 @@ def _copy_children(source: nn.Module, target: nn.Module, memo: Memo) -> None:
     for name, child in source._modules.items():
         target._modules[name] = None if child is None else _copy_module(child, memo)
     for name, parameter in source._parameters.items():
-        target._parameters[name] = None if parameter is None else copy.deepcopy(parameter, memo)
+        target._parameters[name] = memo[id(parameter)] if id(parameter) in memo else copy.deepcopy(parameter, memo)
     for name, buffer in source._buffers.items():
-        target._buffers[name] = None if buffer is None else copy.deepcopy(buffer, memo)
+        target._buffers[name] = memo[id(buffer)] if id(buffer) in memo else copy.deepcopy(buffer, memo)
 
 
 def _copy_module(module: nn.Module, memo: Memo) -> nn.Module:
@@ -126,8 +126,9 @@ def _copy_module(module: nn.Module, memo: Memo) -> nn.Module:
         return copy.deepcopy(module, memo)
     twin = kind()
     memo[id(module)] = twin
-    twin.training = module.training
-    twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+    # not by setattr, which looks for parameters first: there are modules by the thousand
+    twin.__dict__["training"] = module.training
+    twin.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
     _copy_children(module, twin, memo)
     for name in module.__dict__.keys() - twin.__dict__.keys():  # plain attributes, tensors among them
         if not _is_of_sharding(name, module.__dict__[name]):
