@@ -81,7 +81,10 @@ def _counted(quick: bool) -> Table:
         f"goals: Llama, {layers} layers × {hidden}, {tokens} tokens where nothing else is said",
         ("row", "what", "at most", "measured", "met"),
         tuple(sorted(rows, key=lambda row: row[0])),
-        ("counted, not timed; lora_fx is `optimize(injected)`, whose gradients were checked against PEFT's first",),
+        (
+            "counted, not timed; lora_fx is `optimize(injected)`, whose gradients were checked against PEFT's first",
+            "row 20, float32: r × r numbers that tell how much of the delta is kept, whatever the size of the weights",
+        ),
     )
 
 

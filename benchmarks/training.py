@@ -44,7 +44,9 @@ def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, .
     ]
     tables.append(_dora_table(workloads.llama(layers, hidden, tokens)))
     timed = workloads.llama(2, 256 if quick else 768, 128 if quick else 512)
-    return (*tables, *(time_table(timed, rounds, lora_dropout=p) for p in (0.0, 0.05)))
+    shapes = ((64, 8), (256, 64)) if quick else ((64, 8), (64, 64), (128, 16), (256, 64), (512, 128), (768, 512))
+    small = small_table(shapes, 3 * rounds)
+    return (*tables, *(time_table(timed, rounds, lora_dropout=p) for p in (0.0, 0.05)), small)
 
 
 def lora_step(model: nn.Module, workload: Workload) -> Step:
@@ -254,6 +256,30 @@ def time_table(workload: Workload, rounds: int, *, lora_dropout: float) -> Table
         ("model", "ms", "/ PEFT", "cost above the floor / PEFT's", "spread"),
         tuple(rows),
         (f"checked first: {said}", "forward and backward; no optimizer step"),
+    )
+
+
+def small_table(shapes: tuple[tuple[int, int], ...], rounds: int) -> Table:
+    """From which size on `optimize` pays: below, its backward pass in Python takes longer than fewer kernels save."""
+    rows: list[tuple[Any, ...]] = []
+    for hidden, tokens in shapes:
+        workload = workloads.llama(2, hidden, tokens)
+        peft_model, _, injected = workloads.adapted_alike(workload)
+        _check_optimized(injected, workload)
+        models = {"PEFT": peft_model, "lora_fx": injected, "optimize()": lora_fx.optimize(injected)}
+        steps = {name: lora_step(model.train(), workload) for name, model in models.items()}
+        times = interleave({name: _backward(step) for name, step in steps.items()}, rounds, collect=False)
+        ratios = (
+            times.ratio("lora_fx", "PEFT"),
+            times.ratio("optimize()", "PEFT"),
+            times.ratio("optimize()", "lora_fx"),
+        )
+        rows.append((hidden, tokens, 1e3 * times.median("PEFT"), *ratios))
+    return Table(
+        f"one training step of small models, timed: Llama, 2 layers, float32 ({rounds} rounds)",
+        ("hidden", "tokens", "PEFT ms", "lora_fx / PEFT", "optimize() / PEFT", "optimize() / lora_fx"),
+        tuple(rows),
+        ("checked first: loss and gradients of both graphs are equal", "forward and backward; no optimizer step"),
     )
 
 

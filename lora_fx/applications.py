@@ -56,6 +56,7 @@ _DECOMPOSED = {
     _aten._native_batch_norm_legit.default,
     _aten._native_batch_norm_legit_no_training.default,
 }
+_PRODUCTS = {_aten.addmm.default, _aten.mm.default}  # and linears go into these
 _LINEAR_CLASS = "torch.nn.modules.linear.Linear"
 _EMBEDDING_CLASS = "torch.nn.modules.sparse.Embedding"
 
@@ -138,6 +139,13 @@ class Reading:
     names: dict[str, list[str]] = field(default_factory=dict)
     users: dict[str, list[fx.Node]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+
+    def by_path(self) -> dict[str, list[Application]]:
+        """The applications of each site, in all views."""
+        found: dict[str, list[Application]] = {}
+        for application in self.applications:
+            found.setdefault(application.path, []).append(application)
+        return found
 
 
 def read_applications(gm: fx.GraphModule) -> Reading:
@@ -262,6 +270,8 @@ def _read_node(
     if ROLE in node.meta:
         return None  # an adapter's own nodes are no sites
     _note_users(node, scope, parameters, reading)
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return []
     refusal: tuple[Refusal, Use] | None = None
     for use in uses_of(node, scope.module):
         found = _application(use, scope, mode, parameters, reading)
@@ -313,7 +323,7 @@ def _read_weights(
     """The parameters that an op of no family takes: each can be adapted by what the op is fed."""
     if node.op not in ("call_function", "call_method") or node.target in _ONLY_LOOKS or not node.users:
         return
-    weights = dict.fromkeys(unsummed(operand) for operand in operands_of(node))
+    weights = dict.fromkeys(unsummed(operand) for operand in node.all_input_nodes)
     reads = [weight for weight in weights if _is_read(weight, scope, parameters)]
     if not reads or bodies_of(node)[0]:
         return
@@ -610,10 +620,9 @@ def _check_not_decomposed(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        stack = module_stack(node)
-        in_linear = bool(stack) and stack[-1][1] == _LINEAR_CLASS
-        split = in_linear and node.target in (_aten.addmm.default, _aten.mm.default)
-        if split or node.target in _DECOMPOSED:
+        is_product = node.target in _PRODUCTS
+        in_linear = is_product and bool(stack := module_stack(node)) and stack[-1][1] == _LINEAR_CLASS
+        if in_linear or node.target in _DECOMPOSED:
             raise GraphError(
                 f"this graph was decomposed: it holds {node.target}, and its linears are spread over several "
                 "nodes. Use the graph before run_decompositions(): "

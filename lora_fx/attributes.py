@@ -15,7 +15,8 @@ def get_attribute(root: nn.Module, target: str) -> Any:
     """The object behind a dotted name, or None."""
     value: Any = root
     for part in target.split("."):
-        value = getattr(value, part, None)
+        children = value.__dict__.get("_modules") if isinstance(value, nn.Module) else None
+        value = children[part] if children and part in children else getattr(value, part, None)
         if value is None:
             return None
     return value

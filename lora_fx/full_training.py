@@ -26,12 +26,14 @@ _TASK_HEADS = {
 
 def saved_modules(gm: fx.GraphModule, config: LoraConfig, every_pattern_hits: bool) -> list[str]:
     """Paths of the modules that modules_to_save means: exact or dotted suffix."""
+    entries, heads = config.modules_to_save or (), _TASK_HEADS.get(config.task_type or "", ())
+    if not entries and not heads:
+        return []
     paths = module_paths(gm)
     saved: list[str] = []
     # In a file of PEFT's, an entry means every module whose name ends with it, dotted or not.
     means = matches_suffix if every_pattern_hits else str.endswith
-    heads = [head for head in _TASK_HEADS.get(config.task_type or "", ()) if head in paths]
-    for entry in (*(config.modules_to_save or ()), *heads):
+    for entry in (*entries, *(head for head in heads if head in paths)):
         found = [path for path in paths if means(path, entry)]
         if not found and every_pattern_hits:
             raise TargetError(
@@ -49,7 +51,8 @@ def module_paths(gm: fx.GraphModule) -> list[str]:
     adapters = _names_of_adapters(gm)
     for name in (name for name in named if name not in adapters):
         parts = name.split(".")
-        paths |= dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts)))
+        if name.rpartition(".")[0] not in paths:
+            paths |= dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts)))
     return list(paths)
 
 
@@ -59,6 +62,8 @@ def saved_tensors(gm: fx.GraphModule, saved: list[str]) -> Iterator[str]:
     Raises:
         TargetError: if one of them stores a weight in a few bits.
     """
+    if not saved:
+        return
     for path in saved:
         module: Any = get_attribute(gm, path)
         if has_quantized(module):
@@ -89,6 +94,8 @@ def biases_of(gm: fx.GraphModule, config: LoraConfig, chosen: list[Site]) -> Ite
 
 def check_trained(gm: fx.GraphModule, trained: tuple[str, ...]) -> None:
     """Tied tensors are trained together or not at all."""
+    if not trained:
+        return
     parameters = dict(gm.named_parameters(remove_duplicate=False))
     names = overlapping_names(parameters)
     for name in trained:

@@ -502,23 +502,24 @@ def copy_sharing_tensors(gm: fx.GraphModule) -> LoraGraphModule:
     original's `requires_grad` alone; ties stay ties. Buffers and constants are the same tensors.
     """
     check_not_sharded(gm, "its graph cannot be copied to be changed")
-    return _copy_over(gm, {id(parameter): parameter.detach() for parameter in gm.parameters()})
+    return _copy_over(gm, lambda parameter: parameter.detach())
 
 
 def gathered(gm: LoraGraphModule) -> LoraGraphModule:
     """A copy over whole tensors of a graph module whose parameters are spread over processes; all of them call this."""
     settle(gm)
-    result = _copy_over(gm, {id(parameter): whole(parameter.detach()) for parameter in gm.parameters()})
+    result = _copy_over(gm, lambda parameter: whole(parameter.detach()))
     record = record_of(result)
     record.lowering = None if record.lowering is None else record.lowering.on_whole_tensors()
     return result
 
 
-def _copy_over(gm: fx.GraphModule, tensors: Mapping[int, torch.Tensor]) -> LoraGraphModule:
-    """A copy whose parameters are new ones over these tensors, given by the ids of those that they stand for."""
+def _copy_over(gm: fx.GraphModule, tensor_of: Callable[[nn.Parameter], torch.Tensor]) -> LoraGraphModule:
+    """A copy whose parameters are new ones over the tensor that `tensor_of` gives for each."""
     memo = share_tensors(gm)
-    for parameter in (parameter for parameter in gm.parameters() if id(parameter) not in memo):
-        memo[id(parameter)] = nn.Parameter(tensors[id(parameter)], requires_grad=parameter.requires_grad)
+    for parameter in gm.parameters():
+        if id(parameter) not in memo:
+            memo[id(parameter)] = nn.Parameter(tensor_of(parameter), requires_grad=parameter.requires_grad)
     memo |= {id(tensor): tensor for tensor in record_of(gm).originals.values()}
     token = _UNCOMPILED.set(True)
     try:
@@ -610,10 +611,16 @@ def _without_nodes_and_devices(leaf: Any) -> Any:
     return None if isinstance(leaf, (fx.Node, torch.device)) else leaf
 
 
+_PLAIN = {int, bool, str, type(None)}
+
+
 def _as_value(argument: Any) -> Any:
     """An argument so that 1, 1.0 and True differ, 0.0 and −0.0, a tuple and a named one, and orders of keys."""
-    if isinstance(argument, fx.Node):
-        return fx.Node, argument.name
+    kind = type(argument)
+    if kind is fx.Node:
+        return kind, argument.name
+    if kind in _PLAIN:  # most of them
+        return kind, argument
     if isinstance(argument, (tuple, list)):
         return type(argument), tuple(_as_value(item) for item in argument)
     if isinstance(argument, Mapping):

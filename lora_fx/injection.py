@@ -5,7 +5,8 @@ from __future__ import annotations
 import keyword
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from torch import fx, nn
 
 from . import optimization
 from .adapter_files import KEY_OF_BIAS, KEY_OF_MAGNITUDE, KEY_OF_ROWS, KEYS, KEYS_OF_LOOKUPS
-from .applications import Application, read_applications
+from .applications import Application, Reading, read_applications
 from .arena import lay_out
 from .attributes import get_attribute, get_parameter, holds_values, set_attribute
 from .checks import check_effect
@@ -34,7 +35,7 @@ from .initialization import First, computed, initialize, start_of
 from .initializers import Context
 from .layouts import Layout, as_stored, without_start
 from .paths import LowRankPath, RowsPath
-from .plan import Plan, PlannedRows, PlannedSite, make_plan
+from .plan import Plan, PlannedRows, PlannedSite, plan_adapters
 from .sites import Site, sites_of
 
 if TYPE_CHECKING:
@@ -193,14 +194,17 @@ def inject(
     """
     gm = checked_graph_module(gm)
     _check_new(gm, adapter_name, adapter_dtype)
-    if isinstance(config_or_plan, Plan):
-        plan = config_or_plan
-        _check_plan(gm, plan)
-    else:
-        plan = make_plan(gm, config_or_plan)
-    _check_calibration(plan.config, calibration)
-    result = inject_new(gm, NewAdapter(adapter_name, plan, adapter_dtype, calibration))
-    result = optimization.optimize(result) if optimize else result
+    given = config_or_plan if isinstance(config_or_plan, Plan) else LoraConfig.from_peft(config_or_plan)
+    with _building():
+        result = copy_sharing_tensors(gm)
+        reading = read_applications(result)  # once: it is planned on the copy, too
+        plan = given if isinstance(given, Plan) else plan_adapters(result, given, reading=reading)
+        if plan is given:
+            _check_plan(result, plan, reading)
+        _check_calibration(plan.config, calibration)
+        if optimize:
+            optimization.set_rewrites(result)
+        _add_adapter(result, NewAdapter(adapter_name, plan, adapter_dtype, calibration), reading)
     if check is not False:
         check_effect(result, None if check is True else check, adapter_name=adapter_name)
     return result
@@ -230,12 +234,17 @@ class NewAdapter:
 def inject_new(gm: fx.GraphModule, new: NewAdapter) -> LoraGraphModule:
     """`inject` with a plan of `gm`'s own."""
     _check_new(gm, new.name, new.dtype)
-    _check_trained_once(gm, new.plan)
-    with paused_gc(), torch.inference_mode(False):  # what is made under it could never be trained
+    with _building():
         result = copy_sharing_tensors(gm)
-        _freeze(result)
-        _add_adapter(result, new)
+        _add_adapter(result, new, read_applications(result))
     return result
+
+
+@contextmanager
+def _building() -> Iterator[None]:
+    """While an adapter is made: what is made under inference mode could never be trained."""
+    with paused_gc(), torch.inference_mode(False):
+        yield
 
 
 def _check_new(gm: fx.GraphModule, adapter_name: str, adapter_dtype: torch.dtype | None) -> None:
@@ -286,9 +295,9 @@ def _check_dtype(dtype: object) -> None:
         )
 
 
-def _check_plan(gm: fx.GraphModule, plan: Plan) -> None:
+def _check_plan(gm: fx.GraphModule, plan: Plan, reading: Reading) -> None:
     """A plan may come from elsewhere: it must mean this graph."""
-    sites = {site.path: site for site in sites_of(gm, read_applications(gm))}
+    sites = {site.path: site for site in sites_of(gm, reading)}
     for target in plan.targets:
         here = sites.get(target.site.whole_path)
         if here is None:
@@ -333,8 +342,10 @@ def _freeze(gm: LoraGraphModule) -> None:
         parameter.requires_grad_(False)
 
 
-def _add_adapter(gm: LoraGraphModule, new: NewAdapter) -> None:
-    by_path = applications_by_path(gm)
+def _add_adapter(gm: LoraGraphModule, new: NewAdapter, reading: Reading) -> None:
+    _check_trained_once(gm, new.plan)
+    _freeze(gm)
+    by_path = reading.by_path()
     sites: dict[str, AdapterSite] = {}
     known = set(record_of(gm).originals)
     for target in new.plan.targets:
@@ -388,10 +399,7 @@ def _insert_all(gm: LoraGraphModule) -> None:
 
 def applications_by_path(gm: LoraGraphModule) -> dict[str, list[Application]]:
     """The ops of each site, in all views."""
-    by_path: dict[str, list[Application]] = {}
-    for application in read_applications(gm).applications:
-        by_path.setdefault(application.path, []).append(application)
-    return by_path
+    return read_applications(gm).by_path()
 
 
 def _add_parameters(

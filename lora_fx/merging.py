@@ -50,8 +50,8 @@ class Delta:
     def is_zero(self) -> bool:
         """Whether a factor is zero throughout, and the other has no NaN or Inf to multiply it with."""
         factors = (self.left, self.right)
-        no_product = not all(bool(f.any()) for f in factors) and all(bool(torch.isfinite(f).all()) for f in factors)
-        return no_product and (self.gain is None or not bool(self.gain.any()))
+        no_product = not all(map(_has_any, factors)) and all(bool(torch.isfinite(f).all()) for f in factors)
+        return no_product and (self.gain is None or not _has_any(self.gain))
 
     def bound(self, norm: float) -> float:
         """What no element of it is above; `norm` is the weight's."""
@@ -92,7 +92,7 @@ class RowsDelta:
 
     def is_zero(self) -> bool:
         """Whether it adds nothing."""
-        return not bool(self.values.any())
+        return not _has_any(self.values)
 
     def bound(self, norm: float) -> float:
         """What no element of it is above."""
@@ -146,8 +146,8 @@ class StoredDelta:
 
     def is_zero(self) -> bool:
         """Whether it adds nothing."""
-        no_product = not bool(self.left.any()) or not bool(self.right.any())
-        return no_product and (self.gain is None or not bool(self.gain.any()))
+        no_product = not _has_any(self.left) or not _has_any(self.right)
+        return no_product and (self.gain is None or not _has_any(self.gain))
 
     def add_to(self, total: torch.Tensor, n: int, rows: slice, out: torch.Tensor) -> torch.Tensor:
         """As of `Delta`."""
@@ -405,6 +405,11 @@ def norm_of_sum(deltas: Sequence[AnyDelta]) -> float:
             inner = (one.left.mT @ other.left).double() * (one.right @ other.right.mT).double()
             squared += one.scaling * other.scaling * float(inner.sum())
     return math.sqrt(max(squared, 0.0))
+
+
+def _has_any(values: torch.Tensor) -> bool:
+    """Whether any element is not 0. (`Tensor.any` makes a copy as booleans first.)"""
+    return bool(torch.count_nonzero(values))
 
 
 def _squares(values: torch.Tensor) -> float:

@@ -112,6 +112,9 @@ class Rewrites:
         )
 
 
+_BY_THEMSELVES = Rewrites()  # those that `optimize` makes unless told otherwise
+
+
 def optimize(
     gm: fx.GraphModule,
     *,
@@ -157,18 +160,27 @@ def optimize(
     rewrites = Rewrites(fuse, share, recompute, narrow, masks, rotations, merge, checkpoint, dropout)
     gm = checked_graph_module(gm)
     check_editable(gm)
-    lowering = record_of(gm).lowering
-    if lowering is not None and not lowering.trains_only:
+    if not record_of(gm).adapters:
+        raise GraphError("there is nothing to optimise: the graph has no adapter. inject(gm, config) adds one")
+    result = copy_sharing_tensors(gm)
+    set_rewrites(result, rewrites)
+    result.recompile()
+    return result
+
+
+def set_rewrites(gm: LoraGraphModule, rewrites: Rewrites = _BY_THEMSELVES) -> None:
+    """Let `gm` be rewritten when it is compiled next.
+
+    Raises:
+        GraphError: if something else is to be compiled in its place already.
+    """
+    record = record_of(gm)
+    if record.lowering is not None and not record.lowering.trains_only:
         raise GraphError(
             "this graph is a tree of blocks, or distributed, and its rewrites would reach across; optimise the graph "
             "that it was made from: lora_fx.inject(gm, config)"
         )
-    if not record_of(gm).adapters:
-        raise GraphError("there is nothing to optimise: the graph has no adapter. inject(gm, config) adds one")
-    result = copy_sharing_tensors(gm)
-    record_of(result).lowering = rewrites
-    result.recompile()
-    return result
+    record.lowering = rewrites
 
 
 def _layer_of(block: BlockNodes) -> Callable[..., Any]:

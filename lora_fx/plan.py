@@ -158,16 +158,23 @@ def make_plan(gm: fx.GraphModule, config: object) -> Plan:
 
 
 def plan_adapters(
-    gm: fx.GraphModule, config: LoraConfig, *, every_pattern_hits: bool = True, share_tied: bool = True
+    gm: fx.GraphModule,
+    config: LoraConfig,
+    *,
+    reading: Reading | None = None,
+    every_pattern_hits: bool = True,
+    share_tied: bool = True,
 ) -> Plan:
-    """`make_plan`, with two choices that loading files needs.
+    """`make_plan`, with what injection has at hand, and two choices that loading files needs.
 
     Args:
+        reading: of `gm`, if it was read already.
         every_pattern_hits: whether a pattern without a site is an error; a file names its sites itself.
         share_tied: one adapter for sites that apply the same tied weight, or one for each.
     """
-    reading = read_applications(gm)
-    sites = with_parts(sites_of(gm, reading), config)
+    reading = reading or read_applications(gm)
+    whole_sites = sites_of(gm, reading)
+    sites = with_parts(whole_sites, config)
     chosen: list[Site] = []
     skipped: list[Skipped] = []
     saved = saved_modules(gm, config, every_pattern_hits)
@@ -181,8 +188,9 @@ def plan_adapters(
     refusals = list(dict.fromkeys(reading.refusals))
     if every_pattern_hits:
         check_refused(config, targets, refusals)
-        check_patterns(config, targets, sites, chosen, refusals, module_paths(gm))
-        check_not_linear(gm, config, targets, reading, [*sites, *refusals], saved)
+        modules = module_paths(gm)
+        check_patterns(config, targets, sites, chosen, refusals, modules)
+        check_not_linear(gm, config, targets, reading, [*sites, *refusals], saved, modules)
     tokens = _tokens(gm, config, reading, sites, saved)
     if config.ensure_weight_tying:
         chosen = _with_tied(gm, reading, sites, chosen, saved)
@@ -199,7 +207,7 @@ def plan_adapters(
     trained = tuple(dict.fromkeys([*saved_tensors(gm, saved), *biases_of(gm, config, chosen)]))
     check_trained(gm, trained)
     warn_of(config, chosen)
-    base = size_of_base(gm.parameters(), gm.buffers(), sites_of(gm, reading))
+    base = size_of_base(gm.parameters(), gm.buffers(), whole_sites)
     rows = sum(len(each.rows) * each.site.out_features for each in tokens)
     in_full = rows + sum(tensor.numel() for name in trained if (tensor := get_attribute(gm, name)) is not None)
     return Plan(config, tuple(planned), tuple(skipped), trained, tokens, base, in_full)

@@ -12,7 +12,6 @@ from .applications import Reading, Refusal
 from .attributes import get_attribute
 from .config import ALL_LINEAR, LoraConfig
 from .errors import TargetError, closest, warn
-from .full_training import module_paths
 from .matching import layer_index, matches_names, matches_target, matching_key
 from .sites import Site, Sites
 from .tables import counted, some_of
@@ -45,12 +44,13 @@ def check_not_linear(
     reading: Reading,
     known: Sequence[Site | Refusal],
     saved: list[str],
+    modules: list[str],
 ) -> None:
     """Targets that are modules with a weight and no linear are refused by name, as long as none is adapted."""
     if targets == ALL_LINEAR:
         return
     names = {name for each in known for name in (each.names if isinstance(each, Site) else (each.path,))}
-    for path in module_paths(gm):
+    for path in modules:
         weight = get_attribute(gm, f"{path}.weight")
         is_matrix = isinstance(weight, torch.Tensor) and weight.ndim >= 2
         if not is_matrix or path in names or path in saved or not matches_target(path, targets):

@@ -34,13 +34,14 @@ def is_spread(tensor: object) -> bool:
 def is_sharded(module: nn.Module) -> bool:
     """Whether parameters of the module are spread over processes, or would be but for this moment of a step."""
     settle(module)
-    return any(is_spread(parameter) for parameter in module.parameters())
+    one_of_each_kind = {type(parameter): parameter for parameter in module.parameters()}
+    return any(map(is_spread, one_of_each_kind.values()))
 
 
 def settle(module: nn.Module) -> None:
     """Let parameters be the spread ones that are trained, not copies that FSDP2 gathered for a forward pass."""
     for part in module.modules():
-        if _is_a(part, "torch.distributed.fsdp", "FSDPModule"):
+        if type(part) is not nn.Module and _is_a(part, "torch.distributed.fsdp", "FSDPModule"):
             part.reshard()  # type: ignore[operator]
 
 

@@ -114,12 +114,39 @@ class _Known:
     """Keys of a mapping whose tensors went into the graph as they are, and where to; so that next time no key is read.
 
     Attributes:
-        places: {key: path of modules and name of the parameter}.
+        steps: (number of a module, name of its child): the ways to all modules that hold parameters, each module once.
+            The graph module is number 0, and each step gives the next number.
+        places: {key: number of the module that holds the parameter, and the parameter's name there}.
         shapes: of the parameters.
     """
 
-    places: dict[str, tuple[tuple[str, ...], str]]
+    steps: list[tuple[int, str]]
+    places: dict[str, tuple[int, str]]
     shapes: list[torch.Size]
+
+    @classmethod
+    def of(cls, names: dict[str, str], shapes: list[torch.Size]) -> _Known:
+        """Of parameters by their dotted names."""
+        numbers: dict[tuple[str, ...], int] = {(): 0}
+        steps: list[tuple[int, str]] = []
+        places: dict[str, tuple[int, str]] = {}
+        for key, name in names.items():
+            *path, last = name.split(".")
+            for end in range(1, len(path) + 1):
+                if tuple(path[:end]) not in numbers:
+                    steps.append((numbers[tuple(path[: end - 1])], path[end - 1]))
+                    numbers[tuple(path[:end])] = len(steps)
+            places[key] = numbers[tuple(path)], last
+        return cls(steps, places, shapes)
+
+    def parameters(self, gm: fx.GraphModule) -> list[torch.Tensor] | None:
+        """Those of `gm`, in the order of `places`; None if one of them is spread over processes."""
+        modules: list[Any] = [gm]
+        for number, name in self.steps:
+            modules.append(modules[number]._modules[name])
+        targets = [modules[number]._parameters[name] for number, name in self.places.values()]
+        is_spread = any(MARK in module.__dict__ for module in modules)
+        return None if is_spread or {type(target) for target in targets} != {nn.Parameter} else targets
 
 
 _KNOWN: WeakKeyDictionary[Adapter, _Known] = WeakKeyDictionary()
@@ -133,13 +160,13 @@ def _remember(
 ) -> None:
     """Keep where each key went, if every tensor went as it was into a parameter of the adapter's own."""
     target_of = {id(value): target for target, value in pairs}
-    names = {id(p): tuple(name.split(".")) for name, p in gm.named_parameters() if "lora_" in name}
+    names = {id(p): name for name, p in gm.named_parameters() if "lora_" in name}
     if len(target_of) != len(source) or not all(id(tensor) in target_of for tensor in source.values()):
         return
     targets = {key: target_of[id(tensor)] for key, tensor in source.items()}
     if all(id(target) in names for target in targets.values()):
-        places = {key: (names[id(target)][:-1], names[id(target)][-1]) for key, target in targets.items()}
-        _KNOWN[adapter] = _Known(places, [target.shape for target in targets.values()])
+        shapes = [target.shape for target in targets.values()]
+        _KNOWN[adapter] = _Known.of({key: names[id(target)] for key, target in targets.items()}, shapes)
 
 
 def _swap_known(gm: fx.GraphModule, adapter: Adapter, source: Mapping[str, torch.Tensor], *, finite: bool) -> bool:
@@ -152,14 +179,9 @@ def _swap_known(gm: fx.GraphModule, adapter: Adapter, source: Mapping[str, torch
         return False
     if not {value.dtype for value in values} <= set(ADAPTER_DTYPES):
         return False
-    targets = []
-    for path, name in known.places.values():
-        module: Any = gm
-        for part in path:
-            module = module._modules[part]
-        targets.append(module._parameters[name])
-        if type(targets[-1]) is not nn.Parameter or MARK in module.__dict__:  # spread over processes
-            return False
+    targets = known.parameters(gm)
+    if targets is None:
+        return False
     if not finite:
         check_finite(source, "the mapping")
     with torch.no_grad():

@@ -152,6 +152,11 @@ def test_saved_bytes_counts_a_storage_once_and_no_parameters() -> None:
     assert counted.total == 4 * (3 * 5 + 2 * 3 * 7)
 
 
+def test_a_fold_of_float32_takes_no_memory_that_grows_with_the_weights() -> None:
+    peaks = [goals._fold_peak(workloads.llama(1, hidden, 4)) for hidden in (64, 256)]
+    assert peaks[0] == peaks[1] <= 3 * 16 * 16 * 8  # products of r × r numbers
+
+
 def test_memory_of_sees_peak_kept_and_what_prepare_made() -> None:
     def run(given: torch.Tensor) -> Any:
         temporary = given.clone()

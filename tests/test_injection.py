@@ -15,6 +15,7 @@ from zoo import BY_NAME, STACK, distance, folded, injected, lora_tensors, random
 
 import lora_fx
 from lora_fx import AdapterError, GraphError, LoraConfig, LoraFxWarning, TargetError
+from lora_fx.applications import Reading, read_applications
 from lora_fx.graph_module import record_of
 
 
@@ -479,3 +480,28 @@ def test_a_target_means_modules_of_every_kind_that_the_call_reaches() -> None:
     ]
     plan = lora_fx.make_plan(gm, LoraConfig(target_modules=["proj"], exclude_modules=["patch.proj"]))
     assert [target.site.path for target in plan.targets] == ["attn.proj"]
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_the_graph_is_read_once(planned, monkeypatch) -> None:
+    gm = lora_fx.trace(nn.Linear(7, 5).eval(), torch.randn(3, 7))
+    given = LoraConfig(target_modules=[""])
+    given = lora_fx.make_plan(gm, given) if planned else given
+    graphs = []
+
+    def counting(of: fx.GraphModule) -> Reading:
+        graphs.append(of.graph)
+        return read_applications(of)
+
+    for module in ("injection", "plan"):
+        monkeypatch.setattr(f"lora_fx.{module}.read_applications", counting)
+    result = lora_fx.inject(gm, given)
+    assert graphs == [result.graph]
+
+
+def test_an_optimised_injection_compiles_the_rewritten_graph_alone() -> None:
+    gm = lora_fx.trace(nn.Sequential(nn.Linear(7, 5), nn.GELU()), torch.randn(3, 7)).train()
+    known = len(record_of(gm).compiled)
+    result = lora_fx.inject(gm, LoraConfig(target_modules=["0"]), optimize=True)
+    assert [lowering for _, lowering, _ in record_of(result).compiled[known:]] == [record_of(result).lowering]
+    assert record_of(result).lowering is not None
