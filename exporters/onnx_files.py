@@ -21,6 +21,7 @@ from lora_fx.atomic import exchange, sync_directory, temporary_beside, write_thr
 from .external_data import DATA_HASH_KEY, check_external_data, data_locations, sha256
 from .paths import path_of
 from .sessions import open_session
+from .streamed_weights import write_pending
 from .text import reason
 
 P = ParamSpec("P")
@@ -153,6 +154,7 @@ def save_files(model: ir.Model, files: Written) -> None:
     else:
         # The graph names its weights' hash, so the weights are written first, and the graph once more.
         ir.save(model, files.model, external_data=files.data.name)
+        write_pending((value.const_value for value in model.graph.initializers.values()), files.data)
         proto = onnx.load(files.model, load_external_data=False)
         if files.data.exists():
             entry = proto.metadata_props.add()
