@@ -72,11 +72,17 @@ class Shapes:
 
 
 LARGE = Shapes(wide=4096, deep=14336, vocabulary=32000, channels=1024, experts=8)  # 1.8 GB in float16
-QUICK = Shapes(wide=96, deep=64, vocabulary=97, channels=8, experts=3)
+QUICK = Shapes(wide=96, deep=160, vocabulary=97, channels=8, experts=3)
 
 
-def write_model(directory: Path, shapes: Shapes, dtype: ir.DataType = ir.DataType.FLOAT16) -> Path:
-    """A graph with each weight in a place of its own, and random numbers of a standard deviation of 0.02 beside it."""
+def write_model(
+    directory: Path, shapes: Shapes, dtype: ir.DataType = ir.DataType.FLOAT16, *, foreign: bool = False
+) -> Path:
+    """A graph with each weight in a place of its own, and random numbers of a standard deviation of 0.02 beside it.
+
+    Args:
+        foreign: it does not pass onnx's checker, as files of onnxruntime-genai do not, and opens in ONNX Runtime.
+    """
     generator = np.random.default_rng(0)
     numbers = (0.02 * generator.standard_normal(_NUMBERS, dtype=np.float32)).astype(dtype.numpy())
     forms = {name: (shape, numbers) for name, shape in shapes.floats.items()}
@@ -94,7 +100,7 @@ def write_model(directory: Path, shapes: Shapes, dtype: ir.DataType = ir.DataTyp
             initializers.append(tensor)
             _write_some(file, np.roll(some, 7919 * i).tobytes(), size)
             at += size
-    graph = helper.make_graph(*_nodes(shapes, int(dtype)), initializers)
+    graph = helper.make_graph(*_nodes(shapes, int(dtype), foreign=foreign), initializers)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, ir_version=10, opset_imports=opsets), directory / "base.onnx")
     return directory / "base.onnx"
@@ -105,7 +111,7 @@ def _write_some(file: Any, data: bytes, size: int) -> None:
         size -= file.write(data[: min(len(data), size)])
 
 
-def _nodes(shapes: Shapes, dtype: int) -> tuple[list[onnx.NodeProto], str, list[Any], list[Any]]:
+def _nodes(shapes: Shapes, dtype: int, *, foreign: bool) -> tuple[list[onnx.NodeProto], str, list[Any], list[Any]]:
     """Each weight in an op of its own, with inputs and outputs of the graph's."""
     features = {
         "up": ("Gemm", [1, shapes.wide], {"transB": 1}), "down": ("MatMul", [1, shapes.deep], {}),
@@ -125,8 +131,14 @@ def _nodes(shapes: Shapes, dtype: int) -> tuple[list[onnx.NodeProto], str, list[
     nodes.append(
         helper.make_node("MatMulNBits", names, ["few.y"], "/few/MatMulNBits", domain="com.microsoft", **options)
     )
-    kinds = {"few.y": TensorProto.FLOAT}
-    outputs = [helper.make_tensor_value_info(y, kinds.get(y, dtype), None) for node in nodes for y in node.output]
+    axes = {"conv.y": 4, "back.y": 4, "experts.y": 3}
+    outputs = [
+        helper.make_tensor_value_info(
+            y, TensorProto.FLOAT if y == "few.y" else dtype, None if foreign else [None] * axes.get(y, 2)
+        )
+        for node in nodes
+        for y in node.output
+    ]
     return nodes, "each", inputs, outputs
 
 

@@ -20,7 +20,7 @@ from lora_fx.atomic import exchange, sync_directory, temporary_beside, write_thr
 
 from .external_data import DATA_HASH_KEY, check_external_data, data_locations, sha256
 from .paths import path_of
-from .sessions import open_session
+from .sessions import check_opens
 from .streamed_weights import write_pending
 from .text import reason
 
@@ -413,7 +413,7 @@ def check_derived(path: Path, base: Path, *, full: bool = True) -> None:
         try:
             onnx.checker.check_model(os.fspath(base), full_check=full)
         except Exception:
-            open_session(path, "cpu")
+            check_opens(path)
             return
         raise
 
