@@ -142,8 +142,8 @@ def _nodes(shapes: Shapes, dtype: int, *, foreign: bool) -> tuple[list[onnx.Node
     return nodes, "each", inputs, outputs
 
 
-def write_adapter(directory: Path, shapes: Shapes) -> Path:
-    """For all but `rest`, in PEFT's format; float16, as far as it is large."""
+def write_adapter(directory: Path, shapes: Shapes, dtype: Any = np.float16) -> Path:
+    """For all but `rest`, in PEFT's format."""
     generator = np.random.default_rng(1)
     channels = 2 * shapes.channels
     sizes: dict[str, tuple[int, ...]] = {
@@ -158,7 +158,7 @@ def write_adapter(directory: Path, shapes: Shapes) -> Path:
         "head.weight": (shapes.vocabulary, shapes.wide),
     }  # fmt: skip
     tensors = {
-        f"base_model.model.{name}": (0.1 * generator.standard_normal(shape, dtype=np.float32)).astype(np.float16)
+        f"base_model.model.{name}": (0.1 * generator.standard_normal(shape, dtype=np.float32)).astype(dtype)
         for name, shape in sizes.items()
     }
     directory.mkdir()
@@ -185,7 +185,7 @@ def fold_table(root: Path, shapes: Shapes) -> Table:
         "in place": fold_apart(patched, adapter, patched),
     }
     check_folded(base, out, patched)
-    runs["unfolded"] = run_apart("exporters.unfold_onnx", _MODULES, path=str(patched))
+    runs["unfolded"] = run_apart("exporters.unfold_onnx", MODULES, path=str(patched))
     after = {file.name: _sha256(file) for file in patched.parent.iterdir()}
     require(after == before, "a fold in place that was taken back left other files")
     shutil.rmtree(root)
@@ -205,12 +205,12 @@ def fold_table(root: Path, shapes: Shapes) -> Table:
     )
 
 
-_MODULES = "exporters.onnx_folding, exporters.onnx_in_place"
+MODULES = "exporters.onnx_folding, exporters.onnx_in_place"
 
 
 def fold_apart(base: Path, adapter: Path, out: Path) -> Run:
     """A fold in a process of its own."""
-    return run_apart("exporters.fold_into_onnx", _MODULES, base=str(base), adapter=str(adapter), out=str(out))
+    return run_apart("exporters.fold_into_onnx", MODULES, base=str(base), adapter=str(adapter), out=str(out))
 
 
 def check_folded(base: Path, out: Path, patched: Path) -> None:

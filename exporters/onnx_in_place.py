@@ -179,7 +179,8 @@ def unfold_in_place(file: Path) -> None:
             )
         _restore(file, undo)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ExportError(f"cannot take back the fold of {file}: {reason(error)}") from error
+        again = "" if file.exists() else "; nothing is lost, so call it again when that is mended"
+        raise ExportError(f"cannot take back the fold of {file}: {reason(error)}{again}") from error
 
 
 def _is_known(file: Path, undo: Path) -> bool:
