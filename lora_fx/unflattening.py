@@ -134,6 +134,9 @@ def unflatten(
     for path in paths:
         set_attribute(result, path, _as_block(get_attribute(result, path)))
     record_of(result).lowering = Blocks(tuple(paths), first)
+    for graph in record_of(result).views.values():
+        if first is not None and _is_trained(result, graph):  # which may not be the one that is shown
+            _check_apart(result, first(result, graph), paths)
     result.recompile()
     return result
 
