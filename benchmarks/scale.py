@@ -17,11 +17,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from . import onnx_scale
+from .apart import Run, process_of, run_apart
 from .checks import require
 from .report import Table
 
@@ -80,7 +83,8 @@ def measure_in(root: Path, size: Size, rounds: int, *, quick: bool) -> tuple[Tab
     write_adapter(adapter, size)
     folds = fold_table(root, base, adapter, rounds)
     names = {"a small one": QUICK} if quick else LLAMAS
-    return folds, plan_table(names)
+    shapes = onnx_scale.QUICK if quick else onnx_scale.LARGE
+    return folds, onnx_scale.fold_table(root / "onnx", shapes), plan_table(names)
 
 
 # Folding ---------------------------------------------------------------------------------------------
@@ -193,61 +197,15 @@ def _removed(directory: Path) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A fold in a process of its own: seconds, and bytes above what it had after importing."""
-
-    seconds: float
-    processor: float
-    anonymous: int
-    resident: int
-
-
-_FOLD = """
-import json, sys, threading, time
-import lora_fx, lora_fx.checkpoint, lora_fx.fold_workers, torch
-def main():
-    base, adapter, out, workers, in_place = sys.argv[1:]
-    def used():
-        fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
-        return [1024 * int(fields[name].split()[0]) for name in ("RssAnon", "VmRSS")]
-    before, most, done = used(), [0, 0], threading.Event()
-    def watch():
-        while not done.wait(0.005):
-            most[:] = map(max, most, used())
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    wall, processor = time.perf_counter(), time.process_time()
-    lora_fx.fold_checkpoint(base, adapter, out, workers=int(workers), in_place=in_place == "True")
-    wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    done.set(); watcher.join()
-    print(json.dumps([wall, processor, *(max(0, now - then) for now, then in zip(most, before))]))
-if __name__ == "__main__":
-    main()
-"""
-
-
 def fold_apart(base: Path, adapter: Path, out: Path, workers: int = 1, *, in_place: bool = False) -> Run:
     """A fold in a process of its own."""
-    with _process(base, adapter, out, workers, in_place=in_place) as process:
-        said, _ = process.communicate()
-        require(process.returncode == 0, f"folding into {out} failed")
-    return Run(*json.loads(said))
+    return run_apart(**_fold(base, adapter, out, workers, in_place=in_place))
 
 
-@contextmanager
-def _process(
-    base: Path, adapter: Path, out: Path, workers: int, *, in_place: bool = False
-) -> Iterator[subprocess.Popen[str]]:
-    with tempfile.TemporaryDirectory() as temporary:
-        script = Path(temporary) / "fold.py"
-        script.write_text(_FOLD)
-        command = [sys.executable, "-W", "ignore", str(script), str(base), str(adapter), str(out), str(workers)]
-        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-        with subprocess.Popen(
-            [*command, str(in_place)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
-        ) as process:
-            yield process
+def _fold(base: Path, adapter: Path, out: Path, workers: int = 1, *, in_place: bool) -> dict[str, Any]:
+    modules = "lora_fx, lora_fx.checkpoint, lora_fx.fold_workers, torch"
+    files = {"base": str(base), "adapter": str(adapter), "out": str(out)}
+    return {"call": "lora_fx.fold_checkpoint", "modules": modules, **files, "workers": workers, "in_place": in_place}
 
 
 def check_folded(base: Path, adapter: Path, out: Path) -> None:
@@ -291,7 +249,7 @@ def interrupted(base: Path, adapter: Path, out: Path, root: Path, *, in_place: b
         source = out if in_place else base
         kills = 0
         for part in (0.3, 0.6):
-            with _process(source, adapter, out, 1, in_place=in_place) as process:
+            with process_of(**_fold(source, adapter, out, in_place=in_place)) as process:
                 _wait_for_work(process, out, in_place=in_place)
                 time.sleep(part * whole.seconds)
                 kills += process.poll() is None

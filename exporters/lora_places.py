@@ -24,7 +24,7 @@ from .onnx_fold_plan import (
 )
 from .onnx_sites import Form, Mapped, OnnxSite
 from .onnx_weights import Array
-from .stored_weights import nbits_of, read_weight, rounded, shape_of, stored_bytes
+from .stored_weights import nbits_of, read_weight, shape_of, stored_bytes
 from .text import some
 
 # Ops beside which A and B can stand; of any other op that takes a weight, they are added to the weight.
@@ -259,8 +259,5 @@ def _whole_arrays(weights: OnnxWeights, slots: Slots) -> dict[str, Array]:
                 f"the adapter has all of {some(change.paths)}, which the file does not take as an input; make it again "
                 "with this adapter among those it is made for"
             )
-        value = read_weight(change.weight)
-        for edit in change.edits:
-            value = edit(value)
-        found[name] = rounded(change.weight, value).array
+        found[name] = change.new_values().write({})[change.weight].numpy()
     return found

@@ -6,6 +6,8 @@ The sums are taken in float32 at least; whoever stores the result rounds it once
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,26 +17,59 @@ from .onnx_sites import Form
 from .onnx_weights import Array
 
 
-def low_rank_delta(low: LowRankArrays, form: Form, shape: tuple[int, ...]) -> Array:
-    """B @ A without its scaling, in the shape that a weight of that form is stored in.
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """left @ right, which is added at the rows from `row` on, and at some columns, of a weight seen as a matrix."""
+
+    left: Array
+    right: Array
+    row: int = 0
+    columns: slice = field(default_factory=lambda: slice(None))
+
+
+def low_rank_factors(low: LowRankArrays, form: Form, shape: tuple[int, ...]) -> list[Factors]:
+    """B @ A without its scaling, of a weight that is stored in a shape, as a sum of products.
+
+    The weight is a matrix as it is, or one whose rows are the first axis of a kernel.
 
     Raises:
         AdapterError: if A and B are not of such a weight.
     """
     if form.kind == "kernel":
-        delta = _kernel_delta(low, form, shape)
-    else:
-        a, b = low.a.reshape(len(low.a), -1), low.b.reshape(len(low.b), -1)  # (r, in), (out, r)
-        delta = a.T @ b.T if form.stored_in_out else b @ a
-    if delta.shape != tuple(shape):
+        return _kernel_products(low, form, shape)
+    a, b = low.a.reshape(len(low.a), -1), low.b.reshape(len(low.b), -1)  # (r, in), (out, r)
+    left, right = (a.T, b.T) if form.stored_in_out else (b, a)
+    _check_shape(low, (len(left), right.shape[1]), shape)
+    return [Factors(left, right)]
+
+
+def dense(factors: Sequence[Factors], shape: tuple[int, ...], leading: int = 1) -> Array:
+    """The sum of products in the shape of the weight, whose first `leading` axes are rows."""
+    dtype = np.result_type(*(array for each in factors for array in (each.left, each.right)))
+    delta = np.zeros((math.prod(shape[:leading]), math.prod(shape[leading:])), dtype)
+    for each in factors:
+        delta[each.row : each.row + len(each.left), each.columns] += each.left @ each.right
+    return delta.reshape(shape)
+
+
+def low_rank_delta(low: LowRankArrays, form: Form, shape: tuple[int, ...]) -> Array:
+    """What `low_rank_factors` come to, in the shape that a weight of that form is stored in.
+
+    Raises:
+        AdapterError: as that.
+    """
+    return dense(low_rank_factors(low, form, shape), shape)
+
+
+def _check_shape(low: LowRankArrays, found: tuple[int, ...], shape: tuple[int, ...], more: str = "") -> None:
+    if found != tuple(shape):
         raise AdapterError(
-            f"A {list(low.a.shape)} and B {list(low.b.shape)} of {low.path!r} make a delta of the shape "
-            f"{list(delta.shape)}, and the file's weight has {list(shape)}; is this adapter of this model?"
+            f"A {list(low.a.shape)} and B {list(low.b.shape)} of {low.path!r}{more} make a delta of the shape "
+            f"{list(found)}, and the file's weight has {list(shape)}; is this adapter of this model?"
         )
-    return delta
 
 
-def _kernel_delta(low: LowRankArrays, form: Form, shape: tuple[int, ...]) -> Array:
+def _kernel_products(low: LowRankArrays, form: Form, shape: tuple[int, ...]) -> list[Factors]:
     """Of a convolution: (out, in / groups, *k), or (in, out / groups, *k) if it is a transposed one."""
     groups, extent = form.groups, tuple(shape[2:])
     out, r = low.b.shape[:2]
@@ -46,13 +81,18 @@ def _kernel_delta(low: LowRankArrays, form: Form, shape: tuple[int, ...]) -> Arr
             f"A {list(low.a.shape)} and B {list(low.b.shape)} of {low.path!r} are not of a convolution whose kernel "
             f"is {list(shape)} with {groups} groups; is this adapter of this model?"
         )
-    points = math.prod(extent)
-    if form.is_transposed:
-        by_point = a.reshape(groups, -1, inputs, points)
-        delta: Array = np.einsum("goq,gqip->giop", low.b.reshape(groups, out // groups, r), by_point)
-        return delta.reshape(groups * inputs, out // groups, *extent)
-    product: Array = low.b.reshape(groups, out // groups, -1) @ a.reshape(groups, -1, inputs * points)
-    return product.reshape(out, inputs, *extent)
+    points, outputs = math.prod(extent), out // groups
+    if not form.is_transposed:
+        _check_shape(low, (out, inputs, *extent), shape)
+        up, down = low.b.reshape(groups, outputs, -1), a.reshape(groups, -1, inputs * points)
+        return [Factors(up[g], down[g], g * outputs) for g in range(groups)]
+    _check_shape(low, (groups * inputs, outputs, *extent), shape)
+    by_point, up = a.reshape(groups, -1, inputs, points), low.b.reshape(groups, outputs, r)
+    return [
+        Factors(by_point[g, :, :, point].T, up[g].T, g * inputs, slice(point, None, points))
+        for g in range(groups)
+        for point in range(points)
+    ]
 
 
 def kernel_factors(low: LowRankArrays, form: Form, shape: tuple[int, ...]) -> tuple[Array, Array]:
@@ -82,24 +122,26 @@ def _own_groups(low: LowRankArrays, groups: int, inputs: int) -> Array:
     return own.reshape(len(low.a), inputs, *low.a.shape[2:])
 
 
-def experts_delta(low: LowRankArrays, r: int, shape: tuple[int, ...], *, stored_in_out: bool) -> Array:
+def experts_factors(low: LowRankArrays, r: int, shape: tuple[int, ...], *, stored_in_out: bool) -> list[Factors]:
     """Of a parameter (experts, out, in): A (experts · r, in), B (out, r · experts), the expert fastest in B.
+
+    The weight is seen as a matrix whose rows are its first two axes.
 
     Args:
         stored_in_out: it is (experts, in, out).
+
+    Raises:
+        AdapterError: if A and B are not of such a weight.
     """
     if len(low.a) % r or low.b.shape[1] != len(low.a):
         raise AdapterError(f"A {list(low.a.shape)} of {low.path!r} is not of experts with r={r} each")
     experts = len(low.a) // r
     down = low.a.reshape(experts, r, -1)
     up = low.b.reshape(len(low.b), r, experts)
-    delta: Array = np.einsum("ore,eri->eio" if stored_in_out else "ore,eri->eoi", up, down)
-    if delta.shape != tuple(shape):
-        raise AdapterError(
-            f"A {list(low.a.shape)} and B {list(low.b.shape)} of {low.path!r} with r={r} make a delta of the shape "
-            f"{list(delta.shape)}, and the file's weight has {list(shape)}; is this adapter of this model?"
-        )
-    return delta
+    pairs = [(down[e].T, up[:, :, e].T) if stored_in_out else (up[:, :, e], down[e]) for e in range(experts)]
+    rows, columns = len(pairs[0][0]), pairs[0][1].shape[1]
+    _check_shape(low, (experts, rows, columns), shape, f" with r={r}")
+    return [Factors(left, right, e * rows) for e, (left, right) in enumerate(pairs)]
 
 
 def output_norms(weight: Array, form: Form) -> Array:
@@ -112,13 +154,23 @@ def output_norms(weight: Array, form: Form) -> Array:
 def gain(low: LowRankArrays, adapted: Array, form: Form) -> Array:
     """m / ‖W + ΔW‖ of each output, in the shape that multiplies the weight; `adapted` is W + ΔW."""
     assert low.magnitude is not None
-    if form.is_transposed:
-        raise AdapterError(f"{low.path!r}: DoRA is not defined for transposed convolutions")
     norms = output_norms(adapted, form)
-    if low.magnitude.size != norms.size:
-        raise AdapterError(
-            f"lora_magnitude_vector of {low.path!r} has {low.magnitude.size} values, and its weight {norms.size} "
-            "outputs; is this adapter of this model?"
-        )
+    check_magnitude(low, form, norms.size)
     scale: Array = low.magnitude.reshape(norms.shape) / norms
     return scale
+
+
+def check_magnitude(low: LowRankArrays, form: Form, outputs: int) -> None:
+    """Whether an adapter with DoRA has a magnitude for each output of its weight.
+
+    Raises:
+        AdapterError: if not.
+    """
+    assert low.magnitude is not None
+    if form.is_transposed:
+        raise AdapterError(f"{low.path!r}: DoRA is not defined for transposed convolutions")
+    if low.magnitude.size != outputs:
+        raise AdapterError(
+            f"lora_magnitude_vector of {low.path!r} has {low.magnitude.size} values, and its weight {outputs} outputs; "
+            "is this adapter of this model?"
+        )

@@ -20,7 +20,8 @@ from lora_fx.atomic import exchange, sync_directory, temporary_beside, write_thr
 
 from .external_data import DATA_HASH_KEY, check_external_data, data_locations, sha256
 from .paths import path_of
-from .sessions import open_session
+from .sessions import check_opens
+from .streamed_weights import write_pending
 from .text import reason
 
 P = ParamSpec("P")
@@ -153,6 +154,7 @@ def save_files(model: ir.Model, files: Written) -> None:
     else:
         # The graph names its weights' hash, so the weights are written first, and the graph once more.
         ir.save(model, files.model, external_data=files.data.name)
+        write_pending((value.const_value for value in model.graph.initializers.values()), files.data)
         proto = onnx.load(files.model, load_external_data=False)
         if files.data.exists():
             entry = proto.metadata_props.add()
@@ -411,7 +413,7 @@ def check_derived(path: Path, base: Path, *, full: bool = True) -> None:
         try:
             onnx.checker.check_model(os.fspath(base), full_check=full)
         except Exception:
-            open_session(path, "cpu")
+            check_opens(path)
             return
         raise
 

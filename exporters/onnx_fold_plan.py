@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,18 +11,21 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx import AdapterError, ExportError, LowRankArrays
+from lora_fx.adapter_arrays import wide, widened
 from lora_fx.adapter_places import joined
 from lora_fx.errors import closest
 
 from .named_weights import Held, OnnxWeights, lost_names
-from .onnx_deltas import experts_delta, gain, low_rank_delta
+from .onnx_deltas import Factors, check_magnitude, dense, experts_factors, low_rank_factors
 from .onnx_sites import Form, OnnxSite, module_of
 from .onnx_weights import Array, read_shared_modules
-from .streamed_weights import Product
+from .stored_weights import numbers_of, shape_of
+from .streamed_weights import BLOCK, NewValues
 from .text import some
+from .weight_edits import Added, Edit, Product, Rows, Whole
 
-# The new value of a weight, float32 and in the initializer's shape, from its old one.
-Edit = Callable[[Array], Array]
+# What makes a weight's new value of its old one; made when that is computed, since A and B may be widened for it.
+Edits = Callable[[], list[Edit]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +41,23 @@ class WeightChange:
 
     weight: ir.Value
     paths: tuple[str, ...]
-    edits: tuple[Edit, ...]
+    edits: tuple[Edits, ...]
     sites: tuple[OnnxSite, ...] = ()
+
+    def new_values(self) -> NewValues:
+        """The new value, to be computed.
+
+        Raises:
+            AdapterError: if what the adapter has does not fit the weight.
+            ExportError: if the weight is of a type that no weight has.
+        """
+        for each in self.edits:
+            each()
+        assert self.weight.const_value is not None
+        is_kernel = any(site.form.kind == "kernel" for site in self.sites)
+        axes = len(self.weight.const_value.shape)
+        leading = min(axes, 1) if is_kernel else max(axes - 1, min(axes, 1))
+        return NewValues(self.weight, self.edits, self.paths, leading)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,10 +130,10 @@ def plan_changes(weights: OnnxWeights, strength: float = 1.0) -> list[WeightChan
         rows = None if each.piece is None else piece_of(each, matched)
         changes.at_sites(each, LowRankEdit(each, rows, strength))
         if each.low.bias is not None:
-            bias = each.low.bias * (weights.scaling_of_bias(each.low) * strength / beta_of(each.site.node))
+            bias = wide(each.low.bias) * (weights.scaling_of_bias(each.low) * strength / beta_of(each.site.node))
             held = bias_of(each.site)
             check_one_reader(weights, held, weights.rename(each.low.path), f"the lora_bias of {each.low.path!r}")
-            changes.of_all(WeightChange(held, (each.low.path,), (_added(bias, rows),)))
+            changes.of_all(WeightChange(held, (each.low.path,), (_added(held, bias, rows),)))
     for low in adapter.low_rank:
         parameter = weights.parameter_of(low)
         for change in () if parameter is None else _parameter_changes(weights, low, parameter, strength):
@@ -138,7 +157,7 @@ class _Changes:
         self._all: dict[int, WeightChange] = {}
         self._own: dict[tuple[int, str], WeightChange] = {}
 
-    def at_sites(self, matched: Matched, edit: Edit) -> None:
+    def at_sites(self, matched: Matched, edit: Edits) -> None:
         """A change for the places of one module; modules that are packed in one weight change it together."""
         weight, path = matched.site.weight, matched.low.path
         key = id(weight), "" if matched.piece is not None else path
@@ -202,47 +221,31 @@ class LowRankEdit:
     rows: slice | None
     strength: float
 
-    def __call__(self, weight: Array) -> Array:
-        """The new weight."""
-        whole = _seen(weight, self.matched.site, self.rows)
-        low, form, scaling = self.matched.low, self.matched.site.form, self.matched.scaling
-        delta = low_rank_delta(low, form, whole.shape) * scaling
-        if low.magnitude is not None:
-            adapted = whole + delta
-            delta = gain(low, adapted, form) * adapted - whole
-        result: Array = whole + delta * self.strength
-        if self.rows is None:
-            return result
-        weight = weight.copy()
-        _seen(weight, self.matched.site, self.rows)[...] = result
-        return weight
-
-    def product(self) -> Product | None:
-        """The same, for a weight that is changed block by block; None if it takes all of the weight to know.
+    def __call__(self) -> list[Edit]:
+        """The products that are added.
 
         Raises:
             AdapterError: if A and B are not of such a weight.
         """
-        low, form, weight = self.matched.low, self.matched.site.form, self.matched.site.weight.const_value
-        if form.kind == "kernel" or weight is None:
-            return None
-        a, b = low.a.reshape(len(low.a), -1), low.b.reshape(len(low.b), -1)  # (r, in), (out, r)
-        left, right = (a.T, b.T) if form.stored_in_out else (b, a)
-        first = 0 if self.rows is None else int(self.rows.start)
-        row, column = (0, first) if form.stored_in_out else (first, 0)
-        if self.rows is None and (len(left), right.shape[1]) != tuple(weight.shape.numpy()):
-            low_rank_delta(low, form, tuple(weight.shape.numpy()))  # which says so
-        if low.magnitude is not None and low.magnitude.size != len(low.b):
-            return None  # which is refused where all of the weight is looked at
-        scaling, strength = self.matched.scaling, self.strength
-        return Product(left, right, scaling, strength, row, column, low.magnitude, form.stored_in_out)
+        low, form = widened(self.matched.low), self.matched.site.form
+        shape, axis = list(shape_of(self.matched.site.weight)), -1 if form.stored_in_out else 0
+        start = 0
+        if self.rows is not None:
+            start, shape[axis] = self.rows.start, self.rows.stop - self.rows.start
+        factors = low_rank_factors(low, form, tuple(shape))
+        if low.magnitude is not None:
+            check_magnitude(low, form, shape[axis])
+        row, column = (0, start) if form.stored_in_out else (start, 0)
+        return [self._product(each, low, row, column) for each in factors]
 
-
-def _seen(weight: Array, site: OnnxSite, rows: slice | None) -> Array:
-    """The part of a weight that is one packed module's."""
-    if rows is None:
-        return weight
-    return weight[..., rows] if site.form.stored_in_out else weight[rows]
+    def _product(self, factors: Factors, low: LowRankArrays, row: int, column: int) -> Edit:
+        form, magnitude, columns = self.matched.site.form, low.magnitude, factors.columns
+        if magnitude is not None and not form.stored_in_out:
+            magnitude = magnitude.reshape(-1)[factors.row : factors.row + len(factors.left)]
+        if form.stored_in_out:
+            columns = slice(column, column + factors.right.shape[1])
+        scaling, strength, row = self.matched.scaling, self.strength, row + factors.row
+        return Product(factors.left, factors.right, scaling, strength, row, columns, magnitude, form.stored_in_out)
 
 
 def piece_of(matched: Matched, all_matched: Iterable[Matched]) -> slice:
@@ -277,16 +280,12 @@ def outputs_of(site: OnnxSite) -> int:
     return int(shape[-1] if site.form.stored_in_out else shape[0])
 
 
-def _added(bias: Array, rows: slice | None) -> Edit:
-    def edit(old: Array) -> Array:
-        new = old.copy()
-        part = new.reshape(-1)[rows or slice(None)]
-        if part.size != bias.size:
-            raise AdapterError(f"lora_B.bias has {bias.size} values, and the file's bias {part.size}")
-        part += bias.reshape(-1)
-        return new
-
-    return edit
+def _added(held: ir.Value, bias: Array, rows: slice | None) -> Edits:
+    assert held.const_value is not None
+    start, stop, _ = (rows or slice(None)).indices(held.const_value.size)
+    if stop - start != bias.size:
+        raise AdapterError(f"lora_B.bias has {bias.size} values, and the file's bias {stop - start}")
+    return lambda: [Added(bias.reshape(-1), start)]
 
 
 def bias_of(site: OnnxSite) -> ir.Value:
@@ -358,12 +357,24 @@ def _parameter_changes(weights: OnnxWeights, low: LowRankArrays, name: str, stre
         raise AdapterError(f"{name!r} is a parameter of its own, for which use_dora and lora_bias are not defined")
     for held in weights.held(name):
         check_one_reader(weights, held.value, weights.rename(name).rpartition(".")[0], f"A and B of {name!r}")
-        shape = held.own_shape
-        if len(shape) == 3:
-            delta = experts_delta(low, r, shape, stored_in_out=is_in_out(weights, held, low))
-        else:
-            delta = low_rank_delta(low, Form("matrix"), shape)
-        yield WeightChange(held.value, (name,), (_plus(held.lying(delta) * scaling),))
+        in_out = len(held.own_shape) == 3 and is_in_out(weights, held, low)
+        yield WeightChange(held.value, (name,), (functools.partial(_parameter_edits, held, low, r, scaling, in_out),))
+
+
+def _parameter_edits(held: Held, low: LowRankArrays, r: int, scaling: float, in_out: bool) -> list[Edit]:
+    low, shape = widened(low), held.own_shape
+    if len(shape) == 3:
+        factors = experts_factors(low, r, shape, stored_in_out=in_out)
+    else:
+        factors = low_rank_factors(low, Form("matrix"), shape)
+    rows = shape[-2] if len(shape) > 1 else 1
+    if held.perm is None or held.perm == tuple(range(len(shape))):
+        return [Product(each.left, each.right, scaling, 1.0, each.row) for each in factors]
+    if held.perm == (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2):  # each matrix is turned
+        at = shape[-1]
+        return [Product(each.right.T, each.left.T, scaling, 1.0, each.row // rows * at) for each in factors]
+    delta = dense(factors, shape, len(shape) - 1) * scaling
+    return [Added(held.lying(delta))]
 
 
 def is_in_out(weights: OnnxWeights, held: Held, low: LowRankArrays) -> bool:
@@ -373,10 +384,6 @@ def is_in_out(weights: OnnxWeights, held: Held, low: LowRankArrays) -> bool:
         return bool(shape[1] == low.a.shape[1])
     lies_so = any(site.form.stored_in_out for site in weights.sites if site.weight is held.value)
     return lies_so == (held.perm is None)
-
-
-def _plus(delta: Array) -> Edit:
-    return lambda old: old + delta
 
 
 def _row_changes(weights: OnnxWeights, path: str, values: Array, strength: float) -> Iterator[WeightChange]:
@@ -395,22 +402,17 @@ def _row_changes(weights: OnnxWeights, path: str, values: Array, strength: float
         )
     for held in found:
         vocabulary, width = held.own_shape
-        if max(rows) >= vocabulary or values.shape[1] != width:
+        if not 0 <= min(rows) <= max(rows) < vocabulary or values.shape[1] != width:
             raise AdapterError(
-                f"rows up to {max(rows)}, {values.shape[1]} wide, do not fit {path!r}, which is {vocabulary} × {width}"
+                f"rows {min(rows)} up to {max(rows)}, {values.shape[1]} wide, do not fit {path!r}, which is "
+                f"{vocabulary} × {width}"
             )
         check_one_reader(weights, held.value, weights.rename(path), f"rows of {path!r}")
-        yield WeightChange(held.value, (path,), (_with_rows(held, rows, values, strength),))
+        yield WeightChange(held.value, (path,), (_one(Rows(rows, values, strength, held.perm == (1, 0))),))
 
 
-def _with_rows(held: Held, rows: list[int], values: Array, strength: float) -> Edit:
-    def edit(old: Array) -> Array:
-        new = old.copy()
-        own = new if held.perm is None else new.transpose(np.argsort(held.perm))
-        own[rows] += (values - own[rows]) * strength
-        return new
-
-    return edit
+def _one(edit: Edit) -> Edits:
+    return lambda: [edit]
 
 
 def _full_changes(weights: OnnxWeights, name: str, full: Array, strength: float) -> Iterator[WeightChange]:
@@ -425,17 +427,21 @@ def _full_changes(weights: OnnxWeights, name: str, full: Array, strength: float)
                 "this adapter of this model?"
             )
         check_one_reader(weights, held.value, weights.rename(name).rpartition(".")[0], f"all of {name!r}")
-        yield WeightChange(held.value, (name,), (_towards(held.lying(full), strength),))
+        yield WeightChange(held.value, (name,), (_one(Whole(held.lying(full), strength)),))
 
 
 def _is_the_bases_own(weights: OnnxWeights, name: str, full: Array) -> bool:
     """Whether it is what PEFT saves beside adapted embeddings: the base's table, as it is."""
     for site in weights.sites:
         if weights.rename(name.removesuffix(".weight")) in site.modules and site.weight.const_value is not None:
-            stored = site.weight.const_value.numpy()
-            return any(np.array_equal(stored, each) for each in (full, full.T))
+            tables = (full, full.T) if full.ndim == 2 else (full,)
+            return any(_is_equal(site.weight.const_value, each) for each in tables)
     return False
 
 
-def _towards(full: Array, strength: float) -> Edit:
-    return lambda old: full if strength == 1 else old + (full - old) * strength
+def _is_equal(stored: ir.TensorProtocol, values: Array) -> bool:
+    """Whether a tensor holds these values; some at a time."""
+    pieces = ((at, min(at + BLOCK, values.size)) for at in range(0, values.size, BLOCK))
+    return tuple(stored.shape.numpy()) == values.shape and all(
+        np.array_equal(numbers_of(stored, start, stop), wide(values.flat[start:stop])) for start, stop in pieces
+    )

@@ -8,7 +8,6 @@ make_session(base, adapter=adapter)     at load, with nothing written (see sessi
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import math
@@ -22,19 +21,19 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx import AdapterArrays, AdapterError, ExportError, read_adapter
+from lora_fx.adapter_arrays import map_adapter
 
 from .external_data import sampled_sha256
 from .lora_slots import SLOTS_KEY, read_slots
 from .named_weights import OnnxWeights
 from .onnx_files import check_apart, check_derived, checked_target, has_external_data, open_model, says_damaged, written
-from .onnx_fold_plan import LowRankEdit, WeightChange, other_readers, plan_changes
+from .onnx_fold_plan import WeightChange, other_readers, plan_changes
 from .onnx_in_place import undo_of, unfold_in_place, write_in_place
 from .onnx_sites import Mapped
-from .onnx_weights import MANIFEST_KEY, Array, read_manifest, read_stamps, write_manifest, write_stamps
+from .onnx_weights import MANIFEST_KEY, read_manifest, read_stamps, write_manifest, write_stamps
 from .paths import path_of
 from .sessions import checked_file
-from .stored_weights import Rounded, read_weight, rounded
-from .streamed_weights import StreamedTensor, can_stream
+from .streamed_weights import NewValues
 from .text import Shown, Table, some, table
 
 _IN_MEMORY = "lora_fx_weights_given_at_load"  # a file that does not exist
@@ -105,17 +104,38 @@ class OnnxFoldReport(Shown):
 
 @dataclass(frozen=True, eq=False)
 class NewWeight:
-    """The new value of one initializer, in the type that the file has; several tensors if it is quantized."""
+    """The new value of one initializer, in the type that the file has; several tensors if it is quantized.
+
+    Attributes:
+        change: what is done to it.
+        values: computed when they are written.
+        untied: as of `FoldedWeight`.
+    """
 
     change: WeightChange
-    values: Rounded
+    values: NewValues
     untied: bool
-    told: Callable[[], FoldedWeight]
+
+    @property
+    def name(self) -> str:
+        """The initializer's."""
+        return str(self.change.weight.name)
 
     @property
     def report(self) -> FoldedWeight:
-        """What folding did; of a streamed weight, once it is written."""
-        return self.told()
+        """What folding did, once it is done."""
+        done = self.values.written
+        before, after, added, lost = map(math.sqrt, (done.before, done.after, done.added, done.lost))
+        return FoldedWeight(
+            name=self.name,
+            dtype=self.values.dtype,
+            paths=self.change.paths,
+            weight_norm=before,
+            delta_norm=added,
+            kept=1 - lost / added if added else 1.0,
+            error=lost / after if lost else 0.0,
+            untied=self.untied,
+        )
 
 
 @says_damaged
@@ -152,7 +172,7 @@ def fold_into_onnx(
     """
     started = time.perf_counter()
     file = Path(os.path.realpath(checked_file(base)))
-    arrays = adapter if isinstance(adapter, AdapterArrays) else read_adapter(adapter, adapter_name=adapter_name)
+    arrays, let_go = _mapped(adapter, adapter_name)
     model = open_model(file)
     _refuse_twice(model, arrays, file)
     target = checked_target(out)
@@ -164,14 +184,15 @@ def fold_into_onnx(
     check_apart(file, model, target, may_replace=True)
     weights = OnnxWeights(model, arrays, mapping, partial=partial)
     external = has_external_data(model)
-    new = list(new_weights(weights, strength, streams=external and not in_place))
+    new = new_weights(weights, strength)
     names = list(model.graph.initializers)
     _record(model, arrays, strength, file)
     if in_place:
         _refuse_untied(new, "in place")
-        write_in_place(model, file, {value: data for each in new for value, data in each.values.tensors.items()})
+        write_in_place(model, file, [each.values for each in new], let_go)
     else:
-        _apply(model, new)
+        for each in new:
+            _put(model, each, each.values.pending(let_go) if external else each.values.write({}))
         with written(model, target, external=external) as files:
             check_derived(files.model, file, full=False)
     notes = [weights.rename.note] if weights.rename.note else []
@@ -180,6 +201,14 @@ def fold_into_onnx(
     order = {name: i for i, name in enumerate(names)}
     reports = tuple(sorted((each.report for each in new), key=lambda weight: order[weight.name]))
     return OnnxFoldReport(os.fspath(out), str(arrays.directory), reports, time.perf_counter() - started, tuple(notes))
+
+
+def _mapped(
+    adapter: str | os.PathLike[str] | AdapterArrays, adapter_name: str
+) -> tuple[AdapterArrays, Callable[[], object]]:
+    if isinstance(adapter, AdapterArrays):
+        return adapter, lambda: None
+    return map_adapter(adapter, adapter_name=adapter_name)
 
 
 def unfold_onnx(path: str | os.PathLike[str]) -> None:
@@ -192,17 +221,16 @@ def unfold_onnx(path: str | os.PathLike[str]) -> None:
     unfold_in_place(file if undo_of(file).is_dir() else checked_file(path))
 
 
-def new_weights(weights: OnnxWeights, strength: float = 1.0, *, streams: bool = False) -> Iterator[NewWeight]:
-    """The new value of each weight that an adapter changes.
+def new_weights(weights: OnnxWeights, strength: float = 1.0) -> list[NewWeight]:
+    """Each weight that an adapter changes, whose new value is computed when it is asked for.
 
     Args:
         weights: of the file.
         strength: multiplies all that the adapter adds.
-        streams: values of large weights may be computed when they are written.
 
     Raises:
         AdapterError: if the adapter does not fit.
-        ExportError: if a value leaves the range of the weight's type.
+        ExportError: if something is changed that is no weight.
     """
     if not np.isfinite(strength):
         raise ExportError(f"strength={strength!r} must be a finite number")
@@ -211,101 +239,32 @@ def new_weights(weights: OnnxWeights, strength: float = 1.0, *, streams: bool = 
         by_weight.setdefault(id(change.weight), []).append(change)
     if not by_weight:
         raise AdapterError(f"{str(weights.adapter.directory)!r} changes nothing in this file")
-    for changes in by_weight.values():
-        streamed = _streamed(changes[0]) if streams and len(changes) == 1 else None
-        yield from _new_values(changes) if streamed is None else [streamed]
-
-
-def _streamed(change: WeightChange) -> NewWeight | None:
-    """The new value of a large matrix, which is computed by the block; None if that cannot be."""
-    weight, old = change.weight, change.weight.const_value
-    if not can_stream(weight) or not isinstance(old, ir.ExternalTensor):
-        return None
-    products = [edit.product() if isinstance(edit, LowRankEdit) else None for edit in change.edits]
-    known = [product for product in products if product is not None]
-    if len(known) != len(products):
-        return None
-    tensor = StreamedTensor(old, known, change.paths)
-    untied = bool(change.sites) and bool(other_readers(weight, change.sites))
-
-    def told() -> FoldedWeight:
-        done = tensor.written
-        before, after, added, lost = map(math.sqrt, (done.before, done.after, done.added, done.lost))
-        return FoldedWeight(
-            name=str(weight.name),
-            dtype=old.dtype.name,
-            paths=change.paths,
-            weight_norm=before,
-            delta_norm=added,
-            kept=1 - lost / added if added else 1.0,
-            error=lost / after if lost else 0.0,
-            untied=untied,
-        )
-
-    values = Rounded({weight: tensor}, np.empty(0), old.dtype.name)
-    return NewWeight(change, values, untied, told)
+    return [new for changes in by_weight.values() for new in _new_values(changes)]
 
 
 def _new_values(changes: Sequence[WeightChange]) -> Iterator[NewWeight]:
     """The new value of one initializer; several, if modules that are tied in it have other adapters."""
-    weight = changes[0].weight
-    old = read_weight(weight)
-    found: list[tuple[WeightChange, Array]] = []
+    found: list[tuple[WeightChange, NewValues]] = []
     for change in changes:
-        exact = old
-        with np.errstate(invalid="ignore", over="ignore"):  # whether the result is finite is looked at below
-            for edit in change.edits:
-                exact = edit(exact)
-        if found and np.array_equal(found[0][1], exact):  # tied, and adapted alike
+        values = change.new_values()
+        if found and values.is_like(found[0][1]):  # tied, and adapted alike
             first = found[0][0]
             joined = dataclasses.replace(first, paths=first.paths + change.paths, sites=first.sites + change.sites)
-            found[0] = joined, exact
+            found[0] = joined, joined.new_values()
         else:
-            found.append((change, exact))
-    for change, exact in found:
-        values = rounded(weight, exact)
-        is_shared = bool(change.sites) and bool(other_readers(weight, change.sites))
-        report = _report(change, old, exact, values, untied=is_shared)
-        yield NewWeight(change, values, is_shared, functools.partial(_known, report))
+            found.append((change, values))
+    for change, values in found:
+        yield NewWeight(change, values, bool(change.sites) and bool(other_readers(change.weight, change.sites)))
 
 
-def _known(report: FoldedWeight) -> FoldedWeight:
-    return report
-
-
-def _report(change: WeightChange, old: Array, exact: Array, values: Rounded, *, untied: bool) -> FoldedWeight:
-    lost = 0.0 if values.stored is exact else _norm(values.stored - exact)
-    added = _norm(exact - old)
-    return FoldedWeight(
-        name=str(change.weight.name),
-        dtype=values.dtype,
-        paths=change.paths,
-        weight_norm=_norm(old),
-        delta_norm=added,
-        kept=1 - lost / added if added else 1.0,
-        error=lost / _norm(exact) if lost else 0.0,
-        untied=untied,
-    )
-
-
-def _norm(array: Array) -> float:
-    flat = array.reshape(-1)
-    with np.errstate(over="ignore"):
-        squares = float(np.dot(flat, flat))
-    return math.sqrt(squares) if math.isfinite(squares) else float(np.linalg.norm(flat.astype(np.float64)))
-
-
-def _apply(model: ir.Model, new: Sequence[NewWeight]) -> None:
-    """Give the model the new values; a weight that something else reads gets a second initializer."""
-    for each in new:
-        if not each.untied:
-            for value, tensor in each.values.tensors.items():
-                value.const_value = tensor
-            continue
-        _check_carriers(each.change)
-        pairs = each.values.tensors.items()
-        names = {str(value.name): _untie(model, each.change, value, tensor) for value, tensor in pairs}
-        _record_twin(model, names)
+def _put(model: ir.Model, new: NewWeight, tensors: Mapping[ir.Value, ir.TensorProtocol]) -> None:
+    """Give the model new tensors; a weight that something else reads gets a second initializer."""
+    if not new.untied:
+        for value, tensor in tensors.items():
+            value.const_value = tensor
+        return
+    _check_carriers(new.change)
+    _record_twin(model, {str(value.name): _untie(model, new.change, value, each) for value, each in tensors.items()})
 
 
 def _untie(model: ir.Model, change: WeightChange, value: ir.Value, tensor: ir.TensorProtocol) -> str:
@@ -350,7 +309,7 @@ def _check_carriers(change: WeightChange) -> None:
 
 
 def _refuse_untied(new: Sequence[NewWeight], how: str) -> None:
-    tied = [each.report.name for each in new if each.untied]
+    tied = [each.name for each in new if each.untied]
     if tied:
         raise ExportError(
             f"{some(tied)} cannot be folded {how}: something that is not adapted reads it too, so that the graph needs "
@@ -400,10 +359,10 @@ def session_values(
     arrays = adapter if isinstance(adapter, AdapterArrays) else read_adapter(adapter, adapter_name=adapter_name)
     model = open_model(file)
     _refuse_twice(model, arrays, file)
-    new = list(new_weights(OnnxWeights(model, arrays, mapping)))
+    new = new_weights(OnnxWeights(model, arrays, mapping))
     _refuse_untied(new, "at load")
     given: dict[str, ir.TensorProtocol] = {}
-    for value, tensor in (item for each in new for item in each.values.tensors.items()):
+    for value, tensor in (item for each in new for item in each.values.write({}).items()):
         name = str(value.name)
         given[name] = tensor
         value.const_value = ir.ExternalTensor(

@@ -7,24 +7,60 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
 from lora_fx import ExportError
 from lora_fx.atomic import sync_directory, temporary_beside, write_durably, write_through
 
 from .external_data import DATA_HASH_KEY, data_locations, sha256
 from .onnx_files import graph_bytes, has_external_data, save_graph, written
+from .streamed_weights import NewValues
 from .text import reason
 
+_PIECE = 2**20  # bytes that are read, or written, in one go
 _LARGE_GRAPH = 2**26  # bytes: a graph with weights beside it is smaller
 _MODEL, _WEIGHTS, _RECORD = "model.onnx", "weights.safetensors", "folded.json"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Bytes in a file of weights.
+
+    Attributes:
+        path, location: of the file, and what the graph calls it.
+        offset, size: where in it.
+    """
+
+    path: Path
+    location: str
+    offset: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        """What it is called in a record."""
+        return f"{self.location}:{self.offset}"
+
+    def pieces(self) -> Iterator[bytes]:
+        """What is there."""
+        with open(self.path, "rb") as data:
+            data.seek(self.offset)
+            for start in range(0, self.size, _PIECE):
+                yield data.read(min(_PIECE, self.size - start))
+
+    def hash(self) -> str:
+        """Of what is there."""
+        return _hash(self.pieces())
+
+
+def _place_of(tensor: ir.ExternalTensor) -> _Place:
+    return _Place(Path(tensor.path), str(tensor.location), tensor.offset or 0, tensor.nbytes)
 
 
 def undo_of(file: Path) -> Path:
@@ -32,14 +68,18 @@ def undo_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.undo")
 
 
-def write_in_place(model: ir.Model, file: Path, new: Mapping[ir.Value, ir.TensorProtocol]) -> None:
+def write_in_place(model: ir.Model, file: Path, new: Sequence[NewValues], let_go: Callable[[], object]) -> None:
     """Write new values where the old ones lie, after keeping those.
 
     While weights beside the graph are half old and half new, there is no graph: whoever kills this leaves nothing that
     could be loaded, and `unfold_in_place` puts all back.
 
+    Args:
+        let_go: is called after each weight.
+
     Raises:
-        ExportError: if there is something to undo already, or the file system refuses; all is then as it was.
+        ExportError: if there is something to undo already, a value leaves the range of its weight's type, or the file
+            system refuses; all is then as it was.
     """
     undo = undo_of(file)
     if undo.exists():
@@ -47,7 +87,8 @@ def write_in_place(model: ir.Model, file: Path, new: Mapping[ir.Value, ir.Tensor
             f"{undo} holds what an earlier fold in place replaced; take that back first, with "
             f"unfold_onnx({str(file)!r}), or fold into another file"
         )
-    places = {value: value.const_value for value in new if isinstance(value.const_value, ir.ExternalTensor)}
+    held = {value: value.const_value for values in new for value in values.values}
+    places = {value: _place_of(tensor) for value, tensor in held.items() if isinstance(tensor, ir.ExternalTensor)}
     external = has_external_data(model)
     _check_alone(model, file, list(places))
     try:
@@ -56,21 +97,24 @@ def write_in_place(model: ir.Model, file: Path, new: Mapping[ir.Value, ir.Tensor
                 pass
         _keep(file, undo, list(places.values()))
         try:
-            for value, tensor in new.items():
-                if value not in places:
+            if external:
+                file.unlink()
+            for values in new:
+                written_to = values.write({value: (place.path, place.offset) for value, place in places.items()})
+                for value, tensor in written_to.items():
                     value.const_value = tensor
+                let_go()
             if not external:
                 with written(model, file, external=False) as files:
                     _record(undo, files.model.read_bytes(), [])
                 return
-            file.unlink()
-            for value, place in places.items():
-                _write_at(Path(place.path), place.offset or 0, new[value].tobytes())
+            for path in {place.path for place in places.values()}:
+                write_through(path)
             _rehash(model, file)
             _record(undo, graph_bytes(model), list(places.values()))
             save_graph(graph_bytes(model), file, undo / _MODEL)
         except BaseException:
-            _restore(file, undo)
+            _put_back(file, undo)
             raise
     except OSError as error:
         raise ExportError(f"cannot fold into {file} ({error.strerror or reason(error)}); it is as it was") from error
@@ -135,7 +179,8 @@ def unfold_in_place(file: Path) -> None:
             )
         _restore(file, undo)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ExportError(f"cannot take back the fold of {file}: {reason(error)}") from error
+        again = "" if file.exists() else "; nothing is lost, so call it again when that is mended"
+        raise ExportError(f"cannot take back the fold of {file}: {reason(error)}{again}") from error
 
 
 def _is_known(file: Path, undo: Path) -> bool:
@@ -144,97 +189,129 @@ def _is_known(file: Path, undo: Path) -> bool:
         return True  # interrupted while weights were written
     graph, record = file.read_bytes(), undo / _RECORD
     if graph == (undo / _MODEL).read_bytes():
-        return all(_read_at(path, offset, len(old)) == old for path, offset, old in _kept(file, undo))
+        return all(place.hash() == _hash(pieces) for place, pieces in _kept(file, undo).items())
     if not record.is_file():
         return False
     noted = json.loads(record.read_text(encoding="utf-8"))
-    return bool(_hash(graph) == noted["graph"]) and all(
-        _hash(_read_at(path, offset, len(old))) == noted["places"][f"{path.relative_to(file.parent)}:{offset}"]
-        for path, offset, old in _kept(file, undo)
+    return bool(_hash([graph]) == noted["graph"]) and all(
+        place.hash() == noted["places"][f"{place.path.relative_to(file.parent)}:{place.offset}"]
+        for place in _kept(file, undo)
     )
 
 
-def _record(undo: Path, graph: bytes, places: Sequence[ir.ExternalTensor]) -> None:
+def _record(undo: Path, graph: bytes, places: Sequence[_Place]) -> None:
     """Note what the files hold once they are folded."""
-    hashes = {_place(tensor): _hash(_read(tensor)) for tensor in places}
-    write_durably(undo / _RECORD, json.dumps({"graph": _hash(graph), "places": hashes}).encode())
+    hashes = {place.name: place.hash() for place in places}
+    write_durably(undo / _RECORD, json.dumps({"graph": _hash([graph]), "places": hashes}).encode())
 
 
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _hash(pieces: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
-def _keep(file: Path, undo: Path, places: Sequence[ir.ExternalTensor]) -> None:
+def _keep(file: Path, undo: Path, places: Sequence[_Place]) -> None:
     with temporary_beside(undo) as directory:
         shutil.copy(file, directory / _MODEL)
-        save_file({_place(each): np.frombuffer(_read(each), np.uint8) for each in places}, directory / _WEIGHTS)
+        _write_tensors(directory / _WEIGHTS, places)
         for name in (_MODEL, _WEIGHTS):
             write_through(directory / name)
         os.replace(directory, undo)
         sync_directory(file.parent)
 
 
-def _kept(file: Path, undo: Path) -> list[tuple[Path, int, bytes]]:
-    """(file, offset, bytes) of the weights that were kept; the names are those of a record that lies on the disk."""
-    found = []
-    for place, data in load_file(undo / _WEIGHTS).items():
-        name, _, offset = place.rpartition(":")
-        path = file.parent / name
-        if not path.resolve().is_relative_to(file.parent.resolve()):
-            raise ExportError(f"{undo} names a place outside of {file.parent}; it was not written by lora_fx")
-        found.append((path, int(offset), data.tobytes()))
+def _write_tensors(path: Path, places: Sequence[_Place]) -> None:
+    """A safetensors file of bytes at places, by their names: safetensors' own writer takes all of them at once."""
+    header, end = {}, 0
+    for place in places:
+        header[place.name] = {"dtype": "U8", "shape": [place.size], "data_offsets": [end, end + place.size]}
+        end += place.size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for place in places:
+            out.writelines(place.pieces())
+
+
+def _kept(file: Path, undo: Path) -> dict[_Place, Iterator[bytes]]:
+    """{place: its bytes} of the weights that were kept; the names are those of a record that lies on the disk."""
+    found = {}
+    with safe_open(undo / _WEIGHTS, "np") as kept:
+        for name in kept.keys():  # noqa: SIM118
+            location, _, offset = name.rpartition(":")
+            path = file.parent / location
+            if not path.resolve().is_relative_to(file.parent.resolve()):
+                raise ExportError(f"{undo} names a place outside of {file.parent}; it was not written by lora_fx")
+            (size,) = kept.get_slice(name).get_shape()
+            found[_Place(path, location, int(offset), size)] = _pieces_of(undo / _WEIGHTS, name, size)
     return found
 
 
+def _pieces_of(path: Path, name: str, size: int) -> Iterator[bytes]:
+    with safe_open(path, "np") as kept:
+        values = kept.get_slice(name)
+        for start in range(0, size, _PIECE):
+            yield values[start : min(size, start + _PIECE)].tobytes()
+
+
 def _restore(file: Path, undo: Path) -> None:
-    graph = (undo / _MODEL).read_bytes()
-    weights = _kept(file, undo)
+    """Put back what was kept; if that fails, all is as it was, unless the disk has no room for what is there now."""
     with temporary_beside(undo) as temporary:
-        folded = temporary / "folded.onnx"
+        folded, there = temporary / "folded.onnx", temporary / _WEIGHTS
         if file.exists():
             os.link(file, folded)
-        os.link(undo / _MODEL, temporary / _MODEL)  # other names and no copies: the disk may be full
-        there = [(path, offset, _read_at(path, offset, len(data))) for path, offset, data in weights]
+        places = list(_kept(file, undo))
         try:
-            if weights:
-                file.unlink(missing_ok=True)
-            for path, offset, data in weights:
-                _write_at(path, offset, data)
-            if not file.exists() or file.read_bytes() != graph:
-                os.replace(temporary / _MODEL, file)
-                sync_directory(file.parent)
-        except BaseException:
-            for path, offset, data in there:
-                _write_at(path, offset, data)
-            if folded.exists():
-                os.replace(folded, file)
-            raise
-        try:
-            os.replace(undo, temporary / "gone")  # in one step, so that there is never half of it
+            _write_tensors(there, places)
         except OSError:
-            shutil.rmtree(undo)
+            there.unlink(missing_ok=True)
+        try:
+            _put_back(file, undo, keep=True)
+        except BaseException:
+            if there.exists():
+                _write_back(places, [_pieces_of(there, place.name, place.size) for place in places])
+                if folded.exists():
+                    os.replace(folded, file)
+            raise
+        _drop(undo, temporary)
 
 
-def _place(tensor: ir.ExternalTensor) -> str:
-    return f"{tensor.location}:{tensor.offset or 0}"
+def _put_back(file: Path, undo: Path, *, keep: bool = False) -> None:
+    """Put back what was kept. There is no graph as long as some of it is missing.
+
+    Args:
+        keep: it stays kept, too.
+    """
+    kept = _kept(file, undo)
+    with temporary_beside(undo) as temporary:
+        os.link(undo / _MODEL, temporary / _MODEL)  # another name and no copy: the disk may be full
+        if kept:
+            file.unlink(missing_ok=True)
+        _write_back(list(kept), list(kept.values()))
+        if not file.exists() or file.read_bytes() != (undo / _MODEL).read_bytes():
+            os.replace(temporary / _MODEL, file)
+            sync_directory(file.parent)
+        if not keep:
+            _drop(undo, temporary)
 
 
-def _read(tensor: ir.ExternalTensor) -> bytes:
-    return _read_at(Path(tensor.path), tensor.offset or 0, tensor.nbytes)
+def _drop(undo: Path, temporary: Path) -> None:
+    try:
+        os.replace(undo, temporary / "gone")  # in one step, so that there is never half of it
+    except OSError:
+        shutil.rmtree(undo)
 
 
-def _read_at(path: Path, offset: int, size: int) -> bytes:
-    with open(path, "rb") as data:
-        data.seek(offset)
-        return data.read(size)
-
-
-def _write_at(path: Path, offset: int, data: bytes) -> None:
-    with open(path, "r+b") as target:
-        target.seek(offset)
-        target.write(data)
-        target.flush()
-        os.fsync(target.fileno())
+def _write_back(places: Sequence[_Place], contents: Sequence[Iterator[bytes]]) -> None:
+    for place, pieces in zip(places, contents, strict=True):
+        with open(place.path, "r+b") as target:
+            target.seek(place.offset)
+            target.writelines(pieces)
+    for path in {place.path for place in places}:
+        write_through(path)
 
 
 def _rehash(model: ir.Model, file: Path) -> None:

@@ -242,10 +242,31 @@ def _open(source: _Source, providers: Sequence[Any]) -> ort.InferenceSession:
         try:
             return _create(source, providers, {})
         except Exception as error:
-            raise ExportError(
-                f"ONNX Runtime {ort.__version__} cannot open {source.file}: {reason(error)}. The file may be damaged, "
-                "cut off, apart from its .data file, or newer than this onnxruntime; export it again"
-            ) from error
+            raise _unopened(source.file, error) from error
+
+
+def check_opens(file: Path) -> None:
+    """Whether ONNX Runtime takes a file, without a copy of its weights: those beside it stay there.
+
+    Raises:
+        ExportError: if not.
+    """
+    with stderr_caught():
+        try:
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            ort.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        except Exception as error:
+            raise _unopened(file, error) from error
+
+
+def _unopened(file: Path, error: Exception) -> ExportError:
+    return ExportError(
+        f"ONNX Runtime {ort.__version__} cannot open {file}: {reason(error)}. The file may be damaged, cut off, apart "
+        "from its .data file, or newer than this onnxruntime; export it again"
+    )
 
 
 def _create(source: _Source, providers: Sequence[Any], config: Mapping[str, str]) -> ort.InferenceSession:

@@ -2,82 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx import ExportError
-
 from .onnx_weights import Array
+from .stored_weights import Encoded, stored_weight
+from .weight_edits import Edit
 
-# Elements of a block. Smaller weights are computed as a whole, which costs nothing.
+# Elements of a block.
 BLOCK = 1 << 20
 
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
-
-
-@dataclass(frozen=True, eq=False)
-class Product:
-    """scaling · left @ right, added to the rows and columns of a weight from `row` and `column` on.
-
-    Attributes:
-        left, right: (rows, r) and (r, columns).
-        scaling, strength: what multiplies the product, and what multiplies all that is added.
-        row, column: where it begins.
-        magnitude: of each output, with DoRA: these are the columns of a weight that is stored (in, out), else the rows.
-        stored_in_out: how the weight is stored.
-    """
-
-    left: Array
-    right: Array
-    scaling: float
-    strength: float
-    row: int = 0
-    column: int = 0
-    magnitude: Array | None = None
-    stored_in_out: bool = False
-
-    @property
-    def needs_norms(self) -> bool:
-        """Whether it takes all rows to know what is added to one."""
-        return self.magnitude is not None and self.stored_in_out
-
-    def add_to(self, block: Array, first: int, squares: Array | None) -> None:
-        """Add what falls into the rows from `first` on; `squares` are the sums that `sum_squares` made."""
-        part, delta = self._part(block, first)
-        if part is None or delta is None:
-            return
-        if self.magnitude is not None:
-            adapted = part + delta
-            own = np.square(adapted, dtype=np.float64).sum(1, keepdims=True) if squares is None else squares
-            norms = np.maximum(np.sqrt(own), math.sqrt(1e-30)).astype(np.float32)
-            shape = (1, -1) if self.stored_in_out else (-1, 1)
-            magnitude = self.magnitude.reshape(shape)
-            if not self.stored_in_out:
-                start = max(first - self.row, 0)
-                magnitude = magnitude[start : start + len(part)]
-            delta = magnitude / norms * adapted - part
-        part += delta * self.strength
-
-    def sum_squares(self, block: Array, first: int, squares: Array) -> None:
-        """Add the squares of what is adapted, of each column."""
-        part, delta = self._part(block, first)
-        if part is not None and delta is not None:
-            squares += np.square(part + delta, dtype=np.float64).sum(0)
-
-    def _part(self, block: Array, first: int) -> tuple[Array, Array] | tuple[None, None]:
-        """What of a block is changed, and scaling · left @ right there."""
-        start, stop = max(first, self.row), min(first + len(block), self.row + len(self.left))
-        if start >= stop:
-            return None, None
-        delta = self.left[start - self.row : stop - self.row] @ self.right
-        delta *= self.scaling
-        return block[start - first : stop - first, self.column : self.column + self.right.shape[1]], delta
+# A file, and where in it.
+Place = tuple[Path, int]
 
 
 @dataclass
@@ -95,79 +39,153 @@ class Written:
     lost: float = 0.0
 
 
-class StreamedTensor(ir.LazyTensor):
-    """The new value of an initializer whose old one lies in a file of weights.
+class NewValues:
+    """The new value of a weight, computed block by block of its rows as often as it is asked for.
 
     Args:
-        old: the old value.
-        products: what is added to it.
+        weight: its initializer; the packed one, if it is quantized.
+        edits: give what makes the new value, one after the other; they are asked when it is computed.
         paths: the adapter's names, for messages.
+        leading: how many of its axes are rows.
     """
 
-    def __init__(self, old: ir.ExternalTensor, products: Sequence[Product], paths: tuple[str, ...]) -> None:
-        super().__init__(self._whole, old.dtype, old.shape, name=str(old.name))
-        self._old, self._products, self._paths = old, products, paths
+    def __init__(
+        self, weight: ir.Value, edits: Sequence[Callable[[], list[Edit]]], paths: tuple[str, ...], leading: int = 1
+    ) -> None:
+        self._stored = stored_weight(weight, leading)
+        self._edits, self._paths = edits, paths
         self.written = Written()
 
-    def _whole(self) -> ir.TensorProtocol:
-        array = np.concatenate(list(self._blocks()))
-        return ir.Tensor(array, dtype=self._old.dtype, name=str(self._old.name))
+    @property
+    def values(self) -> tuple[ir.Value, ...]:
+        """The initializers that hold the weight."""
+        return self._stored.values
 
-    def tofile(self, file: IO[bytes]) -> None:
-        """Compute and write it, block by block."""
-        for block in self._blocks():
-            file.write(block.tobytes())
+    @property
+    def dtype(self) -> str:
+        """What the weight's form is called in a report."""
+        return self._stored.dtype
 
-    def _blocks(self) -> Iterator[Array]:
+    def write(self, places: Mapping[ir.Value, Place]) -> dict[ir.Value, ir.TensorProtocol]:
+        """Compute it, and write each block to its place.
+
+        Args:
+            places: {initializer: where it goes}.
+
+        Returns:
+            The new tensors of those initializers that have no place.
+
+        Raises:
+            ExportError: if a value leaves the range of the weight's type; some is written then.
+        """
+        kept: dict[ir.Value, Array] = {}
+        with contextlib.ExitStack() as stack:
+            files = {
+                value: stack.enter_context(open(places[value][0], "r+b")) for value in self.values if value in places
+            }
+            for encoded in self._encoded():
+                for value, (start, numbers) in encoded.parts.items():
+                    if value in files:
+                        files[value].seek(places[value][1] + start * numbers.itemsize)
+                        files[value].write(numbers.tobytes())
+                        continue
+                    if value not in kept:
+                        kept[value] = np.empty(self._tensor(value).size, numbers.dtype)
+                    kept[value][start : start + numbers.size] = numbers
+        return {value: self._as_tensor(value, numbers) for value, numbers in kept.items()}
+
+    def pending(self, let_go: Callable[[], object]) -> dict[ir.Value, ir.TensorProtocol]:
+        """Tensors that leave room when they are written to a file; `write_pending` fills it.
+
+        Args:
+            let_go: is called when the weight is done with.
+        """
+        return {value: _Pending(self, value, self._tensor(value), let_go) for value in self.values}
+
+    def is_like(self, other: NewValues) -> bool:
+        """Whether it comes to the same as another of the same weight."""
+        pairs = zip(self._exact(), other._exact(), strict=True)
+        return all(np.array_equal(one, two) for (_, _, one), (_, _, two) in pairs)
+
+    def _tensor(self, value: ir.Value) -> ir.TensorProtocol:
+        return self._stored.tensors[self.values.index(value)]
+
+    def _as_tensor(self, value: ir.Value, numbers: Array) -> ir.TensorProtocol:
+        old = self._tensor(value)
+        return ir.Tensor(numbers.reshape(old.shape.numpy()), dtype=old.dtype, name=str(value.name))
+
+    def _encoded(self) -> Iterator[Encoded]:
         self.written = told = Written()
-        stored = self._old.dtype.numpy()
-        norms = [self._squares_of(product) if product.needs_norms else None for product in self._products]
-        for first, old in self._stored():
-            exact = old.copy()
-            for product, squares in zip(self._products, norms, strict=True):
-                product.add_to(exact, first, squares)
-            with np.errstate(over="ignore", invalid="ignore"):
-                new = exact.astype(stored, copy=False)
-                back = new.astype(exact.dtype, copy=False)
-            if not np.isfinite(back).all():
-                raise ExportError(
-                    f"folding {', '.join(self._paths)} makes values of {self._old.name!r} that "
-                    f"{self._old.dtype.name} cannot hold; fold into a float32 file"
-                )
+        for first, old, exact in self._exact():
+            encoded = self._stored.encode(first, old, exact, ", ".join(self._paths))
             told.before, told.after = told.before + _squares(old), told.after + _squares(exact)
-            if back is not exact:
-                told.lost += _squares(back - exact)
+            if encoded.stored is not exact:
+                told.lost += _squares(encoded.stored - exact)
             told.added += _squares(np.subtract(exact, old, out=old))
-            yield new
+            yield encoded
 
-    def _stored(self) -> Iterator[tuple[int, Array]]:
-        """(first row, rows) of the old value, in a type to sum in."""
-        stored = self._old.dtype.numpy()
-        rows, columns = self._old.shape.numpy()
-        step = max(1, BLOCK // max(1, columns))
-        with open(self._old.path, "rb") as data:
-            for first in range(0, rows, step):
-                count = min(step, rows - first)
-                data.seek((self._old.offset or 0) + first * columns * stored.itemsize)
-                old = np.fromfile(data, stored, count * columns).reshape(count, columns)
-                yield first, old.astype(np.float64 if stored == np.float64 else np.float32, copy=False)
+    def _exact(self) -> Iterator[tuple[int, Array, Array]]:
+        """(first row, rows of the old value, rows of the new one)."""
+        edits = [edit for each in self._edits for edit in each()]
+        norms: list[Array | None] = []
+        for edit in edits:
+            norms.append(self._squares_at(edit, edits[: len(norms)], norms) if edit.needs_norms else None)
+        for first, old in self._blocks():
+            yield first, old, _changed(old.copy(), first, edits, norms)
 
-    def _squares_of(self, product: Product) -> Array:
-        squares = np.zeros(product.right.shape[1])
-        for first, old in self._stored():
-            product.sum_squares(old, first, squares)
+    def _squares_at(self, edit: Edit, before: Sequence[Edit], norms: Sequence[Array | None]) -> Array:
+        """The squares that an edit needs of all rows, after those before it."""
+        squares = np.zeros(self._stored.matrix[1])
+        for first, block in self._blocks():
+            edit.add_squares(_changed(block, first, before, norms), first, squares)
         return squares
 
+    def _blocks(self) -> Iterator[tuple[int, Array]]:
+        rows, columns = self._stored.matrix
+        step = max(1, BLOCK // max(1, columns))
+        for first in range(0, rows, step):
+            yield first, self._stored.read(first, min(rows, first + step))
 
-def can_stream(value: ir.Value) -> bool:
-    """Whether an initializer is a large matrix of floats in a file beside the graph."""
-    old = value.const_value
-    if not isinstance(old, ir.ExternalTensor) or old.dtype not in _FLOATS or len(old.shape) != 2:
-        return False
-    is_packed = any(node.op_type == "MatMulNBits" for node, _ in value.uses())
-    return not is_packed and math.prod(old.shape.numpy()) > BLOCK and os.path.isfile(old.path)
+
+def _changed(block: Array, first: int, edits: Sequence[Edit], norms: Sequence[Array | None]) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):  # whether the result is finite is looked at when it is encoded
+        for edit, squares in zip(edits, norms, strict=False):
+            edit.change(block, first, squares)
+    return block
 
 
 def _squares(values: Array) -> float:
     flat = values.reshape(-1)
-    return float(np.dot(flat, flat))
+    with np.errstate(over="ignore"):
+        squares = float(np.dot(flat, flat))
+    return squares if math.isfinite(squares) else float(np.square(flat, dtype=np.float64).sum())
+
+
+class _Pending(ir.LazyTensor):
+    """A new tensor that is not computed yet."""
+
+    def __init__(self, new: NewValues, value: ir.Value, old: ir.TensorProtocol, let_go: Callable[[], object]) -> None:
+        super().__init__(lambda: new.write({})[value], old.dtype, ir.Shape(old.shape.numpy()), name=str(value.name))
+        self.new, self.value, self.let_go, self.offset = new, value, let_go, -1
+
+    def tofile(self, file: IO[bytes]) -> None:
+        """Note where it goes."""
+        self.offset = file.tell()
+
+
+def write_pending(tensors: Iterable[ir.TensorProtocol | None], path: Path) -> None:
+    """Write what is still to be computed to the file of weights in which there is room for it.
+
+    Raises:
+        ExportError: if a value leaves the range of its weight's type.
+    """
+    placed = [tensor for tensor in tensors if isinstance(tensor, _Pending) and tensor.offset >= 0]
+    if placed:
+        end = max(tensor.offset + tensor.nbytes for tensor in placed)
+        os.truncate(path, max(end, path.stat().st_size))
+    by_weight: dict[NewValues, list[_Pending]] = {}
+    for tensor in placed:
+        by_weight.setdefault(tensor.new, []).append(tensor)
+    for new, parts in by_weight.items():
+        new.write({part.value: (path, part.offset) for part in parts})
+        parts[0].let_go()

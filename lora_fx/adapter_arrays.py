@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -254,21 +254,27 @@ def _array(key: str, kind: str, shape: list[int], data: memoryview, path: Path, 
     if kind not in _TYPES or (".lora_" in key and kind not in (*_FLOATS, "F64")):
         raise AdapterError(f"{str(path)!r}: {key!r} is {kind}; adapters are float32, float16 or bfloat16; save it so")
     stored = np.frombuffer(data, _TYPES[kind])
-    values = stored if mapped else _wide(stored, kind)
+    values = stored if mapped else wide(stored)
     if kind in (*_FLOATS, "F64") and not all(
-        np.isfinite(_wide(values[at : at + _PIECE], kind)).all() for at in range(0, values.size, _PIECE)
+        np.isfinite(wide(values[at : at + _PIECE])).all() for at in range(0, values.size, _PIECE)
     ):
         raise AdapterError(f"{str(path)!r}: {key!r} holds NaN or Inf; train it again, or take an earlier one")
     return values.reshape(shape)
 
 
-def _wide(values: Array, kind: str) -> Array:
-    """16 bits as float32, if they are not that already."""
-    if kind == "BF16" and values.dtype == np.uint16:
+def wide(values: Array) -> Array:
+    """What `map_adapter` reads, in the type in which `read_adapter` has it: 16 bits become float32."""
+    if values.dtype == np.uint16:  # bfloat16
         bits = values.astype(np.uint32)
         bits <<= 16
         return bits.view(np.float32)
-    return values.astype(np.float32, copy=False) if kind in _FLOATS else values
+    return values.astype(np.float32) if values.dtype == np.float16 else values
+
+
+def widened(low: LowRankArrays) -> LowRankArrays:
+    """A and B of `map_adapter` as `read_adapter` has them."""
+    bias, magnitude = (None if each is None else wide(each) for each in (low.bias, low.magnitude))
+    return replace(low, a=wide(low.a), b=wide(low.b), bias=bias, magnitude=magnitude)
 
 
 def _sorted_out(

@@ -26,6 +26,7 @@ from .attributes import get_attribute, get_parameter, set_attribute
 from .blocks import Block
 from .errors import ConfigError, GraphError, TargetError, closest
 from .graph_module import (
+    ROLE,
     LoraGraphModule,
     Lowering,
     check_editable,
@@ -60,8 +61,10 @@ class Blocks:
 
     def __call__(self, gm: LoraGraphModule, graph: fx.Graph) -> fx.Graph:
         """A graph that calls the blocks; `graph` stays as it is."""
-        graph = graph if self.first is None else self.first(gm, graph)
         reasons = entangled(gm, self.paths)
+        if self.first is not None and (not self.first.trains_only or _is_trained(gm, graph)):
+            graph = self.first(gm, graph)
+            _check_apart(gm, graph, [path for path in self.paths if path not in reasons])
         lowered = _Writer(gm, graph, [path for path in self.paths if path not in reasons]).write()
         lowered.owning_module = gm
         lowered.lint()
@@ -71,6 +74,20 @@ class Blocks:
                 "Train the graph as it is: it needs no unflatten"
             )
         return lowered
+
+
+def _is_trained(gm: LoraGraphModule, graph: fx.Graph) -> bool:
+    """Whether a graph is for training; others are compiled as they are, as `Rewrites` asks for."""
+    return record_of(gm).views.get(False) is not graph and any(ROLE in node.meta for node in graph.nodes)
+
+
+def _check_apart(gm: LoraGraphModule, graph: fx.Graph, blocks: Sequence[str]) -> None:
+    """Whether a rewritten graph has calls of each block's own."""
+    for block, why in entangled(gm, blocks, [graph]).items():
+        raise GraphError(
+            f"a rewrite joined operations of {block!r} with others ({why}), so it can be no block of its own. "
+            "Unflatten the graph that was optimised: lora_fx.unflatten(lora_fx.inject(gm, config))"
+        )
 
 
 def unflatten(
@@ -86,6 +103,9 @@ def unflatten(
     parameter with something outside stays part of its parent. `.train()` and `.eval()` of the tree exchange its graph;
     of a block alone, they set what it holds as a module (the adapters' dropout), as they do for `gm`.
 
+    A graph of `optimize` keeps its rewrites where they join operations of one layer, as a Llama's. Where they reach
+    across it is refused: layers that end in a norm (BERT's), since the next one computes that, and `checkpoint=True`.
+
     Args:
         gm: a graph module, injected or not; it is untouched, tensors are shared. Let go of it before sharding the tree:
             its parameters hold the whole tensors.
@@ -96,13 +116,15 @@ def unflatten(
     Raises:
         ConfigError: for arguments of another kind.
         TargetError: if one of `blocks` means no module of the graph.
-        GraphError: if one of `blocks` shares a parameter with something outside of it, if `gm` is optimised, folded in
-            place, batched or sharded, or if the model that could tell the dtypes is gone.
+        GraphError: if one of `blocks` shares a parameter with something outside of it, if a rewrite of `optimize`
+            reaches across blocks, if `gm` is folded in place, batched or sharded, or if the model that could tell the
+            dtypes is gone.
     """
     gm = checked_graph_module(gm)
     check_editable(gm)
     _check_arguments(blocks, dtype)
-    _check_plain(record_of(gm).lowering)
+    first = record_of(gm).lowering
+    _check_plain(first)
     result = copy_sharing_tensors(gm)
     paths = _block_paths(result, blocks)
     if dtype is not None:
@@ -111,7 +133,10 @@ def unflatten(
         record_of(result).wide = views
     for path in paths:
         set_attribute(result, path, _as_block(get_attribute(result, path)))
-    record_of(result).lowering = Blocks(tuple(paths))
+    record_of(result).lowering = Blocks(tuple(paths), first)
+    for graph in record_of(result).views.values():
+        if first is not None and _is_trained(result, graph):  # which may not be the one that is shown
+            _check_apart(result, first(result, graph), paths)
     result.recompile()
     return result
 
@@ -119,12 +144,7 @@ def unflatten(
 def _check_plain(lowering: Lowering | None) -> None:
     if isinstance(lowering, Blocks):
         raise GraphError("this graph is a tree of blocks already; unflatten the graph that it was made from")
-    if lowering is not None and lowering.trains_only:
-        raise GraphError(
-            "this graph comes from optimize, whose fused calls belong to no block; unflatten the graph that it was "
-            "made from: lora_fx.unflatten(lora_fx.inject(gm, config))"
-        )
-    if lowering is not None:
+    if lowering is not None and not lowering.trains_only:
         raise GraphError(
             "this graph is distributed, and its parameters lie where they are; take the other order: "
             "lora_fx.distribute(lora_fx.unflatten(gm), mesh)"
@@ -228,8 +248,12 @@ def _places(graph: fx.Graph, blocks: Collection[str]) -> dict[fx.Node, str]:
     return places
 
 
-def entangled(gm: fx.GraphModule, blocks: Sequence[str]) -> dict[str, str]:
-    """{block that shares a parameter with something outside: what it shares with whom}."""
+def entangled(gm: fx.GraphModule, blocks: Sequence[str], graphs: Collection[fx.Graph] = ()) -> dict[str, str]:
+    """{block that shares a parameter with something outside: what it shares with whom}.
+
+    Args:
+        graphs: what to look at in place of the traced graphs.
+    """
     names: dict[int, list[str]] = {}
     for name, parameter in gm.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -240,7 +264,7 @@ def entangled(gm: fx.GraphModule, blocks: Sequence[str]) -> dict[str, str]:
             if inside and len(inside) < len(group):
                 other = next(name for name in group if name not in inside)
                 found.setdefault(block, f"its {inside[0]!r} is {other!r}, too")
-    for graph in record_of(gm).views.values():
+    for graph in graphs or record_of(gm).views.values():
         places = _places(graph, {block for block in blocks if block not in found})
         for node, place in places.items():
             for name in _parameters_read(node, gm):
@@ -250,7 +274,7 @@ def entangled(gm: fx.GraphModule, blocks: Sequence[str]) -> dict[str, str]:
                         found.setdefault(block, f"{node.name} reads its {name!r} from outside")
     # Nodes of a block that is none are its parent's, which may entangle blocks inside of it: they read as outside.
     inner = [block for block in blocks if block not in found]
-    return found | entangled(gm, inner) if len(inner) < len(blocks) else found
+    return found | entangled(gm, inner, graphs) if len(inner) < len(blocks) else found
 
 
 def _parameters_read(node: fx.Node, gm: fx.GraphModule) -> Iterator[str]:

@@ -250,6 +250,12 @@ def check_fsdp_trains_as_one_process(world: World) -> None:
             assert torch.equal(whole(parameter), before[name]), name
 
 
+def check_fsdp_trains_an_optimised_graph_as_one_process(world: World) -> None:
+    tree = sharded(world, lora_fx.optimize(world.gm)).train()
+    losses = train(tree, adamw(lora_fx.lora_parameters(tree)), range(STEPS), world.own)
+    assert_as_alone(world, losses, tree, world.trained)
+
+
 def check_a_sharded_graph_computes_what_the_whole_one_does(world: World) -> None:
     x = torch.randn(3, 7, generator=torch.Generator().manual_seed(world.rank)).to(world.device)
     for gm, arguments in ((world.modes, {"x": x}), (world.gm, {"input_ids": world.own(batch(0)), "use_cache": False})):

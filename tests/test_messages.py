@@ -482,13 +482,6 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
         "this graph",
         "unflatten the graph that it was made from",
     ),
-    "a tree of an optimised graph": (
-        GraphError,
-        lambda p: lora_fx.unflatten(lora_fx.optimize(adapted())),
-        "comes from optimize",
-        "this graph",
-        "lora_fx.unflatten(lora_fx.inject(gm, config))",
-    ),
     "optimising a tree": (
         GraphError,
         lambda p: lora_fx.optimize(lora_fx.unflatten(adapted())),

@@ -62,6 +62,38 @@ def assert_same_training(tree: fx.GraphModule, flat: fx.GraphModule, arguments: 
         assert any(gradient is not None for gradient in first.values())
 
 
+@pytest.mark.parametrize("options", [{}, {"merge": True}], ids=str)
+@pytest.mark.parametrize("case", [STACK, BY_NAME["llama"]], ids=str)
+def test_an_optimised_graph_keeps_its_rewrites(case: zoo.Case, options: dict[str, bool]) -> None:
+    gm = adapted(case)
+    flat = lora_fx.optimize(gm, **options)
+    tree = lora_fx.unflatten(flat)
+    assert_same_training(tree, flat, case.arguments())
+    assert blocks_of(tree) == blocks_of(lora_fx.unflatten(gm))
+    for mode in (True, False):  # where a graph has no mode of its own, optimize rewrites it for both
+        called = [node.name for graph in graphs_of_blocks(in_mode(tree, mode)) for node in graph.nodes]
+        assert any(map(is_rewritten, called)) == is_rewritten(in_mode(flat, mode).code), called
+    assert is_rewritten(in_mode(flat, True).code), "the law would be vacuous"
+    assert lora_fx.fold(tree).code == lora_fx.fold(gm).code
+
+
+@pytest.mark.parametrize(("name", "options"), [("stack", {"checkpoint": True}), ("bert", {})])
+def test_a_rewrite_that_reaches_across_layers_is_refused(name: str, options: dict[str, bool]) -> None:
+    """BERT's layers end in a norm, which is computed with the projections of the next one."""
+    with pytest.raises(GraphError, match=r"a rewrite joined operations of '.*layers?.0'.*unflatten\(lora_fx.inject"):
+        lora_fx.unflatten(lora_fx.optimize(adapted(BY_NAME[name]), **options))
+
+
+def is_rewritten(text: str) -> bool:
+    return "lora_group" in text
+
+
+def graphs_of_blocks(tree: fx.GraphModule) -> list[fx.Graph]:
+    """What the blocks run that the compiled root calls."""
+    calls = vars(type(tree))["forward"].__globals__.values()
+    return [call.graph for call in calls if getattr(call, "__name__", "") == "call_block"]
+
+
 @pytest.mark.parametrize(("case", "tracer"), TRACED, ids=str)
 def test_the_tree_computes_what_the_graph_does(case: zoo.Case, tracer: str) -> None:
     gm = adapted(case, tracer)

@@ -32,7 +32,6 @@ from exporters import (
     unfold_onnx,
     verify_onnx,
 )
-from exporters.onnx_fold_plan import LowRankEdit
 from lora_fx import AdapterError, ConfigError, ExportError
 
 
@@ -143,7 +142,7 @@ def test_a_fold_that_was_interrupted_is_taken_back(
     before, file = files_in(tmp_path), tmp_path / "model.onnx"
     with monkeypatch.context() as patched:
         patched.setattr("exporters.onnx_in_place.save_graph", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-        patched.setattr("exporters.onnx_in_place._restore", lambda *_: None)  # killed: nobody put anything back
+        patched.setattr("exporters.onnx_in_place._put_back", lambda *_, **__: None)  # killed: nobody put anything back
         with pytest.raises(ExportError):
             fold_into_onnx(file, bert.adapter(ONE), file)
     assert files_in(tmp_path) != before
@@ -402,14 +401,13 @@ def write_large(directory: Path, dtype: type, scale: float = 1.0, *, dora: bool 
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
-def test_large_weights_are_folded_while_they_are_written(
+def test_weights_are_folded_by_the_block(
     dtype: type, dora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By blocks of a few rows: the same file as of all at once, but for the order in which sums are taken."""
     base, adapter = write_large(tmp_path, dtype, dora=dora)
     whole = fold_into_onnx(base, adapter, tmp_path / "whole.onnx", strength=0.7)
     monkeypatch.setattr(streamed_weights, "BLOCK", 23)
-    monkeypatch.setattr(LowRankEdit, "__call__", None)  # which takes all of a weight
     streamed = fold_into_onnx(base, adapter, tmp_path / "out.onnx", strength=0.7)
     values = [onnx.load(tmp_path / f"{each}.onnx").graph.initializer for each in ("base", "whole", "out")]
     for old, one, other in zip(*([numpy_helper.to_array(each) for each in part] for part in values), strict=True):

@@ -18,7 +18,7 @@ import lora_fx
 from exporters import AdapterSession, add_adapter_inputs, export_onnx, fold_into_onnx, make_session, unfold_onnx
 from exporters.nbits import dequantize, quantize
 from exporters.onnx_sites import recorded_weights
-from exporters.stored_weights import nbits_of, read_weight, rounded, shape_of
+from exporters.stored_weights import nbits_of, read_weight, shape_of, stored_weight
 from lora_fx import ExportError, LoraConfig
 
 EPS = float(np.finfo(np.float32).eps)
@@ -114,9 +114,10 @@ def test_outputs_that_do_not_change_keep_their_bytes() -> None:
     scales.const_value = ir.tensor(scales.const_value.numpy() * 1.25)  # of a tool that clips: ours would be others
     nbits = nbits_of(value)
     assert nbits is not None
-    before, exact = nbits.arrays(), read_weight(value)
+    before, exact = [tensor.numpy() for tensor in nbits.tensors], read_weight(value)
     exact[3] += 0.1
-    after = [tensor.numpy() for tensor in rounded(value, exact).tensors.values()]
+    parts = nbits.encode(0, read_weight(value), exact, "linear").parts.values()
+    after = [numbers.reshape(old.shape) for (_, numbers), old in zip(parts, before, strict=True)]
     assert [(new.shape, new.dtype) for new in after] == [(old.shape, old.dtype) for old in before]
     changed = [(old != new).reshape(5, -1).any(axis=1) for old, new in zip(before, after, strict=True)]
     assert np.any(changed, axis=0).tolist() == [False, False, False, True, False]
@@ -126,8 +127,10 @@ def test_a_scale_out_of_range_is_refused() -> None:
     model = ir.from_proto(nbits_file(random(5, 37), 4, 16, symmetric=True))
     value, scales = (model.graph.initializers[f"linear.weight_{name}"] for name in ("Q4", "scales"))
     scales.const_value = ir.tensor(scales.const_value.numpy().astype(np.float16))
-    with pytest.raises(ExportError, match="'linear.weight_Q4' that its scales cannot hold"):
-        rounded(value, read_weight(value) + np.float32(1e7))
+    with pytest.raises(
+        ExportError, match="folding linear makes values of 'linear.weight_Q4' that its scales cannot hold"
+    ):
+        stored_weight(value).encode(0, read_weight(value), read_weight(value) + np.float32(1e7), "linear")
 
 
 # Adapters on quantized files ---------------------------------------------------------------------
