@@ -11,7 +11,7 @@ from torch import fx
 from .applications import Reading, Refusal
 from .attributes import get_attribute
 from .config import ALL_LINEAR, LoraConfig
-from .errors import TargetError, closest, warn
+from .errors import TargetError, closest, closest_ending, warn
 from .full_training import module_paths
 from .matching import layer_index, matches_names, matches_target, matching_key
 from .sites import Site, Sites
@@ -90,7 +90,7 @@ def check_patterns(
             if key not in used:
                 raise TargetError(
                     f"{field} {key!r} matched none of the {len(chosen)} sites to adapt (keys are tried in order, "
-                    f"and the first match counts).{closest(key, [s.path for s in chosen])} Leave it out, or mend it"
+                    f"and the first match counts).{closest_ending(key, [s.path for s in chosen])} Leave it out, or mend it"
                 )
     _check_layers(config, targets, names)
 
@@ -100,10 +100,11 @@ def _check_entries(field: str, entries: tuple[str, ...] | str, names: list[str],
         pattern = entry if isinstance(entries, str) else [entry]
         if any(matches_names(name, pattern) for name in names):
             continue
+        near = closest if isinstance(pattern, str) else closest_ending
         how = "as a regular expression on whole names " if isinstance(pattern, str) else ""
         raise TargetError(
             f"{field} {entry!r} matched none of {counted(count, 'site')} {how}".rstrip()
-            + f".{closest(entry, names)}{_hint(entry, pattern)} find_sites(gm) lists all: {some_of(names)}"
+            + f".{near(entry, names)}{_hint(entry, pattern)} find_sites(gm) lists all: {some_of(names)}"
         )
 
 

@@ -177,8 +177,12 @@ def test_an_edited_plan_is_followed() -> None:
 
 MISSES = [
     (
+        {"target_modules": ["1.q_porj"]},
+        ["target_modules '1.q_porj' matched none", "Did you mean '1.q_proj' or '0.q_proj'?"],
+    ),
+    (
         {"target_modules": ["up", "q_porj"]},
-        ["target_modules 'q_porj' matched none of 7 sites", "Did you mean", "q_proj", "find_sites(gm)"],
+        ["target_modules 'q_porj' matched none of 7 sites", "Did you mean 'q_proj'?", "find_sites(gm)"],
     ),
     ({"target_modules": ["p"]}, ["target_modules 'p'"]),
     ({"target_modules": "up"}, ["target_modules 'up'", "regular expression on whole names", "give a list: ['up']"]),
