@@ -86,7 +86,7 @@ def closest_ending(word: str, paths: Iterable[str]) -> str:
     """
     paths, components = list(paths), word.count(".") + 1
     endings = dict.fromkeys(".".join(path.split(".")[-components:]) for path in paths)
-    near = difflib.get_close_matches(word, endings, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(word, endings)
     return _meant(near) if near else closest(word, paths)
 
 

@@ -32,8 +32,8 @@ def saved_modules(gm: fx.GraphModule, config: LoraConfig, every_pattern_hits: bo
         found = [path for path in paths if means(path, entry)]
         if not found and every_pattern_hits:
             raise TargetError(
-                f"modules_to_save {entry!r} names no module with parameters.{closest_ending(entry, paths)} Leave it out, or "
-                "name one of the model's"
+                f"modules_to_save {entry!r} names no module with parameters.{closest_ending(entry, paths)} "
+                "Leave it out, or name one of the model's"
             )
         saved.extend(found)
     return saved

@@ -90,7 +90,8 @@ def check_patterns(
             if key not in used:
                 raise TargetError(
                     f"{field} {key!r} matched none of the {len(chosen)} sites to adapt (keys are tried in order, "
-                    f"and the first match counts).{closest_ending(key, [s.path for s in chosen])} Leave it out, or mend it"
+                    f"and the first match counts).{closest_ending(key, [s.path for s in chosen])} "
+                    "Leave it out, or mend it"
                 )
     _check_layers(config, targets, names)
 
