@@ -502,12 +502,14 @@ def verify(
     """
     if write is not None:
         check_report_destination(write, [onnx, model, *([adapter] if adapter else []), *([base] if base else [])])
+    from exporters import verify_onnx
+    from exporters.onnx_files import open_model
+    from exporters.sessions import checked_file
+
     _check_runs_on(onnx, provider)
     if base is not None:
-        _check_runs_on(base, Provider.CPU)
+        open_model(checked_file(base))
     gm = _folded(model, adapter, dtype, with_cache=with_cache, integrity=integrity)
-    from exporters import verify_onnx
-
     with progress("verifying"):
         report = verify_onnx(onnx, gm, base=base, provider=provider)
     if write is not None:

@@ -10,8 +10,10 @@ import typer
 
 def complete_target(context: typer.Context, incomplete: str) -> list[str]:
     """Last components of the modules in MODEL that have a matrix, and `all-linear`."""
-    model = context.params.get("model")
-    names = {"all-linear"} if model is None else {"all-linear", *_modules_of(Path(model))}
+    # Before an option that has no value yet, click leaves arguments unassigned.
+    given = (context.params.get("model"), *context.args)
+    model = next((Path(word) for word in given if word is not None and Path(word).is_dir()), None)
+    names = {"all-linear"} if model is None else {"all-linear", *_modules_of(model)}
     return sorted(name for name in names if name.startswith(incomplete))
 
 

@@ -17,6 +17,8 @@ _WORDS = (
     (r"\bpartial=True", "--partial"),
     (r"\bstrength=(\S+)", r"--strength \1"),
     (r"\brank= that, or with rank=None", "--rank that, or without --rank"),
+    (r"\bunfold_onnx\('([^']+)'\)", r"lora-fx onnx unfold \1"),
+    (r"\bexport_onnx\(gm, '([^']+)'\) writes", r"lora-fx export MODEL_DIR [ADAPTER_DIR] \1 writes"),
     (r"\bfind_sites\(gm\)", "lora-fx inspect MODEL_DIR"),
     (r"\bmake_plan\(gm, config\)", "lora-fx inspect MODEL_DIR ADAPTER_DIR"),
 )

@@ -13,10 +13,11 @@ from torch.utils import _pytree as pytree
 from .attributes import get_attribute
 from .errors import GraphError
 from .graph_module import checked_graph_module, record_of
+from .tables import Shown
 
 
 @dataclass(frozen=True)
-class GraphDiff:
+class GraphDiff(Shown):
     """How graph `b` differs from graph `a`.
 
     Attributes:
@@ -38,9 +39,12 @@ class GraphDiff:
     def __bool__(self) -> bool:
         return not (self.same_structure and not self.values)
 
-    def __str__(self) -> str:
+    between = "\n"
+
+    def blocks(self) -> list[str]:
+        """A line for each difference."""
         if not self:
-            return "the graphs are the same"
+            return ["the graphs are the same"]
         lines = [*self.nodes]
         for name, keys in (
             ("missing keys", self.missing_keys),
@@ -49,7 +53,7 @@ class GraphDiff:
         ):
             if keys:
                 lines.append(f"{name}: {', '.join(keys)}")
-        return "\n".join(lines)
+        return lines
 
 
 def compare_graphs(a: fx.GraphModule, b: fx.GraphModule) -> GraphDiff:
