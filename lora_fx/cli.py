@@ -177,7 +177,7 @@ def _show_versions(wanted: bool) -> None:
     for package in ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "transformers"):
         with contextlib.suppress(PackageNotFoundError):
             found.append(f"{package} {version(package)}")
-    print(f"lora-fx {__version__} ({', '.join(found)})")
+    show(f"lora-fx {__version__} ({', '.join(found)})")
     raise typer.Exit
 
 
