@@ -143,7 +143,10 @@ def nothing_chosen(config: LoraConfig, sites: Sites, skipped: list[Skipped], ref
     if not sites:
         also = f"; {refusals[0].path!r} cannot be adapted: {refusals[0].reason}" if refusals else ""
         return TargetError(f"the graph has no parameter that can be adapted{also}")
-    reasons = some_of(f"{s.path or '(root)'}: {s.reason}" for s in skipped)
+    by_reason: dict[str, list[str]] = {}
+    for skip in skipped:
+        by_reason.setdefault(skip.reason, []).append(skip.path or "(root)")
+    reasons = "; ".join(f"{some_of(paths, 4)}: {reason}" for reason, paths in by_reason.items())
     return TargetError(
         f"target_modules={config.target_modules!r} leaves no site to adapt out of {len(sites)} ({reasons}). "
         "find_sites(gm) lists all; name the ones to adapt"

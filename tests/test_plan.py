@@ -196,7 +196,7 @@ MISSES = [
     ({"target_modules": ["up"], "exclude_modules": "up"}, ["exclude_modules 'up'", "regular expression"]),
     (
         {"target_modules": ["up"], "exclude_modules": ["up"]},
-        ["leaves no site to adapt out of 7", "excluded by exclude_modules"],
+        ["leaves no site to adapt out of 7 (body.layers.0.q_proj, ", ": excluded by exclude_modules"],
     ),
     ({"target_modules": ["up"], "modules_to_save": ["haed"]}, ["modules_to_save 'haed'", "Did you mean 'head'"]),
     ({"target_modules": ["up"], "modules_to_save": ["ead"]}, ["modules_to_save 'ead'"]),  # PEFT has no dot there
