@@ -44,6 +44,7 @@ def ship(gm: lora_fx.LoraGraphModule, path: Path) -> None:
 def wrong(gm: lora_fx.LoraGraphModule) -> None:
     """Calls that both checkers have to refuse: an ignore that nothing needs is an error to them."""
     lora_fx.inject(gm)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    lora_fx.LoraConfig(8)  # type: ignore[misc]  # pyright: ignore[reportCallIssue]
+    lora_fx.LoraConfig(8)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     lora_fx.load_adapter(gm, "dir", integrity="maybe")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     lora_fx.nonsense()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    exporters.nonsense()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]

@@ -61,6 +61,7 @@ from .errors import ExportError, LoraFxError, TargetError, warn
 if TYPE_CHECKING:
     from exporters import VerifyReport
 
+    from .config import LoraConfig
     from .delta_statistics import AdapterStatistics
     from .graph_module import LoraGraphModule
     from .hf_models import HfModel
@@ -224,9 +225,12 @@ def inspect(
     adapter: OptionalAdapter = None,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="Plan these target_modules (repeat the option).", autocompletion=complete_target),
+        typer.Option(
+            help="Plan these modules: ends of names (repeat the option), or all-linear, or one regular expression.",
+            autocompletion=complete_target,
+        ),
     ] = None,
-    r: Annotated[int | None, typer.Option(help="Rank for --target; none: 8.")] = None,
+    r: Annotated[int | None, typer.Option(min=1, help="Rank for --target; none: 8.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show the sites of a model, and what an adapter, or a choice of targets, would adapt.
@@ -242,11 +246,14 @@ def inspect(
         raise typer.BadParameter("--r is the rank for --target; name at least one target")
     import lora_fx
 
+    config = None
+    if target:
+        config = lora_fx.LoraConfig(r=8 if r is None else r, target_modules=_targets(target))
     gm = _traced(_loaded(model, adapter))
     with progress("planning"):
         sites = lora_fx.find_sites(gm)
         linear_names = lora_fx.find_all_linear_names(gm)
-        plan, statistics = _plan(gm, adapter, target, r)
+        plan, statistics = _plan(gm, adapter, config)
     parameters = lora_fx.trainable_parameters(gm)[1]
     if as_json:
         print_json(
@@ -271,8 +278,16 @@ def inspect(
     show(f"target_modules for every linear but the head: {linear_names}")
 
 
+def _targets(words: list[str]) -> str | list[str]:
+    """What `--target` means: ends of names, or `all-linear` or a regular expression, which stand alone."""
+    alone = [word for word in words if word.lower() == "all-linear" or set(word) & set("*+?|^$\\")]
+    if alone and len(words) > 1:
+        raise typer.BadParameter(f"--target {alone[0]!r} means several modules by itself; give no other --target")
+    return alone[0] if alone else words
+
+
 def _plan(
-    gm: LoraGraphModule, adapter: Path | None, target: list[str] | None, r: int | None
+    gm: LoraGraphModule, adapter: Path | None, config: LoraConfig | None
 ) -> tuple[Plan | None, AdapterStatistics | None]:
     import lora_fx
 
@@ -281,11 +296,10 @@ def _plan(
     if adapter is not None:
         injected = lora_fx.load_adapter(gm, adapter)
         return record_of(injected).adapters["default"].plan, lora_fx.adapter_statistics(injected)
-    if not target:
+    if config is None:
         return None, None
-    names: Any = target[0] if target == ["all-linear"] else target
     try:
-        return lora_fx.make_plan(gm, lora_fx.LoraConfig(r=8 if r is None else r, target_modules=names)), None
+        return lora_fx.make_plan(gm, config), None
     except TargetError as error:
         raise TargetError(str(error).replace("target_modules", "--target")) from error
 
@@ -648,9 +662,9 @@ def _disagreement(report: VerifyReport, base: Path | None) -> str:
 
 def _loaded(model: Path, adapter: Path | None, dtype: Dtype | None = None) -> HfModel:
     """The model of a directory; the adapter's task decides the head."""
-    from .adapter_files import find_adapter_directory, read_config
+    from .adapter_files import open_adapter
 
-    config = None if adapter is None else read_config(find_adapter_directory(adapter, "default"))
+    config = None if adapter is None else open_adapter(adapter, "default", "ignored", mapped=True).config
     task = None if config is None else config.task_type
     with progress("loading the model"):
         import torch

@@ -54,14 +54,14 @@ def check_wanted(wanted: Wanted) -> None:
     Raises:
         LoraFxError: if not.
     """
-    from .adapter_arrays import read_adapter
+    from .adapter_files import open_adapter
     from .training_log import read_training_log
 
     if wanted.log is not None:
         read_training_log(wanted.log)
     for directory in (wanted.adapter, wanted.other):
         if directory is not None:
-            read_adapter(directory, integrity=wanted.integrity)
+            open_adapter(directory, "default", wanted.integrity, mapped=True)
 
 
 def make_report(

@@ -13,6 +13,7 @@ _WORDS = (
     (r"\bopset=(\d+)", r"--opset \1"),
     (r"\bexport_onnx\(\.\.\., quantize='(int\d)'\)", r"--quantize \1"),
     (r"\b(dtype|provider|integrity)=(['\"])([a-z0-9]+)\2", r"--\1 \3"),
+    (r"\boverwrite=True \(--overwrite\)", "--overwrite"),
     (r"\bin_place=True", "--in-place"),
     (r"\bpartial=True", "--partial"),
     (r"\bstrength=(\S+)", r"--strength \1"),

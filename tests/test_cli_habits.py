@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pty
@@ -20,7 +21,7 @@ import torch
 import typer.main
 from test_cli import files_of, make_bert, run, save
 
-from lora_fx import cli
+from lora_fx import cli, hf_models
 from lora_fx.cli_wording import as_options
 
 README = Path(__file__).parents[1] / "README.md"
@@ -282,6 +283,8 @@ def test_dry_runs_on_onnx_files_leave_nothing(tmp_path, monkeypatch, capsys) -> 
     (("verify", "ONNX", "MODEL", "--report", "x.py"), 2, ".html or .json"),
     (("verify", "ONNX", "MODEL", "--report", "no/x.html"), 3, "mkdir"),
     (("verify", "ONNX", "MODEL", "--report", "MODEL/x.json"), 3, "lies in"),
+    (("inspect", "MODEL", "--target", "q", "--r", "0"), 2, "--r"),
+    (("inspect", "MODEL", "--target", "q", "--target", "all-linear"), 2, "give no other --target"),
     (("report", "MODEL", "ADAPTER", "--out", "x.html", "--other", "MODEL"), 3, "adapter_config.json"),
     (("report", "MODEL", "ADAPTER", "--out", "x.html", "--other", "nowhere"), 3, "no directory 'nowhere'"),
     (("report", "MODEL", "ADAPTER", "--out", "x.html", "--log", "nowhere.json"), 3, "nowhere.json"),
@@ -299,6 +302,20 @@ def test_files_are_looked_at_before_a_model_is_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("damage", ["lacks", "cuts off"])
+def test_an_adapter_is_looked_at_before_a_model_is_loaded(damage, directories, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(hf_models, "load_model", lambda *_: pytest.fail("too far"))
+    shutil.copytree(directories[1], tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink() if damage == "lacks" else weights.write_bytes(content[:300])
+    for command in (("inspect",), ("fold", "OUT"), ("export", "OUT.onnx"), ("report", "--out", "OUT.html")):
+        out = [word.replace("OUT", str(tmp_path / "out")) for word in command[1:]]
+        assert run(monkeypatch, command[0], directories[0], tmp_path / "adapter", *out) == 3
+        assert "adapter_model.safetensors" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 @pytest.mark.parametrize(("said", "wanted"), [
     ("export_onnx(..., check=False) writes it all the same", "--no-check writes it all the same"),
     ("export with check=False and verify it", "export with --no-check and verify it"),
@@ -310,6 +327,7 @@ def test_files_are_looked_at_before_a_model_is_loaded(
     ("find_sites(gm) lists all", "lora-fx inspect MODEL_DIR lists all"),
     ("away; unfold_onnx('m.onnx') puts", "away; lora-fx onnx unfold m.onnx puts"),
     ("export_onnx(gm, 'm.onnx') writes one", "lora-fx export MODEL_DIR [ADAPTER_DIR] m.onnx writes one"),
+    ("overwrite=True (--overwrite) replaces", "--overwrite replaces"),
     ("a quantize=5 stays", "a quantize=5 stays"),
 ])  # fmt: skip
 def test_messages_name_options(said, wanted) -> None:
@@ -323,6 +341,9 @@ def test_a_target_that_is_not_there_is_told_in_options(directories, monkeypatch,
     assert "Did you mean 'query'" in message
     assert "lora-fx inspect MODEL_DIR lists all" in message
     assert "find_sites" not in message
+    assert run(monkeypatch, "inspect", directories[0], "--target", ".*self\\.(key|value)", "--json") == 0
+    paths = [target["path"] for target in json.loads(capsys.readouterr().out)["targets"]]
+    assert paths == [f"encoder.layer.0.attention.self.{name}" for name in ("key", "value")]
     assert run(monkeypatch, "export", *directories, "x.onnx", "--opset", "5") == 3
     assert "pass --opset 18, or leave --opset out" in capsys.readouterr().err
 
