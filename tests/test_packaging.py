@@ -1,4 +1,4 @@
-"""What pyproject.toml promises, and how long an import takes. `.ci/package.py` builds and installs: it takes minutes."""
+"""What pyproject.toml promises, and the time an import takes. `.ci/package.py` builds and installs, in minutes."""
 
 from __future__ import annotations
 
