@@ -328,6 +328,9 @@ def test_an_adapter_is_looked_at_before_a_model_is_loaded(damage, directories, t
     ("away; unfold_onnx('m.onnx') puts", "away; lora-fx onnx unfold m.onnx puts"),
     ("export_onnx(gm, 'm.onnx') writes one", "lora-fx export MODEL_DIR [ADAPTER_DIR] m.onnx writes one"),
     ("overwrite=True (--overwrite) replaces", "--overwrite replaces"),
+    ("or unfold_onnx this one", "or lora-fx onnx unfold this one"),
+    ("add_adapter_inputs makes one, and fold_into_onnx needs none", "lora-fx onnx inputs makes one, and lora-fx onnx fold needs none"),
+    ("mapping={initializer: module} tells", "in Python, mapping={initializer: module} tells"),
     ("a quantize=5 stays", "a quantize=5 stays"),
 ])  # fmt: skip
 def test_messages_name_options(said, wanted) -> None:
