@@ -46,8 +46,11 @@ def set_loudness(verbose: int, quiet: bool) -> None:
     LOUDNESS.quiet |= quiet
     if LOUDNESS.quiet and LOUDNESS.verbose:
         raise typer.BadParameter("--quiet and --verbose exclude each other; give one of them")
+    level = (
+        logging.ERROR if LOUDNESS.quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(LOUDNESS.verbose, 2)]
+    )
     for name in _LOGGERS:
-        logging.getLogger(name).setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(LOUDNESS.verbose, 2)])
+        logging.getLogger(name).setLevel(level)
 
 
 @contextmanager
@@ -68,7 +71,7 @@ def terminal() -> Iterator[None]:
 
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        _stderr.print(f"[dim]{record.name}:[/] {_escaped(record.getMessage())}", soft_wrap=True)
+        _stderr.print(f"[dim]{record.name}:[/] {_escaped(as_options(record.getMessage()))}", soft_wrap=True)
 
 
 def show(result: object = "") -> None:

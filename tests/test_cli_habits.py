@@ -21,7 +21,7 @@ import torch
 import typer.main
 from test_cli import files_of, make_bert, run, save
 
-from lora_fx import cli, hf_models
+from lora_fx import LoraFxError, cli, hf_models
 from lora_fx.cli_wording import as_options
 
 README = Path(__file__).parents[1] / "README.md"
@@ -132,6 +132,18 @@ def test_quiet_prints_errors_and_json_alone(directories, tmp_path, monkeypatch, 
     assert capsys.readouterr().out.startswith("{")
     assert run(monkeypatch, "-q", "inspect", model, "-v") == 2
     assert "exclude each other" in capsys.readouterr().err
+
+
+def test_the_librarys_log_is_shown_as_loud_as_asked_for(monkeypatch, capsys) -> None:
+    def note(*_: object) -> None:
+        logging.getLogger("exporters").warning('took the CPU; pass provider="cpu"')
+        raise LoraFxError("no model")
+
+    monkeypatch.setattr(cli, "_loaded", note)
+    assert run(monkeypatch, "inspect", "nowhere") == 3
+    assert capsys.readouterr().err == "exporters: took the CPU; pass --provider cpu\nerror: no model\n"
+    assert run(monkeypatch, "inspect", "nowhere", "-q") == 3
+    assert capsys.readouterr().err == "error: no model\n"
 
 
 def test_versions_are_told(monkeypatch, capsys) -> None:
@@ -329,7 +341,7 @@ def test_an_adapter_is_looked_at_before_a_model_is_loaded(damage, directories, t
     ("export_onnx(gm, 'm.onnx') writes one", "lora-fx export MODEL_DIR [ADAPTER_DIR] m.onnx writes one"),
     ("overwrite=True (--overwrite) replaces", "--overwrite replaces"),
     ("or unfold_onnx this one", "or lora-fx onnx unfold this one"),
-    ("add_adapter_inputs makes one, and fold_into_onnx needs none", "lora-fx onnx inputs makes one, and lora-fx onnx fold needs none"),
+    ("add_adapter_inputs makes one, fold_into_onnx none", "lora-fx onnx inputs makes one, lora-fx onnx fold none"),
     ("mapping={initializer: module} tells", "in Python, mapping={initializer: module} tells"),
     ("a quantize=5 stays", "a quantize=5 stays"),
 ])  # fmt: skip
