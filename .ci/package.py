@@ -111,6 +111,7 @@ def resolve(python: Path, wheel: Path) -> None:
 
 def main(pythons: list[str]) -> None:
     """All of it."""
+    sys.stdout.reconfigure(line_buffering=True)  # in the order of what pip prints
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         wheel = build(work)
