@@ -25,6 +25,7 @@ from lora_fx.quantized import has_quantized
 
 from .eval_mode import evaluating
 from .example_inputs import Example, make_example, second_example, torch_export_shapes, without_ones
+from .grouped_products import grouped_products
 from .onnx_files import Written, check_file, checked_target, is_external, save_files, written
 from .onnx_names import copy_module_paths, input_names, name_dimensions, name_ports, output_names, strip_metadata
 from .onnx_report import Dims, OnnxReport
@@ -209,7 +210,14 @@ def _convert(
     try:
         # Without its optimizer, which would look at the values of the weights: see onnx_weights.
         with quiet():
-            onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False, opset_version=opset)
+            onnx_program = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                optimize=False,
+                opset_version=opset,
+                custom_translation_table=grouped_products(program),
+            )
     except Exception as error:
         raise ExportError(
             f"torch cannot write this graph in ONNX: {reason(error)}. Replace the operation it names in the model"

@@ -81,6 +81,19 @@ def _whole_of(tensor: torch.Tensor) -> torch.Tensor:
     return whole
 
 
+def not_compiled() -> None:
+    """Let torch.compile run what reads a gradient that is computed when it is read as it is written.
+
+    It would take the gradient that it meets first for one that lies there, and go on training with that.
+    """
+    if torch._guards.TracingContext.try_get() is not None:
+        from torch._dynamo.exc import SkipFrame
+
+        raise SkipFrame(
+            "gradients of lora_fx's flat parameters, and of parts of stacks, are computed when they are read"
+        )
+
+
 NO_HOOKS = (
     "hooks of this parameter would never run, since no gradient flows through it: it only stands for others in an "
     "optimizer; register them on {}"
@@ -120,6 +133,7 @@ class FlatParameter(nn.Parameter):
         Raises:
             GraphError: if members were moved or exchanged since, or only some of them have a gradient.
         """
+        not_compiled()
         self._check_members()
         if not self.requires_grad:
             return None

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .errors import GraphError
+
 
 def get_attribute(root: nn.Module, target: str) -> Any:
     """The object behind a dotted name, or None."""
@@ -20,13 +22,32 @@ def get_attribute(root: nn.Module, target: str) -> Any:
 
 
 def get_parameter(root: nn.Module, target: str) -> nn.Parameter:
-    """The parameter at a dotted name that has one. Passes ask by the thousand, and torch's own way is slow."""
+    """The parameter at a dotted name that has one. Passes ask by the thousand, and torch's own way is slow.
+
+    Raises:
+        GraphError: if the user let something else stand there, as parametrizations and pruning do.
+    """
     *containers, name = target.split(".")
     owner: Any = root
-    for part in containers:
-        owner = owner._modules[part]
-    parameter: nn.Parameter = owner._parameters[name]
+    try:
+        for part in containers:
+            owner = owner._modules[part]
+        parameter: nn.Parameter = owner._parameters[name]
+    except KeyError:
+        return _wrapped_parameter(root, target)
     return parameter
+
+
+def _wrapped_parameter(root: nn.Module, target: str) -> nn.Parameter:
+    """What the wrapper of a module on the way gives for its attribute, as those of activation checkpointing do."""
+    found = get_attribute(root, target)
+    if isinstance(found, nn.Parameter):
+        return found
+    what = "is gone" if found is None else "is computed from others when it is read"
+    raise GraphError(
+        f"{target!r} was a parameter, and {what}. Take back what was put in its place, as "
+        "torch.nn.utils.parametrize.remove_parametrizations and torch.nn.utils.prune.remove do, and call again"
+    )
 
 
 def set_attribute(root: nn.Module, target: str, value: Any, *, persistent: bool = True) -> None:
@@ -59,6 +80,16 @@ def delete_attribute(root: nn.Module, target: str) -> None:
 def holds_values(tensor: torch.Tensor) -> bool:
     """Whether a tensor has any: those of the meta device and of FakeTensorMode have a shape and a type only."""
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def check_holds_values(module: nn.Module, doing: str) -> None:
+    """Raise GraphError if a parameter has no values; `doing` is what cannot be done then."""
+    for name, parameter in module.named_parameters():
+        if not holds_values(parameter):
+            raise GraphError(
+                f"{name!r} {why_no_values(parameter)}, so {doing}; load the weights first: lora_fx.bind_weights(gm, "
+                "directory)"
+            )
 
 
 def why_no_values(tensor: torch.Tensor) -> str:

@@ -90,7 +90,7 @@ def batch_adapters(gm: fx.GraphModule, adapters: Sequence[str] | None = None) ->
     chosen = [find_adapter(gm, name) for name in names]
     for adapter in chosen:
         _check_adapter(adapter)
-    with paused_gc():
+    with paused_gc(), torch.inference_mode(False):  # what is made under it could never be trained
         source = copy_sharing_tensors(gm)
         finish(source)
         result = copy_sharing_tensors(gm)
@@ -164,6 +164,12 @@ def _insert(
             raise AdapterError(
                 f"the adapters of {path!r} have different lora_dropout ({', '.join(map(str, sorted(dropouts)))}), "
                 "and one batch drops alike; make them equal"
+            )
+        dtypes = {get_parameter(gm, name).dtype for *_, site in members for name in (site.lora_a, site.lora_b)}
+        if len(dtypes) > 1:
+            raise AdapterError(
+                f"the adapters of {path!r} have different dtypes ({', '.join(sorted(map(str, dtypes)))}), and one "
+                "batch computes in one; make them equal: load_adapter(gm, directory, adapter_dtype=...)"
             )
         for application in by_path[path]:
             _check_kind(application)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .attributes import check_holds_values
 from .config import LoraConfig
 from .errors import ConfigError, warn
 from .graph_module import checked_graph_module
@@ -79,6 +80,7 @@ def calibrate(gm: fx.GraphModule, config: object, batches: Iterable[Any], loss: 
             else f"loss is for 'lora_ga'; init_lora_weights={config.init_lora_weights!r} reads inputs. Leave it out"
         )
     plan = make_plan(gm, config)
+    check_holds_values(gm, "data tell nothing of it")
     ranks = {target.site.path: target.r for target in plan.targets if target.shares_with is None}
     if loss is not None:
         gradients = weight_gradients(gm, list(ranks), batches, loss)

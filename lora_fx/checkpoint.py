@@ -150,8 +150,8 @@ def fold_checkpoint(
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise FoldError(f"workers={workers!r} must be a number of processes, from 1")
     target = _checked_target(base, out, in_place=in_place, overwrite=overwrite)
-    options = Options(Path(os.path.realpath(base)), Path(os.path.realpath(adapter)), adapter_name, accumulate)
     arrays, let_go = map_adapter(adapter, adapter_name=adapter_name, integrity=integrity)
+    options = Options(Path(os.path.realpath(base)), Path(os.path.realpath(adapter)), adapter_name, accumulate)
     way = _fold_in_place if in_place else _fold_beside
     clear(target / IN_PLACE if in_place else work_for(target))
     threads = torch.get_num_threads()

@@ -20,6 +20,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .adapter_files import KEY_OF_ROWS, KEYS, KEYS_OF_LOOKUPS
+from .attributes import check_holds_values
 from .errors import AdapterError, FoldError, GraphError, LoraFxWarning, TargetError, closest, warn
 from .graph import finish
 from .graph_module import check_editable, checked_graph_module, copy_sharing_tensors, record_of
@@ -57,6 +58,7 @@ def check_effect(gm: fx.GraphModule, inputs: object = None, *, adapter_name: str
             f"adapter {adapter_name!r} does not count at the moment, so it has no effect; let it count first: "
             f"set_adapters(gm, {{{adapter_name!r}: 1.0}})"
         )
+    check_holds_values(gm, "whether the adapter has an effect cannot be seen")
     arguments = _inputs_of(gm, inputs)
     members = record.adapters[adapter_name].members
     own = {attribute for member in members for attribute in member.attributes}

@@ -42,7 +42,10 @@ def combine_adapters(
         adapter_name: of the new one.
         combination_type: "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd",
             "dare_ties_svd", "magnitude_prune" or "magnitude_prune_svd", as in PEFT.
-        svd_rank, density, majority_sign_method: see `combining.combine`.
+        svd_rank: the most that the new adapter's rank may be, for "linear" and the svd types. None: no loss for
+            "linear", the highest rank of the others for the rest.
+        density: the share of values that ties, dare and magnitude_prune keep, in (0, 1].
+        majority_sign_method: how ties elects a sign: "total" by the sum of values, "frequency" by their number.
 
     Raises:
         AdapterError: if an adapter is not there, or trains tensors in full (modules_to_save, bias).

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from .blocks import Block
+from .errors import GraphError
 from .quantized import shared_state
 from .sharding import MARK, unsharded_class
 from .tensor_reads import PLACES
@@ -112,6 +113,11 @@ def _copy_module(module: nn.Module, memo: Memo) -> nn.Module:
         return known
     kind = unsharded_class(module)
     if kind not in (nn.Module, Block):
+        if any(unsharded_class(part) is not type(part) for part in module.modules()):
+            raise GraphError(
+                f"a {kind.__name__} around what fully_shard took cannot be copied; lora_fx.save_adapter(gm, directory) "
+                "reads it as it is, and lora_fx.load_adapter gives a graph with that adapter, to be folded, say"
+            )
         return copy.deepcopy(module, memo)
     twin = kind()
     memo[id(module)] = twin

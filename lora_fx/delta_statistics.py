@@ -16,12 +16,13 @@ from torch import fx
 from .attributes import get_attribute
 from .errors import AdapterError
 from .fold_results import FoldedSite
-from .folding import measure_fold
-from .graph_module import LoraGraphModule, check_editable, checked_graph_module, record_of
+from .folding import base_weight, measure_fold
+from .graph_module import LoraGraphModule, check_editable, checked_graph_module, gathered, record_of
 from .injection import Adapter, AdapterSite
 from .layouts import Kernel, Layout, without_start
 from .parameters import find_adapter, trained_tensor
 from .plan import PlannedSite
+from .sharding import is_sharded
 from .tables import Shown, Table, counted
 
 # How much of ‖ΔW‖² `SiteDelta.ranks_for_most` keeps.
@@ -187,7 +188,8 @@ def adapter_statistics(gm: fx.GraphModule, *, adapter_name: str = "default") -> 
     """How large each delta of an adapter is, what folding would keep of it, and how many of its ranks carry it.
 
     Args:
-        gm: an injected graph; it is left as it is.
+        gm: an injected graph; it is left as it is. Where its parameters are spread over processes, all of them call
+            this, and each gathers them.
         adapter_name: the adapter, taken at weight 1 whatever `set_adapters` says.
 
     Raises:
@@ -199,6 +201,7 @@ def adapter_statistics(gm: fx.GraphModule, *, adapter_name: str = "default") -> 
     check_editable(gm)
     adapter = find_adapter(gm, adapter_name)
     assert isinstance(gm, LoraGraphModule)
+    gm = gathered(gm) if is_sharded(gm) else gm
     check_finite(gm, adapter)
     with torch.no_grad():
         measured = measure_fold(gm, adapter)
@@ -248,8 +251,8 @@ def _site_delta(
     remarks = [f"same adapter as {target.shares_with}"] if target.shares_with is not None else []
     norm = math.sqrt(math.fsum(value * value for value in values))
     if isinstance(fold, str):
-        base = get_attribute(gm, site.weight)
-        weight_norm, kept = float(torch.linalg.vector_norm(base.detach(), dtype=torch.float64)), None
+        base = base_weight(gm, site.weight)
+        weight_norm, kept = float(torch.linalg.vector_norm(base, dtype=torch.float64)), None
         remarks.append(f"cannot be folded: {fold}")
     else:
         weight_norm, kept = fold.weight_norm, fold.kept

@@ -10,9 +10,10 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .attributes import get_attribute
+from .attributes import get_attribute, holds_values, why_no_values
 from .errors import GraphError
 from .graph_module import checked_graph_module, record_of
+from .sharding import check_not_sharded
 from .tables import Shown
 
 
@@ -63,6 +64,8 @@ def compare_graphs(a: fx.GraphModule, b: fx.GraphModule) -> GraphDiff:
         GraphError: if either is no graph module.
     """
     a, b = checked_graph_module(a), checked_graph_module(b)
+    for each in (a, b):
+        check_not_sharded(each, "its values cannot be compared one by one")
     left, right = a.state_dict(), b.state_dict()
     both = [key for key in left if key in right]
     return GraphDiff(
@@ -119,6 +122,12 @@ def default_tolerance(dtype: torch.dtype) -> float:
 def _assert_close(x: torch.Tensor, y: torch.Tensor, rtol: float | None, index: int) -> None:
     if x.shape != y.shape or x.dtype != y.dtype:
         raise AssertionError(f"output {index} is {tuple(x.shape)} {x.dtype} and {tuple(y.shape)} {y.dtype}")
+    for each in (x, y):
+        if not holds_values(each):
+            raise GraphError(
+                f"output {index} {why_no_values(each)} to compare; load the weights first: lora_fx.bind_weights(gm, "
+                "directory)"
+            )
     bound = default_tolerance(x.dtype) if rtol is None else rtol
     error = relative_error(x, y)
     if not error <= bound:  # NaN is not below anything
@@ -134,6 +143,8 @@ def _call(function: Any, inputs: Any) -> Any:
 def _has_same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
+    if not (holds_values(a) and holds_values(b)):
+        return holds_values(a) == holds_values(b)
     return a is b or torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
 

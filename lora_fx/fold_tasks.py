@@ -67,6 +67,11 @@ def fold_tasks(
     for application in reading.applications:
         applications.setdefault(application.path, []).append(application)
     for path, terms in by_path.items():
+        if path not in applications:
+            raise FoldError(
+                f"the weight of {path!r} is no parameter any more (pruned or parametrized), so it cannot be folded "
+                "into; take that back, as torch.nn.utils.prune.remove does"
+            )
         weight = get_parameter(gm, applications[path][-1].attribute)
         # Sites that share A and B hold the same Parameter objects.
         values = tuple((id(get_parameter(gm, term.parts[0])), term.scalings) for term in terms)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -117,7 +117,7 @@ def fold(
         raise FoldError("reversible=False goes with inplace=True: without inplace, fold leaves `gm` as it was")
     assert isinstance(gm, LoraGraphModule)
     earlier = record_of(gm).report
-    with paused_gc():
+    with paused_gc(), torch.inference_mode(False):  # weights that are made under it take no adapter any more
         tasks = fold_tasks(gm, read_applications(gm), chosen, record_of(gm).active)
         if stored:
             _check_storable(stored)
@@ -148,7 +148,7 @@ def _fold_anew(
     modules: dict[str, nn.Module] = {}
     for task in tasks:
         module = quantized_owner(gm, task.attribute)
-        weight = get_parameter(gm, task.attribute).detach() if module is None else dense_weight(module)
+        weight = base_weight(gm, task.attribute)
         value = torch.empty_like(weight)
         site = _merge(gm, task, weight, value, accumulate)
         if module is None:
@@ -205,6 +205,12 @@ def quantized_owner(gm: fx.GraphModule, weight: str) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) and is_quantized(owner) else None
 
 
+def base_weight(gm: fx.GraphModule, attribute: str) -> torch.Tensor:
+    """The weight at that name, or what it stands for if it is stored in a few bits."""
+    module = quantized_owner(gm, attribute)
+    return get_parameter(gm, attribute).detach() if module is None else dense_weight(module)
+
+
 def dequantized(gm: fx.GraphModule) -> LoraGraphModule:
     """A copy of the graph in which all linears have float weights; it shares the other tensors."""
     result = copy_sharing_tensors(gm)
@@ -213,15 +219,24 @@ def dequantized(gm: fx.GraphModule) -> LoraGraphModule:
     floats = {}
     for path, x in calls.items():
         module, value = result.get_submodule(path), x.meta.get("val")  # type: ignore[union-attr]
-        floats[path] = holder = nn.Module()
+        holder: Any = nn.Module()
+        floats[path] = holder
         weight = dense_weight(module).to(value.dtype if isinstance(value, torch.Tensor) else torch.float32)
         holder.weight = nn.Parameter(weight, requires_grad=False)
-        holder.bias = module.bias
+        holder.bias = _bias_of(module, weight.dtype)
         holder._modules = module._modules
         holder.train(module.training)
     write_float_linears(result, floats)
     finish(result)
     return result
+
+
+def _bias_of(module: nn.Module, dtype: torch.dtype) -> nn.Parameter | None:
+    """Its bias in the dtype of the weight: bitsandbytes turns it into that of its products, which may be narrower."""
+    bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
+    if bias is None or bias.dtype == dtype:
+        return bias
+    return nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
 
 
 def _fold_in_place(
@@ -340,7 +355,7 @@ def measure_fold(gm: LoraGraphModule, adapter: Adapter) -> dict[str, FoldedSite 
     for task in tasks:
         if isinstance(task.terms[0], BiasTerm):
             continue
-        weight = get_parameter(gm, task.attribute).detach()
+        weight = base_weight(gm, task.attribute)
         try:
             result: FoldedSite | str = _merge(gm, task, weight, torch.empty_like(weight), None)
         except FoldError as error:

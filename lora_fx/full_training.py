@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx
 
 from .aliasing import overlapping_names
+from .attributes import get_attribute
 from .config import LoraConfig
 from .errors import TargetError, closest_ending
 from .graph_module import record_of
 from .matching import matches_suffix
+from .quantized import has_quantized
 from .sites import Site
 
 # What PEFT's wrappers for these tasks train in full, whether or not modules_to_save says so.
@@ -51,7 +54,18 @@ def module_paths(gm: fx.GraphModule) -> list[str]:
 
 
 def saved_tensors(gm: fx.GraphModule, saved: list[str]) -> Iterator[str]:
-    """Names of the parameters and buffers of these modules."""
+    """Names of the parameters and buffers of these modules.
+
+    Raises:
+        TargetError: if one of them stores a weight in a few bits.
+    """
+    for path in saved:
+        module: Any = get_attribute(gm, path)
+        if has_quantized(module):
+            raise TargetError(
+                f"modules_to_save trains {path!r} in full, and a weight of it is stored in a few bits, which no "
+                "optimizer can move; leave it out, and give it A and B: name it in target_modules"
+            )
     adapters = _names_of_adapters(gm)
     for name in gm.state_dict():  # parameters and buffers, under each of their names
         if name not in adapters and any(name.startswith(f"{module}.") for module in saved):

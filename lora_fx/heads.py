@@ -69,9 +69,16 @@ def _is_transparent(node: fx.Node, value: fx.Node) -> bool:
         return owner is not None and isinstance(owner.get_submodule(str(node.target)), _TRANSPARENT_MODULES)
     if node.target in _SCALINGS:
         nodes = [arg for arg in node.args if isinstance(arg, fx.Node)]
-        return nodes.count(value) == 1 and all(arg is value or arg.op == "get_attr" for arg in nodes)
+        return nodes.count(value) == 1 and all(arg is value or _is_stored(arg) for arg in nodes)
     if node.target in _SOFT_CAPS:  # tanh(x / cap) * cap
         source = node.args[0]
         scaled = isinstance(source, fx.Node) and source.target in _SCALINGS and ROLE not in source.meta
         return scaled and bool(node.users) and all(user.target in _SCALINGS for user in node.users)
     return node.target in _TRANSPARENT_OPS
+
+
+def _is_stored(node: fx.Node) -> bool:
+    """Whether the value is a parameter or buffer, at most cast or reshaped, as in `logits + bias.to(logits.device)`."""
+    while node.target in _TRANSPARENT_OPS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.op == "get_attr"

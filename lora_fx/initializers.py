@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .attributes import holds_values, why_no_values
 from .errors import ConfigError
 from .init_options import CordaConfig, EvaConfig, InitOptions, LoftQConfig, LoraGAConfig, init_of
 from .merging import Delta, merge
@@ -77,6 +78,9 @@ def initializer_of(init_lora_weights: str) -> Initializer:
 
     @torch.no_grad()
     def initializer(matrix: torch.Tensor, r: int, scaling: float, context: Context) -> Start:
+        if not holds_values(matrix):
+            mend = "load the weights first: lora_fx.bind_weights(gm, directory)"
+            raise _error(context, init.name, f"its weight {why_no_values(matrix)}", mend)
         if not bool(torch.isfinite(matrix).all()):
             raise _error(context, init.name, "its weight has NaN or infinite elements", "mend the model's weights")
         wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))

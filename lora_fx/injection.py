@@ -231,7 +231,7 @@ def inject_new(gm: fx.GraphModule, new: NewAdapter) -> LoraGraphModule:
     """`inject` with a plan of `gm`'s own."""
     _check_new(gm, new.name, new.dtype)
     _check_trained_once(gm, new.plan)
-    with paused_gc():
+    with paused_gc(), torch.inference_mode(False):  # what is made under it could never be trained
         result = copy_sharing_tensors(gm)
         _freeze(result)
         _add_adapter(result, new)

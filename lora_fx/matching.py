@@ -100,7 +100,10 @@ class _Expression:
     """A regular expression with a budget."""
 
     def __init__(self, text: str) -> None:
-        self._compiled = regex.compile(text)
+        try:
+            self._compiled = regex.compile(text)
+        except regex.error as error:
+            raise ConfigError(f"{text!r} is not a regular expression: {error}. Give a list of names") from error
         self._spent = 0.0
 
     def match(self, name: str, *, whole: bool = False) -> regex.Match[str] | None:

@@ -219,7 +219,8 @@ def merge(
     lost = merging.lost
     if weight.dtype == accumulate:
         lost = _lost_to_rounding(weight, deltas, into, norm, delta_norm) ** 2
-    return Merged(weight_norm, delta_norm, _share_kept(lost, delta_norm), math.isfinite(norm) and math.isfinite(lost))
+    kept = _share_kept(lost, delta_norm, _finest(weight.dtype) * weight_norm)
+    return Merged(weight_norm, delta_norm, kept, math.isfinite(norm) and math.isfinite(lost))
 
 
 def sum_dtype(weight: torch.dtype, accumulate: torch.dtype | None, *, has_float64: bool = True) -> torch.dtype:
@@ -311,7 +312,8 @@ class Merging:
         delta_norm = math.sqrt(self.changed) if delta_norm is None else delta_norm
         lost = (torch.finfo(dtype).eps / 2 * norm) ** 2 if dtype == accumulate else self.lost
         is_finite = math.isfinite(weight_norm) and math.isfinite(norm) and math.isfinite(lost)
-        return Merged(weight_norm, delta_norm, _share_kept(lost, delta_norm), is_finite)
+        kept = _share_kept(lost, delta_norm, _finest(dtype) * weight_norm)
+        return Merged(weight_norm, delta_norm, kept, is_finite)
 
 
 def _to_odd(total: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
@@ -383,8 +385,15 @@ def _lost_to_rounding(
     return math.sqrt(lost)
 
 
-def _share_kept(lost_squared: float, delta_norm: float) -> float:
-    return max(0.0, 1 - math.sqrt(lost_squared) / delta_norm) if delta_norm else 1.0
+def _finest(dtype: torch.dtype) -> float:
+    """The share of a weight's norm below which a delta is lost in the sums that would measure what it loses."""
+    return torch.finfo(torch.float32 if dtype.itemsize < 4 else torch.float64).eps / 2
+
+
+def _share_kept(lost_squared: float, delta_norm: float, finest: float) -> float:
+    if not delta_norm:
+        return 1.0
+    return 0.0 if delta_norm < finest else max(0.0, 1 - math.sqrt(lost_squared) / delta_norm)
 
 
 def norm_of_sum(deltas: Sequence[AnyDelta]) -> float:

@@ -12,7 +12,7 @@ from .attributes import get_attribute, get_parameter
 from .errors import AdapterError, closest
 from .graph_module import checked_graph_module, record_of
 from .injection import Adapter
-from .sharding import settle
+from .sharding import is_sharded, settle
 from .stack_parts import StackPart
 
 
@@ -22,7 +22,7 @@ def lora_parameters(gm: fx.GraphModule, adapter_name: str | None = None) -> list
     Args:
         gm: an injected graph.
         adapter_name: one adapter's only; None for all. Of a graph from `batch_adapters`, one adapter's are parts of the
-            stacks, which an optimizer can give a learning rate of their own: see `stack_parts.StackPart`.
+            stacks, which an optimizer can give a learning rate of their own; their gradient is zero if no row chose it.
 
     Raises:
         AdapterError: if the graph has no adapter, or none of that name.
@@ -45,7 +45,8 @@ def flat_parameters(gm: fx.GraphModule, adapter_name: str | None = None) -> list
     """What `lora_parameters` gives, with all A and B of an adapter as one vector: an optimizer's step is a few kernels.
 
     The vector shares the memory of A and B, and its gradient is theirs; it is a parameter of the optimizer only, and
-    names, files and graphs know nothing of it. What an adapter trains in full stays as it is. Values and the states of
+    names, files and graphs know nothing of it. What an adapter trains in full stays as it is, and so does what is
+    spread over processes. Values and the states of
     element-wise optimizers (SGD, Adam, AdamW and their like) are those of separate parameters; those that look at a
     tensor as a whole (LAMB, Adafactor, Muon) see another tensor. An optimizer's state_dict() belongs to this form.
 
@@ -57,6 +58,8 @@ def flat_parameters(gm: fx.GraphModule, adapter_name: str | None = None) -> list
         AdapterError: if the graph has no adapter, or none of that name. GraphError, when the gradient is asked for: if
             only some of the parameters have one, or if they were moved or exchanged meanwhile.
     """
+    if is_sharded(gm):
+        return lora_parameters(gm, adapter_name)
     wanted = {id(parameter) for parameter in lora_parameters(gm, adapter_name)}
     named = {id(p): (name, p) for name, p in gm.named_parameters() if id(p) in wanted}
     extra = [p for p in lora_parameters(gm, adapter_name) if id(p) not in named]  # of adapters that do not count
@@ -106,8 +109,7 @@ def _parts_of(gm: fx.GraphModule, adapter: Adapter) -> list[nn.Parameter]:
     own = {name for member in adapter.members for name in member.tensors.values()}
     found: list[nn.Parameter] = []
     for stack, pieces in batched.stacks.items():
-        whole = get_parameter(gm, stack)
-        found += [StackPart.of(whole, dim, start, stop) for name, dim, start, stop in pieces if name in own]
+        found += [StackPart.of(gm, stack, dim, start, stop) for name, dim, start, stop in pieces if name in own]
     single = {id(p): p for p in (get_parameter(gm, name) for name in batched.single if name in own)}
     return found + list(single.values())
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from .arena import NO_HOOKS, watch_optimizers
+from .arena import NO_HOOKS, not_compiled, watch_optimizers
+from .attributes import get_attribute, get_parameter
 from .errors import GraphError
 
 _CLEARED = "_lora_fx_cleared"
@@ -59,14 +60,17 @@ class StackPart(nn.Parameter):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     members: tuple[nn.Parameter]  # the whole
+    _gm: weakref.ref[fx.GraphModule]
+    _name: str  # of the whole
     _place: tuple[int, int, int]
 
     @staticmethod
-    def of(whole: nn.Parameter, dim: int, start: int, stop: int) -> StackPart:
-        """The part from `start` to `stop` along `dim`."""
+    def of(gm: fx.GraphModule, name: str, dim: int, start: int, stop: int) -> StackPart:
+        """The part from `start` to `stop` along `dim` of the parameter of that name."""
+        whole = get_parameter(gm, name)
         view = whole.detach().narrow(dim, start, stop - start)
         part: StackPart = torch.Tensor._make_subclass(StackPart, view, whole.requires_grad)
-        part.members, part._place = (whole,), (dim, start, stop)
+        part.members, part._gm, part._name, part._place = (whole,), weakref.ref(gm), name, (dim, start, stop)
         cleared = whole.__dict__.setdefault(_CLEARED, _Cleared())
         if whole.requires_grad and not cleared.is_watched:
             whole.register_hook(_zeroed(weakref.ref(whole)))  # type: ignore[no-untyped-call]
@@ -83,13 +87,16 @@ class StackPart(nn.Parameter):
         """That part of the whole's gradient.
 
         Raises:
-            GraphError: if the whole was moved since, so that an optimizer would train what nobody reads.
+            GraphError: if the whole was moved or exchanged since, so that an optimizer would train what nobody reads.
         """
-        (whole,) = self.members
-        if self._of(whole.detach()).data_ptr() != self.data_ptr():
+        not_compiled()
+        (whole,), gm = self.members, self._gm()
+        is_read = gm is None or get_attribute(gm, self._name) is whole
+        if not is_read or self._of(whole.detach()).data_ptr() != self.data_ptr():
             raise GraphError(
-                "a parameter of the batched graph was moved (by .to() or the like) since "
-                "lora_parameters(gm, adapter_name) was called; call it again, and make the optimizer anew"
+                f"{self._name!r} of the batched graph was moved or exchanged (by .to(), load_state_dict(assign=True) "
+                "or the like) since lora_parameters(gm, adapter_name) was called; call it again, and make the "
+                "optimizer anew"
             )
         if whole.grad is None or not self.requires_grad or self._place in _cleared(whole):
             return None

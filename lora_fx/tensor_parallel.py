@@ -9,7 +9,7 @@ copy of the graph that is only compiled, so all that reads the graph still reads
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -75,7 +75,8 @@ def distribute(
 
     Weights of the plan's sites, and their adapters, become DTensors, each process holding a part; other parameters that
     train are DTensors that every process has whole, so that one optimizer takes them all. Inputs are to be the same in
-    all processes, and so are outputs; and so has the seed to be, where there is dropout. save_adapter and fold gather.
+    all processes, and so are outputs; and so has the seed to be, where there is dropout: each process draws the masks
+    of the whole, and takes its part. save_adapter and fold gather.
 
     Args:
         gm: a graph module, injected or not, or a tree of `unflatten`, whose blocks `fully_shard` can then wrap along
@@ -91,6 +92,10 @@ def distribute(
     """
     gm = checked_graph_module(gm)
     check_editable(gm)
+    if not all(hasattr(mesh, name) for name in ("ndim", "mesh_dim_names", "size")):
+        raise ConfigError(
+            f"mesh={mesh!r} must be a DeviceMesh, such as torch.distributed.init_device_mesh('cuda', (processes,))"
+        )
     if mesh.ndim != 1:
         raise ConfigError(
             f"the mesh has {mesh.ndim} dimensions ({mesh.mesh_dim_names}), and weights are split along one; give a "
@@ -181,8 +186,9 @@ class Spreading:
             elif node.op == "call_module" or (node.op == "call_function" and not bodies_of(node)[0]):
                 taken = {weights[operand] for operand in operands if operand in weights} | self._of_module(gm, node)
                 is_behind = any(operand in flow for operand in operands)
-                if is_behind and not taken and any(_is_whole_weight(gm, operand) for operand in operands):
-                    continue  # nothing splits what it gives
+                takes_whole = _draws(gm, node) or any(_is_whole_weight(gm, operand) for operand in operands)
+                if is_behind and not taken and takes_whole:
+                    continue  # nothing splits what it gives, or each process would draw for its part what all draw
                 if taken or is_behind:
                     run.add(node)
                 if (is_behind or taken & self.by_outputs) and not taken & self.by_inputs:
@@ -195,6 +201,14 @@ class Spreading:
             return set()
         names = {f"{node.target}.{name}" for name, _ in get_attribute(gm, str(node.target)).named_parameters()}
         return names & (self.by_outputs | self.by_inputs | self.whole)
+
+
+def _draws(gm: LoraGraphModule, node: fx.Node) -> bool:
+    """Whether a node draws random numbers, other than those that `_IN_PARTS` draws for the whole."""
+    if node.op == "call_module":
+        return isinstance(get_attribute(gm, str(node.target)), nn.modules.dropout._DropoutNd)
+    is_tagged = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return node.target not in _IN_PARTS and (is_tagged or node.target in _RANDOM)
 
 
 def _is_whole_weight(gm: LoraGraphModule, node: fx.Node) -> bool:
@@ -245,8 +259,12 @@ def _attend(query: Any, key: Any, value: Any, attn_mask: Any = None, *options: A
     mesh = next(each.device_mesh for each in given if is_spread(each))
     heads = query.ndim - 3
     mask = _leave(attn_mask)
+    rate = options[0] if options else named.get("dropout_p", 0.0)  # what is dropped is drawn for all heads at once
     in_parts = (
-        placement and placement[0].is_shard(heads) and all(each.shape[heads] % mesh.size() == 0 for each in given)
+        placement
+        and placement[0].is_shard(heads)
+        and all(each.shape[heads] % mesh.size() == 0 for each in given)
+        and not rate
     )
     if not in_parts or (mask is not None and mask.ndim > 2 and mask.shape[-3] != 1):
         result = attention(*(_leave(each) for each in given), mask, *options, **named)
@@ -255,7 +273,24 @@ def _attend(query: Any, key: Any, value: Any, attn_mask: Any = None, *options: A
     return DTensor.from_local(attention(*local, mask, *options, **named), mesh, placement, run_check=False)
 
 
-_IN_PARTS = {torch.ops.aten.scaled_dot_product_attention.default: _attend, F.scaled_dot_product_attention: _attend}
+def _drop(value: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """Dropout, by the mask that one process would draw: each draws all of it, and takes its part."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not training or not p:
+        return value
+    drawn = F.dropout(torch.ones(value.shape, dtype=value.dtype, device=value.to_local().device), p)
+    mask = DTensor.from_local(drawn, value.device_mesh, [Replicate()] * value.device_mesh.ndim, run_check=False)
+    mask = mask.redistribute(placements=[Replicate() if each.is_partial() else each for each in value.placements])
+    return value.mul_(mask) if inplace else value * mask
+
+
+_IN_PARTS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.scaled_dot_product_attention.default: _attend,
+    F.scaled_dot_product_attention: _attend,
+    **dict.fromkeys((torch.ops.aten.dropout.default, F.dropout, torch.dropout), _drop),
+}
+_RANDOM = (F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu)
 
 
 def _side_of(path: str) -> Side | None:
@@ -296,8 +331,8 @@ def _splits(gm: LoraGraphModule, plan: Mapping[str, Side]) -> dict[str, Split]:
         if (side := plan.get(site.path)) is not None:
             by_outputs = side == "colwise"
             found[site.weight] = Split(side, int(by_outputs == site.fan_in_fan_out))
-            if site.bias is not None and by_outputs:
-                found[site.bias] = Split(side, 0)
+            if site.bias is not None:  # a module that is called brings its bias along, so it has to be of one kind
+                found[site.bias] = Split(side, 0) if by_outputs else Split()
     for adapter in record_of(gm).adapters.values():
         for own in adapter.sites.values():
             if plan.get(own.applied) == "colwise":

@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 
 from .applications import bodies_of, body_module, module_stack
-from .attributes import get_attribute, set_attribute
+from .attributes import get_attribute, get_parameter, set_attribute
 from .blocks import Block
 from .errors import ConfigError, GraphError, TargetError, closest
 from .graph_module import (
@@ -233,7 +233,6 @@ def entangled(gm: fx.GraphModule, blocks: Sequence[str]) -> dict[str, str]:
     names: dict[int, list[str]] = {}
     for name, parameter in gm.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    twins = {name: tuple(group) for group in names.values() for name in group}
     found: dict[str, str] = {}
     for group in names.values():
         for block in blocks:
@@ -245,8 +244,9 @@ def entangled(gm: fx.GraphModule, blocks: Sequence[str]) -> dict[str, str]:
         places = _places(graph, {block for block in blocks if block not in found})
         for node, place in places.items():
             for name in _parameters_read(node, gm):
+                twins = names[id(get_parameter(gm, name))]
                 for block in blocks:
-                    if any(_is_inside(twin, block) for twin in twins[name]) and not _is_inside(place, block):
+                    if any(_is_inside(twin, block) for twin in twins) and not _is_inside(place, block):
                         found.setdefault(block, f"{node.name} reads its {name!r} from outside")
     # Nodes of a block that is none are its parent's, which may entangle blocks inside of it: they read as outside.
     inner = [block for block in blocks if block not in found]

@@ -67,9 +67,9 @@ def bind_weights(
         raise GraphError(
             f"{str(directory)!r} is half folded; make the call again that was interrupted, fold_checkpoint"
         )
-    target = torch.device(device)
+    target = _checked_device(device)
     groups = list(_groups(gm))
-    sources = _sources(groups, checkpoint.tensors, dict(buffers or {}), str(directory))
+    sources = _sources(groups, checkpoint.tensors, _checked_buffers(buffers), str(directory))
     old = next((tensor.device for _, tensor in groups), target)
     result = copy_sharing_tensors(gm)
     for names, tensor in groups:
@@ -90,6 +90,27 @@ def bind_weights(
         record.trace = replace(record.trace, args=args, kwargs=kwargs, retrace=_has_no_model)
     finish(result)
     return result
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise GraphError(
+            f"device={device!r} is none that this machine has: {str(error).strip().splitlines()[0]}. Give one, such as "
+            "'cpu' or 'cuda:0'"
+        ) from error
+    return target
+
+
+def _checked_buffers(buffers: object) -> dict[str, torch.Tensor]:
+    given = {} if buffers is None else buffers
+    if not isinstance(given, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in given.items()
+    ):
+        raise GraphError("buffers must be a mapping of names to tensors, such as dict(model.named_buffers())")
+    return dict(given)
 
 
 def _has_no_model(dtype: torch.dtype, *, casts_buffers: bool = True) -> None:
@@ -137,7 +158,8 @@ def _sources(
             missing.append(names[0])
         wrong += [text for source in sources if (text := _misfit(names[0], tensor, source)) is not None]
         if any(not _is_same(sources[0], other) for other in sources[1:]):
-            wrong.append(f"{' and '.join(map(repr, names))} are tied in the graph, and differ")
+            what = "are tied in the graph, and differ" if len(names) > 1 else "differs in the files and in buffers"
+            wrong.append(f"{' and '.join(map(repr, names))} {what}")
     problems = []
     if missing:
         near = closest(missing[0], left)

@@ -32,6 +32,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch import fx, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+)
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -135,6 +139,21 @@ class Dropping(nn.Module):
         for layer in self.layers:
             x = x + torch.tanh(layer(x))
         return self.head(x)
+
+
+class Attending(nn.Module):
+    """Dropout between sites that are split by outputs and by inputs, which have biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(12, 16) for _ in range(3))
+        self.o_proj, self.drop = nn.Linear(16, 12), nn.Dropout(0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (site(x).unflatten(-1, (4, 4)).transpose(1, 2) for site in (self.q_proj, self.k_proj, self.v_proj))
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=0.2 if self.training else 0.0)
+        return self.o_proj(F.dropout(self.drop(mixed.transpose(1, 2).flatten(2)), 0.1, self.training))
 
 
 def dropping() -> fx.GraphModule:
@@ -426,6 +445,51 @@ def check_split_weights_are_saved_and_folded(world: World) -> None:
             lora_fx.set_adapters(each, {"default": strength} if strength else {})
         found, expected = (each(input_ids=ids, use_cache=False).logits.detach() for each in (split, gm))
         assert float((found - expected).abs().max()) <= 32 * EPS * 7 * LAYERS * float(expected.abs().max())
+
+
+def check_split_weights_drop_what_one_process_drops(world: World) -> None:
+    """By the same seed: inside of attention, between sites, and in adapters; as functions, ops and modules."""
+    x = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(4)).to(world.device)
+    model = Attending().to(world.device).train()
+    for base in (lora_fx.trace(model, x), fx.symbolic_trace(model)):
+        config = {"r": 3, "lora_alpha": 5, "lora_dropout": 0.2, "target_modules": "all-linear"}
+        gm = randomised(lora_fx.inject(base, config)).train()
+        split = lora_fx.distribute(gm, world.mesh, check=False)
+        assert sum(isinstance(p, DTensor) and not p.requires_grad for p in split.parameters()) == 8
+        found = []
+        for each in (gm, split):
+            torch.manual_seed(11)
+            y = each(x)
+            y.square().sum().backward()
+            found.append([y.detach(), *(whole(p.grad) for p in lora_fx.lora_parameters(each))])
+        for one, two in zip(*found, strict=True):
+            assert float((one - two).abs().max()) <= 64 * EPS * float(one.abs().max())
+
+
+def check_split_weights_are_measured_and_not_compared(world: World) -> None:
+    gm = randomised(world.gm.to(world.device))
+    split = lora_fx.distribute(gm, world.mesh)
+    found, expected = lora_fx.adapter_statistics(split), lora_fx.adapter_statistics(gm)
+    assert found == expected
+    assert [*map(id, lora_fx.flat_parameters(split))] == [*map(id, lora_fx.lora_parameters(split))]
+    assert "spread over processes" in str(raised(lora_fx.GraphError, lambda: lora_fx.compare_graphs(gm, split)))
+    for mesh in (None, "tp", 2):
+        assert "must be a DeviceMesh" in str(raised(lora_fx.ConfigError, lambda: lora_fx.distribute(gm, mesh)))  # noqa: B023
+
+
+def check_wrapped_blocks_train_and_are_saved(world: World) -> None:
+    """Activation checkpointing between the graph and its shards."""
+    tree = lora_fx.unflatten(copy.deepcopy(world.gm).to(world.device)).train()
+    apply_activation_checkpointing(tree, check_fn=lambda module: isinstance(module, lora_fx.Block))
+    for wrapper in [module for module in tree.modules() if isinstance(module, CheckpointWrapper)]:
+        fully_shard(wrapper, mesh=world.mesh)
+    fully_shard(tree, mesh=world.mesh)
+    train(tree, adamw(lora_fx.lora_parameters(tree)), range(1), world.own)
+    lora_fx.save_adapter(tree, world.directory / "wrapped")
+    loaded = lora_fx.load_adapter(lora_fx.fold(world.gm), world.directory / "wrapped", integrity="ignored")
+    for mine, theirs in zip(lora_fx.lora_parameters(tree), lora_fx.lora_parameters(loaded), strict=True):
+        assert torch.equal(whole(mine).cpu(), theirs)
+    assert "CheckpointWrapper around what fully_shard" in str(raised(lora_fx.GraphError, lambda: lora_fx.fold(tree)))
 
 
 def check_splitting_and_sharding_go_together(world: World) -> None:

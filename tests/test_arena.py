@@ -306,6 +306,28 @@ def test_what_was_exchanged_is_missed_where_gradients_are_kept(
         optimizer.step()  # with the gradients that are there
 
 
+@pytest.mark.parametrize("of", ["vector", "stacks"])
+def test_a_compiled_step_is_the_step(of: str) -> None:
+    """torch.compile must not take the gradient that it met first for one that lies there."""
+    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    gm = lora_fx.inject(lora_fx.trace(nn.Sequential(nn.Linear(7, 5)).eval(), x), {"r": 2, "target_modules": ["0"]})
+    found = []
+    for compiled in (False, True):
+        own = (lora_fx.batch_adapters(gm) if of == "stacks" else copy.deepcopy(gm)).train()
+        ids = {"adapter_ids": torch.tensor([1, 0, 1, 1])} if of == "stacks" else {}
+        parameters = lora_fx.lora_parameters(own, "default") if of == "stacks" else lora_fx.flat_parameters(own)
+        optimizer = torch.optim.AdamW(parameters, lr=0.1)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for turn in range(4):
+            own(x, **ids).square().sum().backward()
+            step()
+            optimizer.zero_grad(set_to_none=turn % 2 == 0)
+        found.append([parameter.detach().clone() for parameter in lora_fx.lora_parameters(own)])
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=0, atol=1e-4)
+
+
 def test_a_frozen_vector_is_not_trained_and_takes_no_hooks() -> None:
     gm = _adapted()
     (vector,) = lora_fx.flat_parameters(gm)

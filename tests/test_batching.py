@@ -440,6 +440,16 @@ def test_parts_are_views_of_the_stacks() -> None:
         _ = one[0].grad
 
 
+def test_parts_of_a_parameter_that_was_exchanged_are_not_trained_in_silence() -> None:
+    batched = lora_fx.batch_adapters(several("mlp"))
+    optimizer = torch.optim.SGD(lora_fx.lora_parameters(batched, "one"), lr=0.1)
+    batched.load_state_dict({name: value.clone() for name, value in batched.state_dict().items()}, assign=True)
+    arguments = BY_NAME["mlp"].arguments()
+    loss_of(batched, with_ids(arguments, torch.full((rows_of(arguments),), 1))).backward()
+    with pytest.raises(GraphError, match=r"lora_A.stacked.weight' of the batched graph was moved or exchanged"):
+        optimizer.step()
+
+
 def test_parts_of_adapters_that_are_not_there() -> None:
     batched = lora_fx.batch_adapters(several("mlp"), ["one"])
     with pytest.raises(AdapterError, match="was left out when the graph was batched; it has one"):

@@ -14,7 +14,7 @@ from catalogue.harness import Case, World, make_world, run_case
 _FIX = re.compile(
     r"\b(add|ask|call|change|choose|combine|convert|did you mean|drop|export|fold|freeze|give|inject|install|keep|lay|"
     r"leave|let|list|load|look|make|mend|move|must|name|need|pass|put|raise|read|remove|rename|replace|resize|report|run|"
-    r"save|say|see|set|show|support|swap|take|trace|train|unfold|use|write|written)(s|ed)?\b",
+    r"save|say|see|set|show|support|swap|take|trace|train|unflatten|unfold|use|write|written)(s|ed)?\b",
     re.IGNORECASE,
 )
 

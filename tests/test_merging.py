@@ -103,6 +103,20 @@ def test_what_float32_keeps_of_a_small_delta_is_measured(size: float) -> None:
     assert merge(weight, deltas, weight).kept == pytest.approx(max(0.0, 1 - rounding), abs=1e-3)  # nothing to measure
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-10, 1e-14, 1e-18])
+def test_of_a_delta_that_the_sums_cannot_hold_nothing_is_kept(dtype: torch.dtype, size: float) -> None:
+    torch.manual_seed(2)
+    weight = torch.rand(1, 40, 30).to(dtype) + 1
+    for accumulate in (torch.float32, torch.float64):
+        deltas = [Delta((torch.randn(1, 40, 2) * size).to(accumulate), torch.randn(1, 2, 30).to(accumulate), 1.0)]
+        into = torch.empty_like(weight)
+        found = merge(weight, deltas, into)
+        assert torch.equal(into, weight)
+        assert found.delta_norm > 0
+        assert found.kept < 1e-3
+
+
 def test_norms_whose_squares_are_too_large() -> None:
     weight = torch.full((1, 4, 4), 1e30)
     delta = Delta(torch.full((1, 4, 1), 1e15), torch.full((1, 1, 4), 1e15), 2.0)

@@ -1,21 +1,20 @@
-"""Op families of other packages: CONTRIBUTING's example, and what is refused."""
+"""Op families of other packages: the example of docs/own-ops.md, and what is refused."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from docs_blocks import blocks_of
 from zoo import codes, distance, run
 
 import lora_fx
 from lora_fx.ops import FAMILIES, Family, register
 
-GUIDE = Path(__file__).parents[1] / "CONTRIBUTING.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE.read_text("utf-8"), re.DOTALL)
+GUIDE = Path(__file__).parents[1] / "docs" / "own-ops.md"
 
 
 @pytest.fixture
@@ -26,9 +25,9 @@ def families() -> Iterator[list[Family]]:
 
 
 def test_the_example_of_the_guide(families: list[Family], tmp_path: Path) -> None:
-    assert len(BLOCKS) == 1
     names: dict[str, Any] = {"__name__": "shop"}
-    exec(compile(BLOCKS[0], str(GUIDE), "exec"), names)
+    for block in blocks_of(GUIDE):
+        exec(compile(block.code, str(GUIDE), "exec"), names)
     gm, adapted, x = names["gm"], names["adapted"], ((names["x"],), {})
     first, head = lora_fx.find_sites(gm)
     assert (first.path, first.op, first.is_on_weight, head.path) == ("0", "scaled_linear", False, "1")

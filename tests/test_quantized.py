@@ -231,6 +231,31 @@ def test_what_reads_the_weight_is_refused(fields: dict[str, Any]) -> None:
         lora_fx.inject(gm, LoraConfig(r=2, target_modules=["up"], **fields))
 
 
+def test_statistics_are_of_what_the_weight_stands_for(kind: str) -> None:
+    _, _, injected = adapted(kind)
+    found = lora_fx.adapter_statistics(injected)
+    expected = lora_fx.adapter_statistics(dequantized(injected))
+    for one, other in zip(found.sites, expected.sites, strict=True):
+        assert one.weight_norm == pytest.approx(other.weight_norm, rel=1e-4)
+        assert one.delta_norm == pytest.approx(other.delta_norm, rel=1e-6)
+
+
+def test_few_bits_are_not_trained_in_full(kind: str) -> None:
+    gm = lora_fx.trace(model_of(kind), X)
+    with pytest.raises(TargetError, match="modules_to_save trains 'down' in full, and a weight of it is stored in a"):
+        lora_fx.inject(gm, LoraConfig(r=2, target_modules=["up"], modules_to_save=["down"]))
+
+
+def test_a_bias_that_was_narrowed_for_the_product_is_as_wide_as_the_weight_again() -> None:
+    torch.manual_seed(0)
+    model = Model(lambda i, o: bnb.nn.Linear4bit(i, o, compute_dtype=torch.bfloat16)).to("cpu")
+    gm = lora_fx.trace(model, X)
+    injected = lora_fx.inject(gm, CONFIG)
+    expected = injected(X)  # bitsandbytes narrows the bias meanwhile
+    assert injected.get_parameter("up.bias").dtype == torch.bfloat16
+    assert distance(expected, lora_fx.fold(injected, quantized="dequantize")(X)) < 2**-7
+
+
 def test_a_model_of_one_linear_is_refused() -> None:
     with pytest.raises(GraphError, match="wrap it"):
         lora_fx.trace(model_of("nf4").up, X)

@@ -175,6 +175,21 @@ def test_what_may_stand_between_a_head_and_the_output(after, is_head: bool) -> N
         assert lora_fx.find_sites(gm)[0].is_output_head == is_head, tracer
 
 
+@pytest.mark.parametrize("tracer", ["trace", "symbolic"])
+def test_a_head_may_have_a_stored_bias_added_that_is_cast_first(tracer: str) -> None:
+    class Bart(nn.Module):  # as in its lm_head with final_logits_bias
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.gate = nn.Linear(7, 5), nn.Linear(7, 5)
+            self.register_buffer("final_logits_bias", torch.randn(1, 5))
+
+        def forward(self, x):
+            return self.fc(x) + self.final_logits_bias.to(x.device), self.gate(x) + x.sum().to(x.dtype)
+
+    gm = zoo.trace_with(tracer, Bart().eval(), (torch.randn(3, 7),), {})
+    assert [site.path for site in lora_fx.find_sites(gm) if site.is_output_head] == ["fc"]
+
+
 def test_sites_print_as_a_table() -> None:
     text = str(lora_fx.find_sites(traced(BY_NAME["tied_head"])))
     assert "fc       linear     7 → 7" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -126,6 +127,20 @@ def test_what_was_exchanged_is_seen(
     change(gm)
     assert torch.equal(gm(x), _by_attributes(gm, x))
     assert torch.allclose(gm(x), before) == (change in (_cast,))
+
+
+@pytest.mark.parametrize("change", [_parametrized, _pruned])
+def test_what_is_no_parameter_any_more_is_not_folded(
+    gm: lora_fx.LoraGraphModule, change: Callable[[nn.Module], None], tmp_path: Path
+) -> None:
+    base, low = copy.deepcopy(gm), copy.deepcopy(gm)
+    change(base)
+    with pytest.raises(lora_fx.FoldError, match=r"the weight of 'layers.\d' is no parameter any more"):
+        lora_fx.fold(base)
+    parametrize.register_parametrization(low.get_submodule("layers.0.lora_A.default"), "weight", nn.Tanh())
+    for call in (lora_fx.fold, lambda gm: lora_fx.save_adapter(gm, tmp_path)):
+        with pytest.raises(lora_fx.GraphError, match=r"'layers.0.lora_A.default.weight' was a parameter, and is comp"):
+            call(low)
 
 
 def test_what_is_gone_is_missed(gm: lora_fx.LoraGraphModule, x: torch.Tensor) -> None:

@@ -11,12 +11,13 @@ import pytest
 import torch
 import zoo
 from torch import fx, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from zoo import BY_NAME, STACK, assert_same_bits, fingerprint, in_mode, injected, loss_of, randomise, run, traced
 
 import lora_fx
-from lora_fx import Block, FoldError, GraphError, LoraConfig, unflattening
+from lora_fx import Block, ConfigError, FoldError, GraphError, LoraConfig, unflattening
 from lora_fx.graph_module import record_of
 
 # All models as `trace` gives them; the other tracers where they give a graph of another kind.
@@ -126,6 +127,11 @@ class Entangled(nn.Module):
         for index in range(1, 6):
             x = torch.tanh(self.layers[index](x))
         return self.head(x)
+
+
+def test_an_expression_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'\(' is not a regular expression: missing"):
+        lora_fx.unflatten(adapted(STACK), blocks="(")
 
 
 def test_what_shares_a_parameter_with_the_outside_is_no_block() -> None:
@@ -242,6 +248,20 @@ def test_a_block_alone_keeps_the_graph_of_the_tree() -> None:
         each.get_submodule("fc1").eval()  # holds the adapter's dropout, which has a mode of its own
     arguments = BY_NAME["modes_both"].arguments()
     assert_same_bits(run(tree, arguments), run(flat, arguments))
+
+
+def test_blocks_may_be_wrapped() -> None:
+    """As activation checkpointing does, under which a block's tensors have other names."""
+    gm = adapted(STACK)
+    tree, flat = lora_fx.unflatten(copy.deepcopy(gm)), copy.deepcopy(gm)
+    names = set(dict(tree.named_parameters()))
+    apply_activation_checkpointing(tree, check_fn=lambda module: isinstance(module, Block))
+    arguments = STACK.arguments()
+    for mode in (True, False, True):
+        tree, flat = in_mode(tree, mode), in_mode(flat, mode)
+        assert_same_bits(run(tree, arguments), run(flat, arguments))
+    assert set(dict(tree.named_parameters())) != names
+    assert len(lora_fx.lora_parameters(tree)) == len(lora_fx.lora_parameters(flat))
 
 
 def test_a_fault_of_the_writer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ ON_WEIGHT = on_weight.FAMILY
 def register(family: Family) -> None:
     """Let a family of another package read graphs, before those that are here; once is enough for a process.
 
-    CONTRIBUTING.md has an example. An op of no family is adapted all the same, by the weight that it takes; a family
+    docs/own-ops.md has an example. An op of no family is adapted all the same, by the weight that it takes; a family
     saves building the delta at each call.
 
     Raises:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from catalogue import checkpoints, configs, files, models, running
+from catalogue import checkpoints, configs, files, models, newest, running
 
-CASES = [*checkpoints.CASES, *configs.CASES, *files.CASES, *models.CASES, *running.CASES]
+CASES = [*checkpoints.CASES, *configs.CASES, *files.CASES, *models.CASES, *newest.CASES, *running.CASES]
