@@ -331,8 +331,8 @@ def _check_opset(model: ir.Model, opset: int | None) -> None:
     got = model.opset_imports.get("")
     if opset is not None and got != opset:
         raise ExportError(
-            f"asked for opset {opset}, but torch {torch.__version__} can write this graph only in opset {got}; "
-            f"pass opset={got}, or leave opset=None"
+            f"asked for opset {opset}, but torch {torch.__version__} does not convert this graph to it and gave opset "
+            f"{got}; pass opset={got}, or leave opset=None, which takes the exporter's choice"
         )
 
 

@@ -67,7 +67,7 @@ def compare_output(name: str, wanted: torch.Tensor, got: Any, weights: torch.dty
     measure, or everything would be equal beside them: values near the end of the dtype's range, and
     constants far above all other values that both sides have to the last bits. They must be equal themselves.
     """
-    got = torch.from_numpy(np.ascontiguousarray(got))
+    got = torch.from_numpy(np.asarray(got, order="C"))  # ascontiguousarray makes a loss one-dimensional
     wanted = wanted.detach().cpu()
     if got.shape != wanted.shape:
         return OutputError(name, 0.0, 0.0, 0.0, f"shape {list(got.shape)} instead of {list(wanted.shape)}")

@@ -40,7 +40,7 @@ NOTHING_COMPARABLE = (
 
 
 @dataclass(frozen=True)
-class ShapeCheck:
+class ShapeCheck(Shown):
     """The comparison at one set of inputs.
 
     Attributes:
@@ -68,13 +68,14 @@ class ShapeCheck:
         """The largest error relative to max |y| over all outputs."""
         return max((output.max_rel for output in self.outputs), default=0.0)
 
-    def __str__(self) -> str:
+    def blocks(self) -> list[str]:
+        """One line: the outputs that disagree, or all."""
         worst = [output for output in self.outputs if not output.ok] or list(self.outputs)
         said = "; ".join(
             f"{o.name!r}: {o.problem or f'error {o.max_rel:.2e} of max |y|, allowed {o.tolerance:.2e}'}" for o in worst
         )
         on = f" with adapter {self.adapter!r}" if self.adapter else ""
-        return f"at {self.shapes}{on}: {said}"
+        return [f"at {self.shapes}{on}: {said}"]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import fx
 import lora_fx
 
 from .onnx_weights import MANIFEST_KEY, StoredWeight, read_manifest, read_stamps
-from .text import some
+from .text import Shown, some
 
 _TORCH_TYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
@@ -35,7 +35,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class WeightCheck:
+class WeightCheck(Shown):
     """How a file's weights differ from a graph's. Prints as a few lines.
 
     Attributes:
@@ -55,13 +55,14 @@ class WeightCheck:
         """Whether no weight that was compared differs."""
         return not self.differing
 
-    def __str__(self) -> str:
+    def blocks(self) -> list[str]:
+        """What was compared, and notes."""
         said = [f"{name!r} ({how})" for name, how in list(self.differing.items())[:5]]
         more = f" and {len(self.differing) - 5} more" if len(self.differing) > 5 else ""
         verdict = f"{len(self.differing)} differ from the graph's: {', '.join(said)}{more}" if said else "all equal"
         verdict += f", {len(self.rounded)} of them but for the last digits of a sum" if self.rounded else ""
         lines = [f"weights: {self.compared} compared bit for bit, {verdict}"] if self.compared else []
-        return "\n".join([*lines, *self.notes])
+        return [*lines, *self.notes]
 
 
 def check_weights(file: Path, gm: fx.GraphModule) -> WeightCheck:

@@ -7,6 +7,7 @@ messages to stderr; with --json, stdout is one JSON object.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import sys
@@ -18,22 +19,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import cli_onnx, cli_report
+from . import __version__, cli_onnx, cli_report
 from .adapter_integrity import Integrity
 from .atomic import replace_file
-from .cli_console import complain, print_json, progress, progress_bar, show_warning
+from .cli_commands import (
+    EXIT_STATUSES,
+    AdapterDir,
+    DryRun,
+    IntegrityOption,
+    Json,
+    OverwriteOnnx,
+    Quiet,
+    Verbose,
+    register,
+)
+from .cli_completion import complete_target
+from .cli_console import (
+    LOUDNESS,
+    NOTHING_WRITTEN,
+    complain,
+    print_json,
+    progress,
+    progress_bar,
+    set_loudness,
+    show,
+    show_report,
+    show_warning,
+    terminal,
+)
+from .cli_dry_runs import place_of, plan_checkpoint_fold, report_at
 from .cli_paths import (
     check_model_destination,
     check_onnx_destination,
     check_page_destination,
+    check_report_destination,
     check_writable,
     resolved,
 )
-from .errors import ExportError, LoraFxError, warn
+from .errors import ExportError, LoraFxError, TargetError, warn
 
 if TYPE_CHECKING:
     from exporters import VerifyReport
 
+    from .config import LoraConfig
     from .delta_statistics import AdapterStatistics
     from .graph_module import LoraGraphModule
     from .hf_models import HfModel
@@ -47,6 +75,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    epilog=EXIT_STATUSES,
 )
 app.add_typer(cli_onnx.app, name="onnx")
 
@@ -69,9 +98,7 @@ class Dtype(StrEnum):
 
 
 ModelDir = Annotated[Path, typer.Argument(help="Hugging Face model directory (config.json, safetensors).")]
-AdapterDir = Annotated[Path, typer.Argument(help="PEFT adapter directory (adapter_config.json, safetensors).")]
 OptionalAdapter = Annotated[Path | None, typer.Argument(help="PEFT adapter directory; none: the base alone.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
 class Quantize(StrEnum):
@@ -90,31 +117,36 @@ OnnxDtype = Annotated[
 ]
 
 
+WithCache = Annotated[
+    bool, typer.Option("--with-cache", help="A decoder with past_key_values in and present out, to generate with.")
+]
+
+
 class CheckFailedError(LoraFxError):
     """A check said no; what it measured is printed already."""
 
 
 def main() -> None:
     """The entry point: run a command and turn errors into one line and an exit status."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), terminal():
         warnings.showwarning = show_warning
-        status = _status(verbose=bool({"-v", "--verbose"} & set(sys.argv[1:])))
+        status = _status()
     sys.exit(status)
 
 
-def _status(verbose: bool) -> int:
+def _status() -> int:
     try:
         status = app(prog_name="lora-fx", standalone_mode=False)
         return status if isinstance(status, int) else OK
     except (KeyboardInterrupt, typer.Abort):
-        complain("interrupted", verbose=verbose)
+        complain("interrupted")
         return INTERRUPTED
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors format themselves
             error.show()  # type: ignore[attr-defined]
             return USAGE
         message, code = _said(error)
-        complain(message, verbose=verbose)
+        complain(message)
         return code
 
 
@@ -137,14 +169,32 @@ def _is_disk_full(error: BaseException) -> bool:
     return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def _show_versions(wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = [f"Python {sys.version.split()[0]}"]
+    for package in ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    show(f"lora-fx {__version__} ({', '.join(found)})")
+    raise typer.Exit
+
+
 @app.callback()
 def _common(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_versions, is_eager=True, help="Print versions, and leave.")
+    ] = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
 ) -> None:
     """Options of every command."""
+    set_loudness(verbose, quiet)
 
 
-@app.command()
+@register(app)
 def demo(
     out: Annotated[Path | None, typer.Option(help="Where to keep the files; none: a temporary directory.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 40,
@@ -160,19 +210,27 @@ def demo(
     from .demo import run_demo
 
     with tempfile.TemporaryDirectory() as temporary:
-        result = run_demo(out or Path(temporary), steps=steps, seed=seed, quiet=as_json, is_temporary=out is None)
+        result = run_demo(
+            out or Path(temporary), steps=steps, seed=seed, quiet=as_json or LOUDNESS.quiet, is_temporary=out is None
+        )
     if as_json:
         print_json(dataclasses.asdict(result))
     if result.problems:
         raise CheckFailedError("; ".join(result.problems))
 
 
-@app.command()
+@register(app)
 def inspect(
     model: ModelDir,
     adapter: OptionalAdapter = None,
-    target: Annotated[list[str] | None, typer.Option(help="Plan these target_modules (repeat the option).")] = None,
-    r: Annotated[int | None, typer.Option(help="Rank for --target; none: 8.")] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Plan these modules: ends of names (repeat the option), or all-linear, or one regular expression.",
+            autocompletion=complete_target,
+        ),
+    ] = None,
+    r: Annotated[int | None, typer.Option(min=1, help="Rank for --target; none: 8.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show the sites of a model, and what an adapter, or a choice of targets, would adapt.
@@ -188,11 +246,14 @@ def inspect(
         raise typer.BadParameter("--r is the rank for --target; name at least one target")
     import lora_fx
 
+    config = None
+    if target:
+        config = lora_fx.LoraConfig(r=8 if r is None else r, target_modules=_targets(target))
     gm = _traced(_loaded(model, adapter))
     with progress("planning"):
         sites = lora_fx.find_sites(gm)
         linear_names = lora_fx.find_all_linear_names(gm)
-        plan, statistics = _plan(gm, adapter, target, r)
+        plan, statistics = _plan(gm, adapter, config)
     parameters = lora_fx.trainable_parameters(gm)[1]
     if as_json:
         print_json(
@@ -207,18 +268,26 @@ def inspect(
             }
         )
         return
-    print(sites if plan is None else plan)
+    show(sites if plan is None else plan)
     if statistics is not None:
-        print(f"\n{statistics}")
+        show(f"\n{statistics}")
     share = (
         "" if plan is None else f", and {plan.parameters:,} more in the adapter ({plan.parameters / parameters:.2%})"
     )
-    print(f"\n{parameters:,} parameters in the model{share}")
-    print(f"target_modules for every linear but the head: {linear_names}")
+    show(f"\n{parameters:,} parameters in the model{share}")
+    show(f"target_modules for every linear but the head: {linear_names}")
+
+
+def _targets(words: list[str]) -> str | list[str]:
+    """What `--target` means: ends of names, or `all-linear` or a regular expression, which stand alone."""
+    alone = [word for word in words if word.lower() == "all-linear" or set(word) & set("*+?|^$\\")]
+    if alone and len(words) > 1:
+        raise typer.BadParameter(f"--target {alone[0]!r} means several modules by itself; give no other --target")
+    return alone[0] if alone else words
 
 
 def _plan(
-    gm: LoraGraphModule, adapter: Path | None, target: list[str] | None, r: int | None
+    gm: LoraGraphModule, adapter: Path | None, config: LoraConfig | None
 ) -> tuple[Plan | None, AdapterStatistics | None]:
     import lora_fx
 
@@ -227,10 +296,12 @@ def _plan(
     if adapter is not None:
         injected = lora_fx.load_adapter(gm, adapter)
         return record_of(injected).adapters["default"].plan, lora_fx.adapter_statistics(injected)
-    if not target:
+    if config is None:
         return None, None
-    names: Any = target[0] if target == ["all-linear"] else target
-    return lora_fx.make_plan(gm, lora_fx.LoraConfig(r=8 if r is None else r, target_modules=names)), None
+    try:
+        return lora_fx.make_plan(gm, config), None
+    except TargetError as error:
+        raise TargetError(str(error).replace("target_modules", "--target")) from error
 
 
 def _plan_rows(plan: Plan) -> list[dict[str, Any]]:
@@ -241,7 +312,7 @@ def _row(site: Any) -> dict[str, Any]:
     return dataclasses.asdict(site) | {"dtype": str(site.dtype)}
 
 
-@app.command()
+@register(app)
 def fold(
     model: Annotated[Path | None, typer.Argument(help="Hugging Face model directory, to be loaded.")] = None,
     adapter: Annotated[Path | None, typer.Argument(help="PEFT adapter directory.")] = None,
@@ -252,8 +323,9 @@ def fold(
     in_place: Annotated[bool, typer.Option("--in-place", help="With --base: change its own shards.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="With --base: processes, each with a shard.")] = 1,
     dtype: Annotated[Dtype | None, typer.Option(help="Load, fold and save as this; none: as it is stored.")] = None,
-    require_integrity: cli_onnx.RequireIntegrity = False,
+    integrity: IntegrityOption = "checked",
     overwrite: Annotated[bool, typer.Option(help="Replace the model directory at OUT.")] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Fold an adapter into a model and save it in Hugging Face's layout.
@@ -262,11 +334,10 @@ def fold(
     head that is tied to the embeddings and adapted is untied, in the files and in config.json.
 
     --base DIR --adapter DIR --out DIR goes from shards to shards, with no model code and little memory, whatever the
-    size; the same call again goes on after an interruption.
+    size; the same call again goes on after an interruption. --dry-run reads headers alone then.
 
     Examples: `lora-fx fold MODEL_DIR ADAPTER_DIR OUT_DIR`, `lora-fx fold --base DIR --adapter DIR --out DIR`
     """
-    integrity = cli_onnx.integrity_of(require_integrity)
     if base is not None:
         _fold_files(
             base,
@@ -278,6 +349,7 @@ def fold(
             dtype=dtype,
             integrity=integrity,
             overwrite=overwrite,
+            dry_run=dry_run,
             as_json=as_json,
         )
         return
@@ -286,7 +358,7 @@ def fold(
     if model is None or adapter is None or out is None:
         raise typer.BadParameter("give MODEL ADAPTER OUT, or --base DIR --adapter DIR --out DIR")
     check_model_destination(out, (model, adapter), overwrite=overwrite)
-    _fold_model(model, adapter, out, dtype, integrity, as_json=as_json)
+    _fold_model(model, adapter, out, dtype, integrity, dry_run=dry_run, as_json=as_json)
 
 
 def _fold_files(
@@ -300,6 +372,7 @@ def _fold_files(
     dtype: Dtype | None,
     integrity: Integrity,
     overwrite: bool,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     if any(each is not None for each in positional) or dtype is not None:
@@ -308,6 +381,12 @@ def _fold_files(
         raise typer.BadParameter("--base needs --adapter, and --out or --in-place")
     if in_place and out is not None and resolved(out) != resolved(base):
         raise typer.BadParameter("--in-place changes --base; leave --out out")
+    if dry_run:
+        if not in_place:
+            check_model_destination(out or base, (base, adapter), overwrite=overwrite)
+        planned = plan_checkpoint_fold(base, adapter, None if in_place else out, integrity)
+        show_report(planned, as_json=as_json, dry_run=True)
+        return
     import lora_fx
 
     with progress_bar("folding") as told:
@@ -321,14 +400,18 @@ def _fold_files(
             workers=workers,
             progress=told,
         )
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        print(report)
+    show_report(report, as_json=as_json)
 
 
 def _fold_model(
-    model: Path, adapter: Path, out: Path, dtype: Dtype | None, integrity: Integrity, *, as_json: bool
+    model: Path,
+    adapter: Path,
+    out: Path,
+    dtype: Dtype | None,
+    integrity: Integrity,
+    *,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     history = _history_with(model, adapter)
     loaded = _loaded(model, adapter, dtype)
@@ -346,19 +429,21 @@ def _fold_model(
     if not outcome.ok:
         raise CheckFailedError(outcome.problem)
     try:
-        with progress("saving"):
-            save_folded(loaded, outcome, out, dtype=dtype, history=history)
+        if not dry_run:
+            with progress("saving"):
+                save_folded(loaded, outcome, out, dtype=dtype, history=history)
     except SafetensorError as error:  # how a full disk reads there
         raise OSError(f"{str(out)!r} cannot be written: {error}") from error
     if as_json:
         sites = [_row(site) for site in outcome.report.sites]
-        said = {"out": str(out), "error": outcome.error, "sites": sites}
+        said = {"out": str(out), "error": outcome.error, "sites": sites, "dry_run": dry_run}
         print_json(said | {"trained_in_full": outcome.trained, "untied": outcome.untied})
         return
-    print(outcome.report)
+    show(outcome.report)
     if outcome.trained:
-        print(f"\nreplaced, because the adapter trained them in full: {', '.join(outcome.trained)}")
-    print(f"\nwritten to {out}; folded and adapted outputs differ by {outcome.error:.2g} of the largest value")
+        show(f"\nreplaced, because the adapter trained them in full: {', '.join(outcome.trained)}")
+    done = NOTHING_WRITTEN if dry_run else f"written to {out}"
+    show(f"\n{done}; folded and adapted outputs differ by {outcome.error:.2g} of the largest value")
 
 
 def _history_with(model: Path, adapter: Path) -> dict[str, Any]:
@@ -373,7 +458,7 @@ def _history_with(model: Path, adapter: Path) -> dict[str, Any]:
     return history_with(directory, entry)
 
 
-@app.command()
+@register(app)
 def export(
     model: ModelDir,
     paths: Annotated[list[Path], typer.Argument(metavar="[ADAPTER_DIR] OUT.onnx", help="Adapter, and file to write.")],
@@ -386,11 +471,10 @@ def export(
         bool,
         typer.Option(help="See that the adapter has an effect, and run the folded graph and the file, on the CPU."),
     ] = True,
-    with_cache: Annotated[
-        bool, typer.Option("--with-cache", help="A decoder with past_key_values in and present out, to generate with.")
-    ] = False,
-    require_integrity: cli_onnx.RequireIntegrity = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace a file at OUT that is not an ONNX file, too.")] = False,
+    with_cache: WithCache = False,
+    integrity: IntegrityOption = "checked",
+    overwrite: OverwriteOnnx = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Export a model, with an adapter folded in, to a checked ONNX file that is op for op the base model's.
@@ -407,16 +491,12 @@ def export(
         raise typer.BadParameter(f"{str(out)!r} is {what}, so OUT.onnx, the file to write, is missing")
     check_onnx_destination(out, [model, *paths[:-1]], overwrite=overwrite)
     _check_opset(opset)
-    integrity = cli_onnx.integrity_of(require_integrity)
     gm = _folded(model, adapter, dtype, with_cache=with_cache, check=check, integrity=integrity)
     from exporters import export_onnx
 
-    with progress("exporting and checking"):
-        report = export_onnx(gm, out, opset=opset, quantize=quantize, check=check)
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        print(report)
+    with progress("exporting and checking"), place_of(out, dry_run) as place:
+        report = export_onnx(gm, place, opset=opset, quantize=quantize, check=check)
+    show_report(report_at(report, out), as_json=as_json, dry_run=dry_run)
 
 
 def _check_opset(opset: int | None) -> None:
@@ -427,7 +507,7 @@ def _check_opset(opset: int | None) -> None:
         raise typer.BadParameter(f"--opset {opset}: onnx {onnx.__version__} knows the operator sets 1 to {newest}")
 
 
-@app.command()
+@register(app)
 def verify(
     onnx: Annotated[Path, typer.Argument(help="The ONNX file to check.")],
     model: ModelDir,
@@ -435,32 +515,38 @@ def verify(
     base: Annotated[Path | None, typer.Option(help="The base model's ONNX, to compare op for op.")] = None,
     provider: Annotated[Provider, typer.Option(help="Where ONNX Runtime runs.")] = Provider.AUTO,
     dtype: OnnxDtype = None,
+    with_cache: WithCache = False,
+    integrity: IntegrityOption = "checked",
     write: Annotated[
-        Path | None, typer.Option("--report", help="Write the report there: .html a page, else JSON.")
+        Path | None, typer.Option("--report", help="Write the report there: a page (.html), or JSON (.json).")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Run an ONNX file and the torch model on the same inputs and compare; exit status 4 if they differ.
 
-    Example: `lora-fx verify OUT.onnx MODEL_DIR ADAPTER_DIR --base BASE.onnx`
+    Examples: `lora-fx verify OUT.onnx MODEL_DIR ADAPTER_DIR --base BASE.onnx`, `lora-fx verify DECODER.onnx MODEL_DIR
+    --with-cache --report REPORT.html`
     """
-    _check_runs_on(onnx, provider)
-    gm = _folded(model, adapter, dtype)
+    if write is not None:
+        check_report_destination(write, [onnx, model, *([adapter] if adapter else []), *([base] if base else [])])
     from exporters import verify_onnx
+    from exporters.onnx_files import open_model
+    from exporters.sessions import checked_file
 
+    _check_runs_on(onnx, provider)
+    if base is not None:
+        open_model(checked_file(base))
+    gm = _folded(model, adapter, dtype, with_cache=with_cache, integrity=integrity)
     with progress("verifying"):
         report = verify_onnx(onnx, gm, base=base, provider=provider)
     if write is not None:
         report.write(write)
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        print(report)
+    show_report(report, as_json=as_json)
     if not report.ok:
         raise CheckFailedError(_disagreement(report, base))
 
 
-@app.command()
+@register(app)
 def report(
     model: ModelDir,
     adapter: AdapterDir,
@@ -475,8 +561,9 @@ def report(
         bool, typer.Option("--verify", help="Export the folded model, compare it with torch, and time both.")
     ] = False,
     dtype: Annotated[Dtype | None, typer.Option(help="Load the model as this; none: as it is stored.")] = None,
-    require_integrity: cli_onnx.RequireIntegrity = False,
+    integrity: IntegrityOption = "checked",
     overwrite: Annotated[bool, typer.Option(help="Replace a file at OUT.")] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write a page about an adapter: its deltas as a picture of the model, singular values, graphs, training curves.
@@ -488,21 +575,24 @@ def report(
     """
     sources = [model, adapter, *([other] if other else []), *([log] if log else [])]
     check_page_destination(out, sources, overwrite=overwrite)
-    integrity = cli_onnx.integrity_of(require_integrity)
     wanted = cli_report.Wanted(adapter, other, log, tuple(site or ()), graphs, verify, integrity)
+    cli_report.check_wanted(wanted)
     made, verification = cli_report.make_report(_loaded(model, adapter, dtype), _traced, wanted)
     from .report_page import report_page
 
-    replace_file(out, report_page(made).encode())
+    page = report_page(made).encode()
+    if not dry_run:
+        replace_file(out, page)
     if as_json:
-        print_json({"out": str(out)} | cli_report.report_values(made, verification))
+        print_json({"out": str(out), "dry_run": dry_run} | cli_report.report_values(made, verification))
     else:
-        print(f"{made.statistics}\n\nwritten to {out}")
+        done = NOTHING_WRITTEN if dry_run else f"written to {out}"
+        show("\n\n".join(map(str, [*cli_report.paragraphs(made, verification), done])))
     if verification is not None and not verification.ok:
         raise CheckFailedError(_disagreement(verification, Path("the base's file")))
 
 
-@app.command()
+@register(app)
 def doctor(as_json: Json = False) -> None:
     """Say what is wrong with this machine's ONNX Runtime, and what mends it; exit status 5 if something is broken.
 
@@ -517,12 +607,12 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         print_json(diagnosis.to_dict())
     else:
-        print(diagnosis)
+        show(diagnosis)
     if not diagnosis.ok:
         raise OSError(f"broken: {', '.join(dict.fromkeys(finding.subject for finding in diagnosis.errors))}")
 
 
-@app.command()
+@register(app)
 def bench(
     subjects: Annotated[list[str] | None, typer.Argument(help="What to measure; none: everything.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small models, few rounds.")] = False,
@@ -585,9 +675,9 @@ def _disagreement(report: VerifyReport, base: Path | None) -> str:
 
 def _loaded(model: Path, adapter: Path | None, dtype: Dtype | None = None) -> HfModel:
     """The model of a directory; the adapter's task decides the head."""
-    from .adapter_files import find_adapter_directory, read_config
+    from .adapter_files import open_adapter
 
-    config = None if adapter is None else read_config(find_adapter_directory(adapter, "default"))
+    config = None if adapter is None else open_adapter(adapter, "default", "ignored", mapped=True).config
     task = None if config is None else config.task_type
     with progress("loading the model"):
         import torch

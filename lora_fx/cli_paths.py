@@ -58,6 +58,18 @@ def check_page_destination(out: Path, sources: Sequence[Path], *, overwrite: boo
             raise AdapterError(f"{str(out)!r} exists; --overwrite replaces it")
 
 
+def check_report_destination(out: Path, sources: Sequence[Path]) -> None:
+    """Refuse a file for a report that is not free to be written; an older report is replaced.
+
+    Raises:
+        typer.BadParameter: if it ends in neither .html nor .json.
+        AdapterError: if it lies in a source, is a directory, or cannot be written.
+    """
+    if out.suffix.lower() not in (".html", ".json"):
+        raise typer.BadParameter(f"the report to write must end in .html or .json, and {str(out)!r} does not")
+    _file_to_write(out, sources, "report.html", AdapterError)
+
+
 def _file_to_write(out: Path, sources: Sequence[Path], example: str, error: type[LoraFxError]) -> Path:
     """Where OUT leads, if a file can be written there and it lies in none of the sources."""
     target = resolved(out)

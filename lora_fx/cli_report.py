@@ -13,6 +13,7 @@ from .adapter_integrity import Integrity
 from .cli_console import progress
 from .errors import FoldError, warn
 from .report_charts import place_of
+from .tables import Table
 
 if TYPE_CHECKING:
     from exporters import VerifyReport
@@ -45,6 +46,22 @@ class Wanted:
     graphs: int
     verify: bool
     integrity: Integrity
+
+
+def check_wanted(wanted: Wanted) -> None:
+    """See that the files that are named can be read, before a model is loaded for minutes.
+
+    Raises:
+        LoraFxError: if not.
+    """
+    from .adapter_files import open_adapter
+    from .training_log import read_training_log
+
+    if wanted.log is not None:
+        read_training_log(wanted.log)
+    for directory in (wanted.adapter, wanted.other):
+        if directory is not None:
+            open_adapter(directory, "default", wanted.integrity, mapped=True)
 
 
 def make_report(
@@ -184,6 +201,14 @@ def _ways(names: Iterable[str], seconds: Sequence[float]) -> list[Latency]:
     from .report_page import Latency
 
     return [Latency(name, taken, taken / seconds[0]) for name, taken in zip(names, seconds, strict=True)]
+
+
+def paragraphs(report: Report, verification: VerifyReport | None) -> list[object]:
+    """What the terminal shows of it; the page has the rest."""
+    latency = [(way.name, f"{1e3 * way.seconds:.3f} ms", f"{way.ratio:.3f}") for way in report.latency]
+    table = Table(("way", "median", "of the base's in torch"), latency) if latency else None
+    found = (report.statistics, *report.notes, report.comparison, verification, table)
+    return [each for each in found if each is not None]
 
 
 def report_values(report: Report, verification: VerifyReport | None) -> dict[str, Any]:

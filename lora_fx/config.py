@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import regex
 
@@ -48,10 +48,14 @@ Names = Sequence[str] | str | None
 class _OptionsChecked(type):
     """Looks at the option names before `__init__` does, to refuse them in this package's words."""
 
-    def __call__(cls, *args: Any, **options: Any) -> Any:
-        if args:
-            raise ConfigError(f"LoraConfig takes keyword arguments only, for instance r={args[0]!r}; name each of them")
-        return super().__call__(**_supported(options))
+    if not TYPE_CHECKING:  # pyright would take this signature for the class's, and check no option
+
+        def __call__(cls, *args: Any, **options: Any) -> Any:
+            if args:
+                raise ConfigError(
+                    f"LoraConfig takes keyword arguments only, for instance r={args[0]!r}; name each of them"
+                )
+            return super().__call__(**_supported(options))
 
 
 @dataclass(frozen=True, kw_only=True)

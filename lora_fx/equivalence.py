@@ -14,10 +14,11 @@ from .attributes import get_attribute, holds_values, why_no_values
 from .errors import GraphError
 from .graph_module import checked_graph_module, record_of
 from .sharding import check_not_sharded
+from .tables import Shown
 
 
 @dataclass(frozen=True)
-class GraphDiff:
+class GraphDiff(Shown):
     """How graph `b` differs from graph `a`.
 
     Attributes:
@@ -39,9 +40,12 @@ class GraphDiff:
     def __bool__(self) -> bool:
         return not (self.same_structure and not self.values)
 
-    def __str__(self) -> str:
+    between = "\n"
+
+    def blocks(self) -> list[str]:
+        """A line for each difference."""
         if not self:
-            return "the graphs are the same"
+            return ["the graphs are the same"]
         lines = [*self.nodes]
         for name, keys in (
             ("missing keys", self.missing_keys),
@@ -50,7 +54,7 @@ class GraphDiff:
         ):
             if keys:
                 lines.append(f"{name}: {', '.join(keys)}")
-        return "\n".join(lines)
+        return lines
 
 
 def compare_graphs(a: fx.GraphModule, b: fx.GraphModule) -> GraphDiff:

@@ -76,4 +76,19 @@ def closest(word: str, possibilities: Iterable[str], n: int = 3) -> str:
             by_tail.setdefault(name.rpartition(".")[2], name)
         tails = difflib.get_close_matches(word.rpartition(".")[2], by_tail, n=n, cutoff=0.5)
         near = [by_tail[tail] for tail in tails]
-    return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+    return _meant(near)
+
+
+def closest_ending(word: str, paths: Iterable[str]) -> str:
+    """As `closest`, for a word that means every path which ends with it: endings of as many components come first.
+
+    So `q_prj` is told `q_proj`, and not the path of one of forty layers.
+    """
+    paths, components = list(paths), word.count(".") + 1
+    endings = dict.fromkeys(".".join(path.split(".")[-components:]) for path in paths)
+    near = difflib.get_close_matches(word, endings)
+    return _meant(near) if near else closest(word, paths)
+
+
+def _meant(near: list[str]) -> str:
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

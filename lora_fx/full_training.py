@@ -10,7 +10,7 @@ from torch import fx
 from .aliasing import overlapping_names
 from .attributes import get_attribute
 from .config import LoraConfig
-from .errors import TargetError, closest
+from .errors import TargetError, closest_ending
 from .graph_module import record_of
 from .matching import matches_suffix
 from .quantized import has_quantized
@@ -37,8 +37,8 @@ def saved_modules(gm: fx.GraphModule, config: LoraConfig, every_pattern_hits: bo
         found = [path for path in paths if means(path, entry)]
         if not found and every_pattern_hits:
             raise TargetError(
-                f"modules_to_save {entry!r} names no module with parameters.{closest(entry, paths)} Leave it out, or "
-                "name one of the model's"
+                f"modules_to_save {entry!r} names no module with parameters.{closest_ending(entry, paths)} "
+                "Leave it out, or name one of the model's"
             )
         saved.extend(found)
     return saved

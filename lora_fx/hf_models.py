@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 _LONGEST_REASON = 240  # characters of another library's message
+_TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")  # loggers
 
 # What an architecture's name ends with, or a PEFT adapter's task_type says → transformers' Auto class.
 _HEADS = {
@@ -80,6 +82,24 @@ def load_model(directory: Path, task_type: str | None = None, dtype: torch.dtype
     """
     if not (directory / "config.json").is_file():
         raise GraphError(f"{str(directory)!r} holds no config.json, so it is no Hugging Face model directory")
+    with importing_quietly():
+        return _loaded_model(directory, task_type, dtype)
+
+
+@contextmanager
+def importing_quietly() -> Iterator[None]:
+    """transformers imports what it finds installed, asked for or not; what that says of its own files helps nobody."""
+    levels = {name: logging.getLogger(name).level for name in _TALKATIVE}
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _loaded_model(directory: Path, task_type: str | None, dtype: torch.dtype | None) -> HfModel:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from .errors import ConfigError, closest
 
@@ -19,17 +19,19 @@ from .errors import ConfigError, closest
 class _FieldsChecked(type):
     """Looks at field names before `__init__` does, to refuse them in this package's words."""
 
-    def __call__(cls, *args: Any, **fields: Any) -> Any:
-        if args:
-            raise ConfigError(f"{cls.__name__} takes keyword arguments only, not {args[0]!r}")
-        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        for name, value in fields.items():
-            if name not in known:
-                raise ConfigError(
-                    f"{cls.__name__} has no field {name!r} (given {value!r}); it has {', '.join(known)}."
-                    f"{closest(str(name), known)}"
-                )
-        return super().__call__(**fields)
+    if not TYPE_CHECKING:  # pyright would take this signature for the class's, and check no option
+
+        def __call__(cls, *args: Any, **fields: Any) -> Any:
+            if args:
+                raise ConfigError(f"{cls.__name__} takes keyword arguments only, not {args[0]!r}")
+            known = [f.name for f in dataclasses.fields(cls)]
+            for name, value in fields.items():
+                if name not in known:
+                    raise ConfigError(
+                        f"{cls.__name__} has no field {name!r} (given {value!r}); it has {', '.join(known)}."
+                        f"{closest(str(name), known)}"
+                    )
+            return super().__call__(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,7 +89,7 @@ def print_trainable_parameters(gm: nn.Module) -> None:
     """Print one line in PEFT's form: `trainable params: … || all params: … || trainable%: …`."""
     trainable, total = trainable_parameters(gm)
     share = 100 * trainable / total if total else 0.0
-    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
+    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")  # noqa: T201
 
 
 def trained_tensor(gm: fx.GraphModule, name: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import fx
 from .applications import Reading, Refusal
 from .attributes import get_attribute
 from .config import ALL_LINEAR, LoraConfig
-from .errors import TargetError, closest, warn
+from .errors import TargetError, closest, closest_ending, warn
 from .matching import layer_index, matches_names, matches_target, matching_key
 from .sites import Site, Sites
 from .tables import counted, some_of
@@ -90,7 +90,8 @@ def check_patterns(
             if key not in used:
                 raise TargetError(
                     f"{field} {key!r} matched none of the {len(chosen)} sites to adapt (keys are tried in order, "
-                    f"and the first match counts).{closest(key, [s.path for s in chosen])} Leave it out, or mend it"
+                    f"and the first match counts).{closest_ending(key, [s.path for s in chosen])} "
+                    "Leave it out, or mend it"
                 )
     _check_layers(config, targets, names)
 
@@ -100,10 +101,11 @@ def _check_entries(field: str, entries: tuple[str, ...] | str, names: list[str],
         pattern = entry if isinstance(entries, str) else [entry]
         if any(matches_names(name, pattern) for name in names):
             continue
+        near = closest if isinstance(pattern, str) else closest_ending
         how = "as a regular expression on whole names " if isinstance(pattern, str) else ""
         raise TargetError(
             f"{field} {entry!r} matched none of {counted(count, 'site')} {how}".rstrip()
-            + f".{closest(entry, names)}{_hint(entry, pattern)} find_sites(gm) lists all: {some_of(names)}"
+            + f".{near(entry, names)}{_hint(entry, pattern)} find_sites(gm) lists all: {some_of(names)}"
         )
 
 
@@ -141,7 +143,10 @@ def nothing_chosen(config: LoraConfig, sites: Sites, skipped: list[Skipped], ref
     if not sites:
         also = f"; {refusals[0].path!r} cannot be adapted: {refusals[0].reason}" if refusals else ""
         return TargetError(f"the graph has no parameter that can be adapted{also}")
-    reasons = some_of(f"{s.path or '(root)'}: {s.reason}" for s in skipped)
+    by_reason: dict[str, list[str]] = {}
+    for skip in skipped:
+        by_reason.setdefault(skip.reason, []).append(skip.path or "(root)")
+    reasons = "; ".join(f"{some_of(paths, 4)}: {reason}" for reason, paths in by_reason.items())
     return TargetError(
         f"target_modules={config.target_modules!r} leaves no site to adapt out of {len(sites)} ({reasons}). "
         "find_sites(gm) lists all; name the ones to adapt"

@@ -12,7 +12,7 @@ from .aliasing import view_of
 from .errors import ConfigError
 from .layouts import Matrix, Part
 from .sites import Site
-from .tables import format_table
+from .tables import Shown, Table
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class BaseSize:
 
 
 @dataclass(frozen=True)
-class PlanCost:
+class PlanCost(Shown):
     """What training an adapter costs. Prints as a table.
 
     Bytes are for each device, with everything shared out evenly among them (`fully_shard`); activations, which depend
@@ -63,12 +63,13 @@ class PlanCost:
         """Bytes of each device before the first activation."""
         return self.weights + self.adapter + self.gradients + self.optimizer
 
-    def __str__(self) -> str:
+    def blocks(self) -> tuple[Table]:
+        """A row for each size."""
         parts = ("weights", "adapter", "gradients", "optimizer", "total")
         rows = [(name, f"{getattr(self, name) / 2**30:,.2f} GiB") for name in parts]
         rows += [("kept for each token", f"{self.kept / 2**10:,.1f} KiB")]
         rows += [(f"FLOPs of a token, {name}", f"{getattr(self, name):.3g}") for name in ("forward", "step")]
-        return format_table((f"for each of {self.devices}" if self.devices > 1 else "", "size"), rows)
+        return (Table((f"for each of {self.devices}" if self.devices > 1 else "", "size"), rows),)
 
 
 def size_of_base(tensors: Iterable[torch.Tensor], buffers: Iterable[torch.Tensor], sites: Iterable[Site]) -> BaseSize:

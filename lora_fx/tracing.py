@@ -464,9 +464,10 @@ def _spelled(shapes: Any) -> str:
 
 def _untraceable_message(model: nn.Module, error: Exception) -> str:
     hints = {
+        "Cache'": "it returns a key/value cache; pass use_cache=False in the call, as in lora_fx.trace(model, args, "
+        "{'use_cache': False}), or trace exporters.flat_cache_model(model) to keep the cache",
         "register a pytree": "the output or input is of a class unknown to torch: register it with "
-        "torch.utils._pytree.register_dataclass, or pass use_cache=False",
-        "Cache": "decoders need use_cache=False in the call: lora_fx.trace(model, args, {'use_cache': False})",
+        "torch.utils._pytree.register_dataclass",
         "data-dependent": "a branch depends on the values of a tensor: use torch.cond or torch.where there",
         "Could not guard": "a branch depends on the values of a tensor: use torch.cond or torch.where there",
         "Constraints violated": "a dimension that was said to be free is not: leave it out of "
@@ -475,4 +476,4 @@ def _untraceable_message(model: nn.Module, error: Exception) -> str:
     }
     text = f"{type(error).__name__}: {error}"
     hint = next((h for word, h in hints.items() if word in text), "try torch.export.export on it alone")
-    return f"{type(model).__name__} cannot be traced by torch.export: {_reason(error)}. To mend it: {hint}"
+    return f"{type(model).__name__} cannot be traced by torch.export: {hint}. It says {_reason(error)}"

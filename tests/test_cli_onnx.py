@@ -88,7 +88,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_hashes_may_be_demanded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """PEFT's files have none."""
-    status, _, err = run(capsys, "onnx", "fold", BASE, ADAPTER, tmp_path / "out.onnx", "--require-integrity")
+    status, _, err = run(capsys, "onnx", "fold", BASE, ADAPTER, tmp_path / "out.onnx", "--integrity", "required")
     assert (status, err.count("\n")) == (3, 1)
     assert "has no seal" in err
     assert not (tmp_path / "out.onnx").exists()

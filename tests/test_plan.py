@@ -177,8 +177,12 @@ def test_an_edited_plan_is_followed() -> None:
 
 MISSES = [
     (
+        {"target_modules": ["1.q_porj"]},
+        ["target_modules '1.q_porj' matched none", "Did you mean '1.q_proj' or '0.q_proj'?"],
+    ),
+    (
         {"target_modules": ["up", "q_porj"]},
-        ["target_modules 'q_porj' matched none of 7 sites", "Did you mean", "q_proj", "find_sites(gm)"],
+        ["target_modules 'q_porj' matched none of 7 sites", "Did you mean 'q_proj'?", "find_sites(gm)"],
     ),
     ({"target_modules": ["p"]}, ["target_modules 'p'"]),
     ({"target_modules": "up"}, ["target_modules 'up'", "regular expression on whole names", "give a list: ['up']"]),
@@ -192,7 +196,7 @@ MISSES = [
     ({"target_modules": ["up"], "exclude_modules": "up"}, ["exclude_modules 'up'", "regular expression"]),
     (
         {"target_modules": ["up"], "exclude_modules": ["up"]},
-        ["leaves no site to adapt out of 7", "excluded by exclude_modules"],
+        ["leaves no site to adapt out of 7 (body.layers.0.q_proj, ", ": excluded by exclude_modules"],
     ),
     ({"target_modules": ["up"], "modules_to_save": ["haed"]}, ["modules_to_save 'haed'", "Did you mean 'head'"]),
     ({"target_modules": ["up"], "modules_to_save": ["ead"]}, ["modules_to_save 'ead'"]),  # PEFT has no dot there

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import exporters
 import lora_fx
 
 CONTRACT = {
@@ -58,6 +60,19 @@ def test_the_errors_are_one_tree() -> None:
         for name, value in vars(importlib.import_module(module.name)).items():
             if inspect.isclass(value) and issubclass(value, Exception) and value.__module__.startswith("lora_fx"):
                 assert issubclass(value, (lora_fx.LoraFxError, Warning)), name
+
+
+@pytest.mark.parametrize("package", [lora_fx, exporters], ids=lambda package: package.__name__)
+def test_what_prints_as_a_report_is_shown_by_notebooks(package) -> None:
+    shown = []
+    for name in package.__all__:
+        value = getattr(package, name)
+        if inspect.isclass(value) and not issubclass(value, Exception | torch.nn.Module):
+            printing = next(each for each in value.__mro__ if "__str__" in vars(each))
+            if printing.__module__.partition(".")[0] in ("lora_fx", "exporters"):
+                shown.append(name)
+                assert callable(getattr(value, "_repr_html_", None)), f"{name} prints as text alone"
+    assert len(shown) >= 6
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -275,7 +275,24 @@ class TrainBranch(nn.Module):
         return y * 2 if self.training and y.sum() > 0 else y
 
 
+class DynamicCache:
+    """As transformers calls it."""
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(7, 5)
+
+    def forward(self, x):
+        return self.fc(x), DynamicCache()
+
+
 UNTRACEABLE = [
+    (
+        lambda: lora_fx.trace(Decoder(), torch.randn(3, 7)),
+        ["Decoder cannot be traced by torch.export: it returns a key/value cache; pass use_cache=False"],
+    ),
     (lambda: lora_fx.trace(Branch(), torch.randn(3, 7)), ["Branch cannot be traced by torch.export", "torch.cond"]),
     (lambda: lora_fx.trace(Opaque(), torch.randn(3, 7)), ["Opaque cannot be traced", "register"]),
     (

@@ -447,6 +447,30 @@ def test_bad_options(tmp_path: Path, gm: fx.GraphModule, options: dict[str, Any]
     assert not list(tmp_path.iterdir())
 
 
+def test_an_opset_that_the_converter_does_not_reach_is_not_said_to_be_the_only_one(
+    tmp_path: Path, gm: fx.GraphModule
+) -> None:
+    with pytest.raises(ExportError) as caught:
+        export_onnx(gm, tmp_path / "m.onnx", opset=5)
+    assert "only" not in str(caught.value)
+    assert "pass opset=18, or leave opset=None" in str(caught.value)
+
+
+def test_a_loss_stays_a_scalar(tmp_path: Path) -> None:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(7, 5)
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = self.fc(x)
+            return nn.functional.cross_entropy(logits, labels), logits
+
+    gm = lora_fx.trace(Loss(), (torch.randn(3, 7), torch.tensor([0, 4, 1])))
+    report = export_onnx(gm, tmp_path / "m.onnx")
+    assert next(iter(report.outputs.values())) == ()
+
+
 @pytest.mark.parametrize("opset", [18, 21])
 def test_opset_is_what_was_asked_for(tmp_path: Path, gm: fx.GraphModule, opset: int) -> None:
     assert export_onnx(gm, tmp_path / "m.onnx", opset=opset).opset == opset
