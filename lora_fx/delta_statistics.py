@@ -16,7 +16,7 @@ from torch import fx
 from .attributes import get_attribute
 from .errors import AdapterError
 from .fold_results import FoldedSite
-from .folding import measure_fold
+from .fold_sums import measure_fold
 from .graph_module import LoraGraphModule, check_editable, checked_graph_module, record_of
 from .injection import Adapter, AdapterSite
 from .layouts import Kernel, Layout, without_start

@@ -712,14 +712,14 @@ def test_what_names_and_states_are_refused() -> None:
 @pytest.mark.parametrize("options", [{}, {"inplace": True}, {"inplace": True, "reversible": False}], ids=str)
 def test_a_wrong_sum_is_found_before_it_is_written(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     _, gm = small()
-    merge, before = lora_fx.folding.merge, fingerprint(gm)  # type: ignore[attr-defined]
+    merge, before = lora_fx.fold_sums.merge, fingerprint(gm)  # type: ignore[attr-defined]
 
     def wrong(weight: torch.Tensor, deltas: Any, into: torch.Tensor, **more: Any) -> Any:
         found = merge(weight, deltas, into, **more)
         into.add_(0.1)
         return found
 
-    monkeypatch.setattr("lora_fx.folding.merge", wrong)
+    monkeypatch.setattr("lora_fx.fold_sums.merge", wrong)
     with pytest.raises(FoldError, match="nothing was changed"):
         lora_fx.fold(gm, check=(BATCH,), **options)
     assert fingerprint(gm) == before
@@ -763,7 +763,7 @@ def test_unfolding_keeps_the_mode() -> None:
 def test_an_interrupted_fold_in_place_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, gm = small(modules_to_save=["norm"])
     before, code = {name: bits(tensor) for name, tensor in model.state_dict().items()}, gm.code
-    merge, count = lora_fx.folding.merge, []  # type: ignore[attr-defined]
+    merge, count = lora_fx.fold_sums.merge, []  # type: ignore[attr-defined]
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         count.append(1)
@@ -771,7 +771,7 @@ def test_an_interrupted_fold_in_place_is_taken_back(monkeypatch: pytest.MonkeyPa
             raise KeyboardInterrupt
         return merge(*arguments, **options)
 
-    monkeypatch.setattr("lora_fx.folding.merge", interrupted)
+    monkeypatch.setattr("lora_fx.fold_sums.merge", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lora_fx.fold(gm, inplace=True)
     assert {name: bits(tensor) for name, tensor in model.state_dict().items()} == before
@@ -788,8 +788,8 @@ def test_a_weight_is_summed_once_and_once_more_to_check_what_is_written_in_place
 ) -> None:
     _, gm = small()
     wanted = gm(BATCH)
-    merge, calls = lora_fx.folding.merge, []  # type: ignore[attr-defined]
-    monkeypatch.setattr("lora_fx.folding.merge", lambda *args, **more: calls.append(1) or merge(*args, **more))
+    merge, calls = lora_fx.fold_sums.merge, []  # type: ignore[attr-defined]
+    monkeypatch.setattr("lora_fx.fold_sums.merge", lambda *args, **more: calls.append(1) or merge(*args, **more))
     torch.testing.assert_close(lora_fx.fold(gm, **options)(BATCH), wanted)
     assert len(calls) == merges
 
@@ -797,13 +797,13 @@ def test_a_weight_is_summed_once_and_once_more_to_check_what_is_written_in_place
 def test_nothing_is_computed_that_was_not_asked_for_or_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding once in software is for float64 on request; a fold for good has the norms from its check."""
     told: list[tuple[bool, bool]] = []
-    merge = lora_fx.folding.merge  # type: ignore[attr-defined]
+    merge = lora_fx.fold_sums.merge  # type: ignore[attr-defined]
 
     def listening(*arguments: Any, is_exact: bool, weight_norm: float | None) -> Any:
         told.append((is_exact, weight_norm is not None))
         return merge(*arguments, is_exact=is_exact, weight_norm=weight_norm)
 
-    monkeypatch.setattr("lora_fx.folding.merge", listening)
+    monkeypatch.setattr("lora_fx.fold_sums.merge", listening)
     _, gm = small(target_modules=["b"])
     for accumulate in (None, torch.float32, torch.float64):
         lora_fx.fold(gm, accumulate=accumulate)

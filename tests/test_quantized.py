@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 import exporters
 import lora_fx
 from lora_fx import AdapterError, ExportError, FoldError, GraphError, LoraConfig, LoraFxWarning, TargetError
-from lora_fx.folding import dequantized
+from lora_fx.fold_bases import dequantized
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
