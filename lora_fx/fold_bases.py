@@ -5,6 +5,8 @@ The first are gathered. The second become floats, or the sum is stored in as few
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -74,6 +76,15 @@ def requantized(module: nn.Module, weight: torch.Tensor, site: FoldedSite) -> tu
     error = float(torch.linalg.vector_norm((dense_weight(again) - weight).double()))
     kept = max(0.0, 1 - error / site.delta_norm) if site.delta_norm else 1.0
     return again, replace(site, kept=kept, stored_as=type(module).__name__)
+
+
+def put_few_bits(gm: LoraGraphModule, paths: Iterable[str], stored: nn.Module) -> None:
+    """Let the linears at these paths, which share a weight, have that of another; their biases and adapters stay."""
+    for path in paths:
+        old, new = gm.get_submodule(path), copy.copy(stored)
+        new._parameters = {**old._parameters, "weight": stored._parameters["weight"]}
+        new._modules = old._modules
+        gm.set_submodule(path, new)
 
 
 def dequantized(gm: fx.GraphModule) -> LoraGraphModule:

@@ -17,7 +17,14 @@ from .applications import read_applications
 from .attributes import delete_attribute, get_attribute, get_parameter, set_attribute
 from .checks import check_fold
 from .errors import FoldError
-from .fold_bases import check_few_bits, dequantized, quantized_owner, requantized, with_whole_tensors
+from .fold_bases import (
+    check_few_bits,
+    dequantized,
+    put_few_bits,
+    quantized_owner,
+    requantized,
+    with_whole_tensors,
+)
 from .fold_results import FoldedSite, FoldReport, warn_of_losses
 from .fold_stamps import stamp_of
 from .fold_sums import check_has_values, checked_norm, deltas_of, write_checked_sum, write_sum
@@ -124,7 +131,7 @@ def _fold_anew(
 ) -> tuple[LoraGraphModule, list[FoldedSite]]:
     """A new graph module with new tensors for the folded weights; the others are shared."""
     plain, values, sites = [], [], []
-    modules: dict[str, nn.Module] = {}
+    stored: dict[tuple[str, ...], nn.Module] = {}
     for task in tasks:
         module = quantized_owner(gm, task.attribute)
         weight = get_parameter(gm, task.attribute).detach() if module is None else dense_weight(module)
@@ -134,14 +141,15 @@ def _fold_anew(
             plain.append(task)
             values.append(value)
         else:
-            modules[task.paths[0]], site = requantized(module, value, site)
+            again, site = requantized(module, value, site)
+            if site.delta_norm:  # else the base keeps its bits
+                stored[task.paths] = again
         sites.append(site)
     result = copy_sharing_tensors(gm)
     _detach_trained(result, chosen)
     _remove_adapters(result, chosen)
-    for path, module in modules.items():
-        module._modules = result.get_submodule(path)._modules  # adapters that stay
-        result.set_submodule(path, module)
+    for paths, again in stored.items():
+        put_few_bits(result, paths, again)
     replace_weights(result, plain, values)
     finish(result)
     return result, sites

@@ -86,12 +86,7 @@ def _weight_of(module: nn.Module) -> Any:
 
 
 def stored_again(module: nn.Module, weight: torch.Tensor) -> nn.Module:
-    """A module like this one with another weight (out, in), stored in as few bits.
-
-    Raises:
-        FoldError: for those that `check_storable` refuses.
-    """
-    check_storable(module)
+    """A module like this one, which `check_storable` takes, with another weight (out, in), stored in as few bits."""
     twin = copy.copy(module)
     twin._parameters, twin._buffers, twin._modules = dict(module._parameters), dict(module._buffers), {}
     old = _weight_of(module)
