@@ -38,7 +38,8 @@ def _is_a(module: object, name: str) -> bool:
 
 
 def _is_wrapped(weight: torch.Tensor) -> bool:
-    return is_traceable_wrapper_subclass(weight) and callable(getattr(weight, "dequantize", None))
+    """DTensor, say, is a wrapper too, and has what any tensor has."""
+    return is_traceable_wrapper_subclass(weight) and type(weight).dequantize is not torch.Tensor.dequantize
 
 
 def shared_state(module: nn.Module) -> list[object]:

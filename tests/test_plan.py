@@ -16,7 +16,7 @@ from zoo import BY_NAME, STACK, fingerprint, injected, traced
 import lora_fx
 from lora_fx import LoraConfig, LoraFxWarning, Site, TargetError
 from lora_fx.layouts import Experts, Layout, Matrix
-from lora_fx.plan import PlannedRows, PlannedSite, Skipped, plan_adapters
+from lora_fx.plan import PlannedRows, PlannedSite, Skipped, plan_adapters, scaling_at
 from lora_fx.plan_sizes import BaseSize
 from lora_fx.tables import Table
 
@@ -315,6 +315,11 @@ def test_a_plan_counts_each_number_once() -> None:
     targets = (planned("a"), planned("b", shares_with="a"), planned("c", Experts((2, 5, 7))))
     assert [target.parameters for target in targets] == [36, 0, 72]
     assert lora_fx.Plan(LoraConfig(target_modules=["a"]), targets, ()).parameters == 108
+
+
+def test_the_scaling_at_a_site_is_that_of_its_patterns() -> None:
+    config = LoraConfig(target_modules=["b"], r=3, lora_alpha=5, rank_pattern={"b": 2}, alpha_pattern={"c": 7})
+    assert [scaling_at(planned(path).site, config) for path in "abc"] == [5 / 3, 5 / 2, 7 / 3]
 
 
 def test_a_plan_prints_what_there_is_and_no_more() -> None:
