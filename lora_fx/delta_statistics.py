@@ -15,6 +15,7 @@ from torch import fx
 
 from .attributes import get_attribute
 from .errors import AdapterError
+from .fold_bases import base_weight
 from .fold_results import FoldedSite
 from .fold_sums import measure_fold
 from .graph_module import LoraGraphModule, check_editable, checked_graph_module, record_of
@@ -248,8 +249,7 @@ def _site_delta(
     remarks = [f"same adapter as {target.shares_with}"] if target.shares_with is not None else []
     norm = math.sqrt(math.fsum(value * value for value in values))
     if isinstance(fold, str):
-        base = get_attribute(gm, site.weight)
-        weight_norm, kept = float(torch.linalg.vector_norm(base.detach(), dtype=torch.float64)), None
+        weight_norm, kept = float(torch.linalg.vector_norm(base_weight(gm, site.weight), dtype=torch.float64)), None
         remarks.append(f"cannot be folded: {fold}")
     else:
         weight_norm, kept = fold.weight_norm, fold.kept

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 
-from .attributes import get_attribute
+from .attributes import get_attribute, get_parameter
 from .errors import FoldError
 from .fold_results import FoldedSite
 from .graph import finish, write_float_linears
@@ -68,6 +68,12 @@ def quantized_owner(gm: fx.GraphModule, attribute: str) -> nn.Module | None:
     path, _, name = attribute.rpartition(".")
     owner = get_attribute(gm, path)
     return owner if name == "weight" and isinstance(owner, nn.Module) and is_quantized(owner) else None
+
+
+def base_weight(gm: fx.GraphModule, attribute: str) -> torch.Tensor:
+    """What is added to: the parameter, or what its few bits stand for."""
+    owner = quantized_owner(gm, attribute)
+    return get_parameter(gm, attribute).detach() if owner is None else dense_weight(owner)
 
 
 def requantized(module: nn.Module, weight: torch.Tensor, site: FoldedSite) -> tuple[nn.Module, FoldedSite]:

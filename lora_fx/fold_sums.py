@@ -8,6 +8,7 @@ from .aliasing import storage_of
 from .applications import read_applications
 from .attributes import get_attribute, get_parameter, holds_values, why_no_values
 from .errors import FoldError
+from .fold_bases import base_weight
 from .fold_results import FoldedSite
 from .fold_tasks import FoldTask, fold_tasks
 from .fold_terms import BiasTerm
@@ -19,7 +20,7 @@ from .merging import AnyDelta, Merged, factor_dtype, merge, norm_if_finite, sum_
 def measure_fold(gm: LoraGraphModule, adapter: Adapter) -> dict[str, FoldedSite | str]:
     """{site path: what folding one adapter alone, at weight 1, would do to its weight, or why that cannot be done}.
 
-    Nothing is written but one temporary at a time.
+    Nothing is written but one temporary at a time. A base in a few bits is measured as the floats that it stands for.
 
     Raises:
         FoldError: if the base has no values.
@@ -31,10 +32,8 @@ def measure_fold(gm: LoraGraphModule, adapter: Adapter) -> dict[str, FoldedSite 
         return dict.fromkeys(applied, str(error))
     check_has_values(gm, tasks)
     found: dict[str, FoldedSite | str] = {}
-    for task in tasks:
-        if isinstance(task.terms[0], BiasTerm):
-            continue
-        weight = get_parameter(gm, task.attribute).detach()
+    for task in (task for task in tasks if not isinstance(task.terms[0], BiasTerm)):
+        weight = base_weight(gm, task.attribute)
         try:
             result: FoldedSite | str = write_sum(gm, task, weight, torch.empty_like(weight), None)
         except FoldError as error:

@@ -18,6 +18,7 @@ from .attributes import delete_attribute, get_attribute, get_parameter, set_attr
 from .checks import check_fold
 from .errors import FoldError
 from .fold_bases import (
+    base_weight,
     check_few_bits,
     dequantized,
     put_few_bits,
@@ -33,7 +34,7 @@ from .graph import erase_low_rank_paths, finish
 from .graph_module import ROLE, LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
 from .injection import Adapter
 from .parameters import find_adapter
-from .quantized import dense_weight, has_quantized
+from .quantized import has_quantized
 from .switching import forget_adapter
 
 
@@ -134,7 +135,7 @@ def _fold_anew(
     stored: dict[tuple[str, ...], nn.Module] = {}
     for task in tasks:
         module = quantized_owner(gm, task.attribute)
-        weight = get_parameter(gm, task.attribute).detach() if module is None else dense_weight(module)
+        weight = base_weight(gm, task.attribute)
         value = torch.empty_like(weight)
         site = write_sum(gm, task, weight, value, accumulate)
         if module is None:

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import exporters
@@ -283,6 +283,34 @@ def test_linears_that_share_their_bits_are_folded_alike() -> None:
     assert folded.get_parameter("one.weight") is folded.get_parameter("two.weight")
     assert distance(injected(X), folded(X)) < 0.2
     assert [site.path for site in lora_fx.fold_report(folded).sites] == ["one"]
+
+
+def test_adapters_are_measured_against_what_the_bits_stand_for(kind: str) -> None:
+    _, _, injected = adapted(kind)
+    found = {site.path: site for site in lora_fx.adapter_statistics(injected).sites}
+    report = lora_fx.fold_report(lora_fx.fold(injected, quantized="dequantize"))
+    assert len(report.sites) == len(found) == 2
+    for site in report.sites:
+        measured = found[site.path]
+        assert (measured.weight_norm, measured.kept) == pytest.approx((site.weight_norm, site.kept), rel=1e-5)
+
+
+def test_floats_are_those_of_the_graph() -> None:
+    """Of the dtype that it computes in, in its mode, and frozen; float32 in a graph that does not say."""
+    _, _, injected = adapted("nf4")
+    floats = dequantized(injected.eval())
+    assert not any(module.training for module in floats.modules())
+    assert {n for n, p in floats.named_parameters() if p.requires_grad} == {
+        n for n, p in injected.named_parameters() if p.requires_grad
+    }
+    assert all(module.training for module in dequantized(injected.train()).modules())
+    narrow = model_of("ao-int8").bfloat16()
+    for gm, dtype in (
+        (lora_fx.trace(narrow, X.bfloat16()), torch.bfloat16),
+        (fx.symbolic_trace(narrow), torch.float32),
+    ):
+        folded = lora_fx.fold(lora_fx.inject(gm, CONFIG), quantized="dequantize")
+        assert folded.get_parameter("up.weight").dtype == dtype
 
 
 def test_a_fold_in_place_leaves_few_bits_beside_it_alone() -> None:
