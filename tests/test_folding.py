@@ -829,6 +829,18 @@ def test_what_sums_are_made_in() -> None:
         assert sum_dtype(dtype, None, has_float64=False) == torch.float32
 
 
+def test_sums_are_told_whether_the_device_has_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+
+    def listening(*arguments: Any, has_float64: bool) -> torch.dtype:
+        told.append(has_float64)
+        return sum_dtype(*arguments, has_float64=has_float64)
+
+    monkeypatch.setattr("lora_fx.fold_sums.sum_dtype", listening)
+    lora_fx.fold(small()[1])
+    assert told == [True, True]  # of Apple's GPUs alone it is not so
+
+
 def test_with_float64_the_sum_is_rounded_once_where_two_roundings_differ() -> None:
     """1 + 2⁻⁸ + 2⁻⁴⁰ is above the middle of two bfloat16; its float32 lies on it, and would go down."""
     adapted = lora_fx.inject(
