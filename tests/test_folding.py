@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from zoo import (
     BY_NAME,
     STACK,
@@ -32,7 +30,6 @@ from zoo import (
 
 import lora_fx
 from lora_fx import FoldError, LoraConfig, LoraFxWarning
-from lora_fx.attributes import set_attribute
 from lora_fx.graph_module import record_of
 from lora_fx.merging import sum_dtype
 
@@ -878,23 +875,3 @@ def test_a_site_is_told_from_the_others_in_a_report() -> None:
         assert site.weight_norm == pytest.approx(float(weight.norm()), rel=1e-5)
         assert site.delta_norm == pytest.approx(alpha_by_r * float((up @ low).norm()), rel=1e-5)
         assert site.kept == pytest.approx(1, abs=1e-4)
-
-
-def test_weights_that_lie_in_parts_are_folded_whole() -> None:
-    """Parts of one process here; tests/distributed_checks.py has several."""
-    _, gm = small()
-    expected = lora_fx.fold(gm)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = dist.init_device_mesh("cpu", (1,))
-        for name, parameter in dict(gm.named_parameters()).items():
-            spread = distribute_tensor(parameter.detach().clone(), mesh, [Shard(0)])
-            set_attribute(gm, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
-        with pytest.raises(FoldError, match="cannot write weights that are spread over processes"):
-            lora_fx.fold(gm, inplace=True)
-        folded = lora_fx.fold(gm)
-        assert all(type(p.data) is DTensor for p in gm.parameters())
-        assert_same_bits(folded.state_dict().values(), expected.state_dict().values())
-        assert all(type(p.data) is torch.Tensor for p in folded.parameters())
-    finally:
-        dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,24 @@ def model_of(kind: str) -> Model:
     return model.to("cpu")  # bitsandbytes quantizes when it moves
 
 
-def adapted(kind: str, config: LoraConfig = CONFIG) -> tuple[Model, Any, Any]:
+@functools.cache
+def traced(kind: str) -> tuple[Model, Any]:
+    """A model and its graph, which no test changes."""
     model = model_of(kind)
-    gm = lora_fx.trace(model, X)
+    return model, lora_fx.trace(model, X)
+
+
+def adapted(kind: str, config: LoraConfig = CONFIG) -> tuple[Model, Any, Any]:
+    model, gm = traced(kind)
     torch.manual_seed(2)
-    injected = lora_fx.inject(gm, config)
+    return model, gm, randomise(lora_fx.inject(gm, config))
+
+
+def randomise(gm: Any) -> Any:
     with torch.no_grad():
-        for parameter in lora_fx.lora_parameters(injected):
+        for parameter in lora_fx.lora_parameters(gm):
             parameter.normal_(std=0.2)
-    return model, gm, injected
+    return gm
 
 
 @pytest.fixture(params=KINDS)
@@ -232,7 +242,7 @@ def test_what_is_kept_is_what_the_bits_hold_of_the_delta(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", STORABLE)
 def test_a_delta_of_zero_changes_no_bit(kind: str) -> None:
-    gm = lora_fx.trace(model_of(kind), X)
+    _, gm = traced(kind)
     folded = lora_fx.fold(lora_fx.inject(gm, CONFIG), quantized="requantize")
     assert torch.equal(folded(X), gm(X))
     assert [(site.kept, site.stored_as != "") for site in lora_fx.fold_report(folded).sites] == [(1, True)] * 2
@@ -385,7 +395,8 @@ def test_a_batch_that_mixes_adapters() -> None:
 
 def test_the_inference_form_of_some_cpus_is_taken_back() -> None:
     """In which bitsandbytes has no backward pass; the user's model may be brought to it between two steps."""
-    model, _, gm = adapted("nf4")
+    model = model_of("nf4")
+    gm = randomise(lora_fx.inject(lora_fx.trace(model, X), CONFIG))
     model.eval()
     with torch.no_grad():
         model(X)
