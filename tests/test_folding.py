@@ -30,6 +30,7 @@ from zoo import (
 
 import lora_fx
 from lora_fx import FoldError, LoraConfig, LoraFxWarning
+from lora_fx.attributes import set_attribute
 from lora_fx.graph_module import record_of
 from lora_fx.merging import sum_dtype
 
@@ -698,15 +699,36 @@ def test_what_names_and_states_are_refused() -> None:
         (gm, {"adapters": 3}, "adapters=3 must be a list of adapter names"),
         (gm, {"adapters": {"default": 1}}, "must be a list of adapter names"),
         (gm, {"adapters": ()}, "names nothing to fold"),
-        (gm, {"reversible": False}, "reversible=False goes with inplace=True"),
         (batched, {}, "comes from batch_adapters"),
         (lora_fx.fold(copy.deepcopy(gm), inplace=True), {}, "folded already"),
         (fx.symbolic_trace(Small()), {}, "has no adapter"),
     ):
         with pytest.raises(FoldError, match=message):
             lora_fx.fold(graph, **options)
-    with pytest.raises(lora_fx.GraphError, match="remembers no inputs"):
-        lora_fx.fold(gm, check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"accumulate": torch.float16}, FoldError, "accumulate=torch.float16 must be torch.float32 or torch.float64"),
+        ({"quantized": "round"}, FoldError, "quantized='round' must be 'dequantize', 'requantize' or None"),
+        ({"reversible": False}, FoldError, "reversible=False goes with inplace=True"),
+        ({"check": True}, lora_fx.GraphError, "remembers no inputs"),
+    ],
+    ids=str,
+)
+def test_what_is_asked_for_has_to_be_possible(options: Any, error: type[Exception], message: str) -> None:
+    _, gm = small()
+    with pytest.raises(error, match=message):
+        lora_fx.fold(gm, **options)
+
+
+@IN_PLACE
+def test_a_weight_without_values_is_not_folded(options: dict[str, bool]) -> None:
+    _, gm = small()
+    set_attribute(gm, "b.weight", nn.Parameter(torch.empty(2, 4, device="meta"), requires_grad=False))
+    with pytest.raises(FoldError, match=r"'b\.weight' .* load the weights first"):
+        lora_fx.fold(gm, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"inplace": True}, {"inplace": True, "reversible": False}], ids=str)
