@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from .aliasing import storage_of
@@ -58,48 +60,53 @@ def write_sum(
     Raises:
         FoldError: if it would not be finite.
     """
-    merged = _merged(task, weight, deltas_of(gm, task, weight, accumulate), into, accumulate)
+    merged = _merged(task, weight, _deltas(gm, task, weight, accumulate), into, accumulate)
     if not merged.is_finite:
         raise FoldError(_why_not_finite(gm, task, weight))
     return _folded_site(task, weight, merged)
 
 
-def deltas_of(
+@dataclass(frozen=True)
+class CheckedSum:
+    """A finite sum that is not written yet, and needs no adapter any more.
+
+    Attributes:
+        task, weight, deltas, accumulate: what is summed, and how.
+        weight_norm: ‖W‖, if it took no sum to know that it is finite.
+    """
+
+    task: FoldTask
+    weight: torch.Tensor
+    deltas: list[AnyDelta]
+    accumulate: torch.dtype | None
+    weight_norm: float | None
+
+    @classmethod
+    def of(cls, gm: LoraGraphModule, task: FoldTask, accumulate: torch.dtype | None) -> CheckedSum:
+        """Look at one task, with one temporary of the weight's size at most.
+
+        Raises:
+            FoldError: if the sum would not be finite.
+        """
+        weight = get_parameter(gm, task.attribute).detach()
+        deltas = _deltas(gm, task, weight, accumulate)
+        norm = norm_if_finite(_matrices(task, weight), deltas)
+        if norm is None and not _merged(task, weight, deltas, torch.empty_like(weight), accumulate).is_finite:
+            raise FoldError(_why_not_finite(gm, task, weight))
+        return cls(task, weight, deltas, accumulate, norm)
+
+    def write(self, into: torch.Tensor) -> FoldedSite:
+        """Write it to a tensor of the weight's shape and dtype, maybe the weight itself, and say what that did."""
+        merged = _merged(self.task, self.weight, self.deltas, into, self.accumulate, weight_norm=self.weight_norm)
+        return _folded_site(self.task, self.weight, merged)
+
+
+def _deltas(
     gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor, accumulate: torch.dtype | None
 ) -> list[AnyDelta]:
     """What is added, in no more memory than the adapter has: the sum widens it, one weight at a time."""
     dtype = factor_dtype(weight.dtype, accumulate)
     return [term.delta(gm, weight, dtype) for term in task.terms]
-
-
-def checked_norm(
-    gm: LoraGraphModule,
-    task: FoldTask,
-    weight: torch.Tensor,
-    deltas: list[AnyDelta],
-    accumulate: torch.dtype | None,
-) -> float | None:
-    """‖W‖, by which a finite sum is often known beforehand; None where it took the sum, in a temporary, to know.
-
-    Raises:
-        FoldError: if the sum would not be finite.
-    """
-    norm = norm_if_finite(_matrices(task, weight), deltas)
-    if norm is None and not _merged(task, weight, deltas, torch.empty_like(weight), accumulate).is_finite:
-        raise FoldError(_why_not_finite(gm, task, weight))
-    return norm
-
-
-def write_checked_sum(
-    task: FoldTask,
-    weight: torch.Tensor,
-    deltas: list[AnyDelta],
-    into: torch.Tensor,
-    accumulate: torch.dtype | None,
-    weight_norm: float | None,
-) -> FoldedSite:
-    """`write_sum`, of what `deltas_of` and `checked_norm` gave, so that no adapter is needed any more."""
-    return _folded_site(task, weight, _merged(task, weight, deltas, into, accumulate, weight_norm=weight_norm))
 
 
 def _matrices(task: FoldTask, weight: torch.Tensor) -> torch.Tensor:
@@ -149,7 +156,7 @@ def _why_not_finite(gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor) -
             return f"folding {where}: {name} holds NaN or Inf, so the adapter is broken; train it again or reload it"
     wide = _matrices(task, weight).double()
     total = torch.empty_like(wide)
-    merge(wide, deltas_of(gm, task, weight, torch.float64), total)
+    merge(wide, _deltas(gm, task, weight, torch.float64), total)
     return (
         f"folding {where}: |W + ΔW| reaches {float(total.abs().max()):.4g}, beyond {weight.dtype}'s largest number "
         f"{torch.finfo(weight.dtype).max:.4g}; fold a float32 copy of the model, gm.float()"

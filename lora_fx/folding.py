@@ -28,7 +28,7 @@ from .fold_bases import (
 )
 from .fold_results import FoldedSite, FoldReport, warn_of_losses
 from .fold_stamps import stamp_of
-from .fold_sums import check_has_values, checked_norm, deltas_of, write_checked_sum, write_sum
+from .fold_sums import CheckedSum, check_has_values, write_sum
 from .fold_tasks import FoldTask, check_not_tied, fold_tasks, replace_weights
 from .graph import erase_low_rank_paths, finish
 from .graph_module import ROLE, LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
@@ -188,10 +188,7 @@ def _fold_for_good(
     gm: LoraGraphModule, tasks: list[FoldTask], chosen: list[Adapter], accumulate: torch.dtype | None
 ) -> tuple[LoraGraphModule, list[FoldedSite]]:
     """Write into the base's tensors and keep nothing: all is checked before the first write."""
-    weights = [get_parameter(gm, task.attribute).detach() for task in tasks]
-    deltas = [deltas_of(gm, task, weight, accumulate) for task, weight in zip(tasks, weights, strict=True)]
-    sums = list(zip(tasks, weights, deltas, strict=True))
-    norms = [checked_norm(gm, *each, accumulate) for each in sums]
+    sums = [CheckedSum.of(gm, task, accumulate) for task in tasks]
     originals = dict(record_of(gm).originals)
     trained = [(originals[n], get_attribute(gm, n).detach()) for a in chosen for n in a.trained]
     _keep_base_tensors(gm, gm, chosen)
@@ -200,11 +197,7 @@ def _fold_for_good(
     for base, value in trained:
         base.copy_(value)
     # Where the graph had a weight of its own, the result goes into the base's.
-    targets = [originals.get(task.attribute, weight) for task, weight in zip(tasks, weights, strict=True)]
-    return gm, [
-        write_checked_sum(*each, target, accumulate, norm)
-        for each, target, norm in zip(sums, targets, norms, strict=True)
-    ]
+    return gm, [each.write(originals.get(each.task.attribute, each.weight)) for each in sums]
 
 
 def _backed_up(tensor: torch.Tensor, originals: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
