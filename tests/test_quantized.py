@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from pathlib import Path
@@ -156,9 +155,9 @@ def test_the_bits_are_kept_for_the_backward_pass_and_not_what_they_stand_for() -
     assert kept["bits"] < kept["floats"] - 64 * 128 * 3  # one of the two weights at least, but for its bits
 
 
-def with_peft(model: Model, kind: str, directory: Path) -> Any:
+def with_peft(kind: str, directory: Path) -> Any:
     """PEFT's model, told what transformers would tell it of the base: without, it takes the bits for the weight."""
-    model = copy.deepcopy(model)
+    model = model_of(kind)
     model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind in ("nf4", "fp4")
     return peft.PeftModel.from_pretrained(model, directory).train()
 
@@ -167,7 +166,7 @@ def test_files_go_to_peft_and_back(kind: str, tmp_path: Path) -> None:
     model, gm, injected = adapted(kind)
     lora_fx.save_adapter(injected, tmp_path)
     assert torch.equal(lora_fx.load_adapter(gm, tmp_path)(X), injected(X))
-    theirs = with_peft(model, kind, tmp_path)
+    theirs = with_peft(kind, tmp_path)
     assert distance(theirs(X), injected(X)) < 1e-5
     floats = lora_fx.load_adapter(lora_fx.trace(Model(), X), tmp_path)  # on the weights before they were quantized, say
     assert lora_fx.fold_report(lora_fx.fold(floats)).sites[0].kept > 0.999
@@ -215,7 +214,7 @@ def test_requantized_is_what_peft_merges_and_says_what_it_costs(kind: str, tmp_p
     assert folded.state_dict().keys() == gm.state_dict().keys()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        merged = with_peft(model, kind, tmp_path).merge_and_unload().train()
+        merged = with_peft(kind, tmp_path).merge_and_unload().train()
     assert distance(merged(X), folded(X)) < 1e-5
     assert distance(injected(X), folded(X)) < 0.2
     assert torch.equal(gm(X), model(X))  # whose bits are as they were
