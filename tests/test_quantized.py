@@ -163,7 +163,7 @@ def with_peft(kind: str, directory: Path) -> Any:
 
 
 def test_files_go_to_peft_and_back(kind: str, tmp_path: Path) -> None:
-    model, gm, injected = adapted(kind)
+    _, gm, injected = adapted(kind)
     lora_fx.save_adapter(injected, tmp_path)
     assert torch.equal(lora_fx.load_adapter(gm, tmp_path)(X), injected(X))
     theirs = with_peft(kind, tmp_path)
