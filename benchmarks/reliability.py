@@ -402,14 +402,16 @@ def _ulp(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 # The modules in whose functions one thing at a time is changed.
-_MUTATED = tuple(f"lora_fx/{name}.py" for name in ("sites", "plan", "folding", "fold_tasks", "fold_terms"))
+_MUTATED = tuple(
+    f"lora_fx/{name}.py" for name in ("sites", "plan", "folding", "fold_bases", "fold_sums", "fold_tasks", "fold_terms")
+)
 
 
 def _mutants(quick: bool) -> Table:
     """Some of the changes of one operator, condition, number or call; and what was recorded of all of them."""
     import mutation
 
-    every, files = (40, _MUTATED[3:]) if quick else (10, _MUTATED)
+    every, files = (40, _MUTATED[-2:]) if quick else (10, _MUTATED)
     suites = ["fold_tasks", "fold_terms", *([] if quick else ["sites", "plan", "plan_checks", "folding", "quantized"])]
     with tempfile.TemporaryDirectory() as name:
         found = Path(name) / "found.json"
@@ -418,7 +420,7 @@ def _mutants(quick: bool) -> Table:
         counts = mutation.counts_of(mutation.Found(**each) for each in json.loads(found.read_text()))
     rows = [_mutant_row(f"each {every}th, with the tests of {', '.join(suites)}", counts)]
     record = json.loads(mutation.RECORD.read_text())
-    for file in _MUTATED:
+    for file in record:
         is_new = record[file]["sha256"] != mutation.digest_of(mutation.ROOT / file)
         rows.append(_mutant_row(f"all of {file}, recorded{' before it was edited' * is_new}", Counter(record[file])))
     return Table(

@@ -15,8 +15,9 @@ from torch import fx
 
 from .attributes import get_attribute
 from .errors import AdapterError
+from .fold_bases import base_weight
 from .fold_results import FoldedSite
-from .folding import base_weight, measure_fold
+from .fold_sums import measure_fold
 from .graph_module import LoraGraphModule, check_editable, checked_graph_module, gathered, record_of
 from .injection import Adapter, AdapterSite
 from .layouts import Kernel, Layout, without_start
@@ -251,8 +252,7 @@ def _site_delta(
     remarks = [f"same adapter as {target.shares_with}"] if target.shares_with is not None else []
     norm = math.sqrt(math.fsum(value * value for value in values))
     if isinstance(fold, str):
-        base = base_weight(gm, site.weight)
-        weight_norm, kept = float(torch.linalg.vector_norm(base, dtype=torch.float64)), None
+        weight_norm, kept = float(torch.linalg.vector_norm(base_weight(gm, site.weight), dtype=torch.float64)), None
         remarks.append(f"cannot be folded: {fold}")
     else:
         weight_norm, kept = fold.weight_norm, fold.kept

@@ -7,36 +7,34 @@ product is accumulated in at least float32 and rounded once to the weight's dtyp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import fx, nn
 
-from .aliasing import storage_of
 from .applications import read_applications
-from .attributes import delete_attribute, get_attribute, get_parameter, holds_values, set_attribute, why_no_values
+from .attributes import delete_attribute, get_attribute, get_parameter, set_attribute
 from .checks import check_fold
 from .errors import FoldError
+from .fold_bases import (
+    base_weight,
+    check_few_bits,
+    dequantized,
+    put_few_bits,
+    quantized_owner,
+    requantized,
+    with_whole_tensors,
+)
 from .fold_results import FoldedSite, FoldReport, warn_of_losses
 from .fold_stamps import stamp_of
+from .fold_sums import CheckedSum, check_has_values, write_sum
 from .fold_tasks import FoldTask, check_not_tied, fold_tasks, replace_weights
-from .fold_terms import BiasTerm
-from .graph import erase_low_rank_paths, finish, write_float_linears
-from .graph_module import (
-    ROLE,
-    LoraGraphModule,
-    checked_graph_module,
-    copy_sharing_tensors,
-    gathered,
-    paused_gc,
-    record_of,
-)
+from .graph import erase_low_rank_paths, finish
+from .graph_module import ROLE, LoraGraphModule, checked_graph_module, copy_sharing_tensors, paused_gc, record_of
 from .injection import Adapter
-from .merging import AnyDelta, Merged, factor_dtype, merge, norm_if_finite, sum_dtype
 from .parameters import find_adapter
-from .quantized import check_storable, dense_weight, has_quantized, is_quantized, quantized_calls, stored_again
-from .sharding import is_sharded
+from .quantized import has_quantized
 from .switching import forget_adapter
 
 
@@ -90,38 +88,18 @@ def fold(
         FoldError: if there is nothing to fold, a weight would become NaN or Inf, `inplace` meets a tied weight, or
             an adapted weight is stored in a few bits, and `quantized` is not given.
     """
+    _check_options(inplace=inplace, reversible=reversible, accumulate=accumulate, quantized=quantized)
     gm = checked_graph_module(gm)
-    if is_sharded(gm):
-        if inplace:
-            raise FoldError(
-                "fold(inplace=True) cannot write weights that are spread over processes; fold(gm), called by all of "
-                "them, gives each the folded graph with whole weights"
-            )
-        assert isinstance(gm, LoraGraphModule)
-        gm = gathered(gm)
     chosen = _chosen(gm, adapters)
-    if record_of(gm).wide and record_of(gm).active.keys() - {adapter.name for adapter in chosen}:
-        raise FoldError(
-            "this tree is made to compute in another dtype than its parameters have, and all its adapters are folded "
-            "at once; leave `adapters` out, or fold the graph that it was made from"
-        )
-    if quantized not in (None, "dequantize", "requantize"):
-        raise FoldError(f"quantized={quantized!r} must be 'dequantize', 'requantize' or None")
-    stored = _check_quantized(gm, chosen, quantized, inplace=inplace)
+    assert isinstance(gm, LoraGraphModule)
+    gm = with_whole_tensors(gm, inplace=inplace)
+    check_few_bits(gm, chosen, quantized, inplace=inplace)
     if quantized == "dequantize" and has_quantized(gm):
         gm = dequantized(gm)
-        chosen, stored = _chosen(gm, adapters), {}
-    if accumulate not in (None, torch.float32, torch.float64):
-        raise FoldError(f"accumulate={accumulate!r} must be torch.float32 or torch.float64")
-    if not (inplace or reversible):
-        raise FoldError("reversible=False goes with inplace=True: without inplace, fold leaves `gm` as it was")
-    assert isinstance(gm, LoraGraphModule)
     earlier = record_of(gm).report
     with paused_gc(), torch.inference_mode(False):  # weights that are made under it take no adapter any more
         tasks = fold_tasks(gm, read_applications(gm), chosen, record_of(gm).active)
-        if stored:
-            _check_storable(stored)
-        _check_has_values(gm, tasks)
+        check_has_values(gm, tasks)
         stamps = tuple(stamp_of(gm, adapter) for adapter in chosen)
         if inplace:
             check_not_tied(gm, tasks)
@@ -140,103 +118,42 @@ def fold(
     return result
 
 
+def _check_options(*, inplace: bool, reversible: bool, accumulate: torch.dtype | None, quantized: str | None) -> None:
+    if quantized not in (None, "dequantize", "requantize"):
+        raise FoldError(f"quantized={quantized!r} must be 'dequantize', 'requantize' or None")
+    if accumulate not in (None, torch.float32, torch.float64):
+        raise FoldError(f"accumulate={accumulate!r} must be torch.float32 or torch.float64")
+    if not (inplace or reversible):
+        raise FoldError("reversible=False goes with inplace=True: without inplace, fold leaves `gm` as it was")
+
+
 def _fold_anew(
     gm: LoraGraphModule, tasks: list[FoldTask], chosen: list[Adapter], accumulate: torch.dtype | None
 ) -> tuple[LoraGraphModule, list[FoldedSite]]:
     """A new graph module with new tensors for the folded weights; the others are shared."""
     plain, values, sites = [], [], []
-    modules: dict[str, nn.Module] = {}
+    stored: dict[tuple[str, ...], nn.Module] = {}
     for task in tasks:
         module = quantized_owner(gm, task.attribute)
         weight = base_weight(gm, task.attribute)
         value = torch.empty_like(weight)
-        site = _merge(gm, task, weight, value, accumulate)
+        site = write_sum(gm, task, weight, value, accumulate)
         if module is None:
             plain.append(task)
             values.append(value)
         else:
-            modules[task.paths[0]] = again = stored_again(module, value)
-            error = float(torch.linalg.vector_norm((dense_weight(again) - value).double()))
-            kept = max(0.0, 1 - error / site.delta_norm) if site.delta_norm else 1.0
-            site = replace(site, kept=kept, stored_as=type(module).__name__)
+            again, site = requantized(module, value, site)
+            if site.delta_norm:  # else the base keeps its bits
+                stored[task.paths] = again
         sites.append(site)
     result = copy_sharing_tensors(gm)
     _detach_trained(result, chosen)
     _remove_adapters(result, chosen)
-    for path, module in modules.items():
-        module._modules = result.get_submodule(path)._modules  # adapters that stay
-        result.set_submodule(path, module)
+    for paths, again in stored.items():
+        put_few_bits(result, paths, again)
     replace_weights(result, plain, values)
     finish(result)
     return result, sites
-
-
-def _check_quantized(
-    gm: fx.GraphModule, chosen: list[Adapter], quantized: str | None, *, inplace: bool
-) -> dict[str, nn.Module]:
-    """The adapted linears that store their weights in a few bits, if it is said what becomes of them."""
-    paths = dict.fromkeys(site.applied for adapter in chosen for site in adapter.sites.values())
-    owners = {path: quantized_owner(gm, f"{path}.weight") for path in paths}
-    stored = {path: owner for path, owner in owners.items() if owner is not None}
-    if not stored:
-        return {}
-    path, owner = next(iter(stored.items()))
-    what = f"{path!r} stores its weight in a few bits ({type(owner).__name__})"
-    if quantized is None:
-        raise FoldError(
-            f"{what}, and folding has to know what becomes of that: fold(gm, quantized='dequantize') gives float "
-            "weights, fold(gm, quantized='requantize') rounds the sum to as few bits again. To fold into the weights "
-            "that it was quantized from, save the adapter, and load it on a trace of the model in floats"
-        )
-    if inplace:
-        raise FoldError(f"{what}, which has no room for the folded one; leave inplace out: fold(gm, quantized=...)")
-    return stored
-
-
-def _check_storable(stored: dict[str, nn.Module]) -> None:
-    """Raise FoldError before anything is computed, if one of the results could not be stored."""
-    for module in stored.values():
-        check_storable(module)
-
-
-def quantized_owner(gm: fx.GraphModule, weight: str) -> nn.Module | None:
-    """The module that stores this weight in a few bits; None for weights that are floats."""
-    owner = get_attribute(gm, weight.rpartition(".")[0])
-    return owner if isinstance(owner, nn.Module) and is_quantized(owner) else None
-
-
-def base_weight(gm: fx.GraphModule, attribute: str) -> torch.Tensor:
-    """The weight at that name, or what it stands for if it is stored in a few bits."""
-    module = quantized_owner(gm, attribute)
-    return get_parameter(gm, attribute).detach() if module is None else dense_weight(module)
-
-
-def dequantized(gm: fx.GraphModule) -> LoraGraphModule:
-    """A copy of the graph in which all linears have float weights; it shares the other tensors."""
-    result = copy_sharing_tensors(gm)
-    views = record_of(result).views.values()
-    calls = {str(node.target): node.args[0] for graph in views for node in quantized_calls(result, graph)}
-    floats = {}
-    for path, x in calls.items():
-        module, value = result.get_submodule(path), x.meta.get("val")  # type: ignore[union-attr]
-        holder: Any = nn.Module()
-        floats[path] = holder
-        weight = dense_weight(module).to(value.dtype if isinstance(value, torch.Tensor) else torch.float32)
-        holder.weight = nn.Parameter(weight, requires_grad=False)
-        holder.bias = _bias_of(module, weight.dtype)
-        holder._modules = module._modules
-        holder.train(module.training)
-    write_float_linears(result, floats)
-    finish(result)
-    return result
-
-
-def _bias_of(module: nn.Module, dtype: torch.dtype) -> nn.Parameter | None:
-    """Its bias in the dtype of the weight: bitsandbytes turns it into that of its products, which may be narrower."""
-    bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
-    if bias is None or bias.dtype == dtype:
-        return bias
-    return nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
 
 
 def _fold_in_place(
@@ -253,7 +170,7 @@ def _fold_in_place(
         for task in tasks:
             weight = get_parameter(gm, task.attribute).detach()
             original = _backed_up(weight, originals)
-            sites.append(_merge(gm, task, original, weight, accumulate))
+            sites.append(write_sum(gm, task, original, weight, accumulate))
         for adapter in chosen:
             for name in adapter.trained:
                 weight = record_of(gm).originals[name]
@@ -271,13 +188,7 @@ def _fold_for_good(
     gm: LoraGraphModule, tasks: list[FoldTask], chosen: list[Adapter], accumulate: torch.dtype | None
 ) -> tuple[LoraGraphModule, list[FoldedSite]]:
     """Write into the base's tensors and keep nothing: all is checked before the first write."""
-    weights = [get_parameter(gm, task.attribute).detach() for task in tasks]
-    deltas = [_deltas(gm, task, weight, accumulate) for task, weight in zip(tasks, weights, strict=True)]
-    norms = []
-    for task, weight, factors in zip(tasks, weights, deltas, strict=True):
-        norms.append(norm_if_finite(_matrices(task, weight), factors))
-        if norms[-1] is None and not _merged(task, weight, factors, torch.empty_like(weight), accumulate).is_finite:
-            raise FoldError(_why_not_finite(gm, task, weight))
+    sums = [CheckedSum.of(gm, task, accumulate) for task in tasks]
     originals = dict(record_of(gm).originals)
     trained = [(originals[n], get_attribute(gm, n).detach()) for a in chosen for n in a.trained]
     _keep_base_tensors(gm, gm, chosen)
@@ -286,11 +197,7 @@ def _fold_for_good(
     for base, value in trained:
         base.copy_(value)
     # Where the graph had a weight of its own, the result goes into the base's.
-    targets = [originals.get(task.attribute, weight) for task, weight in zip(tasks, weights, strict=True)]
-    return gm, [
-        _folded_site(task, weight, _merged(task, weight, factors, target, accumulate, weight_norm=norm))
-        for task, weight, factors, target, norm in zip(tasks, weights, deltas, targets, norms, strict=True)
-    ]
+    return gm, [each.write(originals.get(each.task.attribute, each.weight)) for each in sums]
 
 
 def _backed_up(tensor: torch.Tensor, originals: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -336,34 +243,6 @@ def fold_report(gm: fx.GraphModule) -> FoldReport:
     return report
 
 
-def measure_fold(gm: LoraGraphModule, adapter: Adapter) -> dict[str, FoldedSite | str]:
-    """{site path: what folding one adapter alone, at weight 1, would do to its weight, or why that cannot be done}.
-
-    Nothing is written but one temporary at a time.
-
-    Raises:
-        FoldError: if the base has no values.
-    """
-    reading = read_applications(gm)
-    applied = dict.fromkeys(site.applied for site in adapter.sites.values())
-    try:
-        tasks = fold_tasks(gm, reading, [adapter], {adapter.name: 1.0})
-    except FoldError as error:
-        return dict.fromkeys(applied, str(error))
-    _check_has_values(gm, tasks)
-    found: dict[str, FoldedSite | str] = {}
-    for task in tasks:
-        if isinstance(task.terms[0], BiasTerm):
-            continue
-        weight = base_weight(gm, task.attribute)
-        try:
-            result: FoldedSite | str = _merge(gm, task, weight, torch.empty_like(weight), None)
-        except FoldError as error:
-            result = str(error)
-        found |= dict.fromkeys(task.paths, result)
-    return found
-
-
 def _chosen(gm: fx.GraphModule, names: Sequence[str] | str | None) -> list[Adapter]:
     record = record_of(gm)
     if record.folded is not None:
@@ -391,90 +270,12 @@ def _chosen(gm: fx.GraphModule, names: Sequence[str] | str | None) -> list[Adapt
                 f"adapter {name!r} does not count at the moment, so it has no weight to be folded with; let it count "
                 f"first: set_adapters(gm, {{{name!r}: 1.0}})"
             )
+    if record.wide and record.active.keys() - chosen.keys():
+        raise FoldError(
+            "this tree is made to compute in another dtype than its parameters have, and all its adapters are folded "
+            "at once; leave `adapters` out, or fold the graph that it was made from"
+        )
     return list(chosen.values())
-
-
-def _merge(
-    gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor, into: torch.Tensor, accumulate: torch.dtype | None
-) -> FoldedSite:
-    """Write the folded weight of one task to `into`, and say what that did.
-
-    Raises:
-        FoldError: if it would not be finite.
-    """
-    merged = _merged(task, weight, _deltas(gm, task, weight, accumulate), into, accumulate)
-    if not merged.is_finite:
-        raise FoldError(_why_not_finite(gm, task, weight))
-    return _folded_site(task, weight, merged)
-
-
-def _matrices(task: FoldTask, weight: torch.Tensor) -> torch.Tensor:
-    return task.terms[0].matrices(weight)
-
-
-def _merged(
-    task: FoldTask,
-    weight: torch.Tensor,
-    deltas: list[AnyDelta],
-    into: torch.Tensor,
-    accumulate: torch.dtype | None,
-    *,
-    weight_norm: float | None = None,
-) -> Merged:
-    """`merge` on the weight's matrices; memory in another order (channels_last) takes a temporary."""
-    target = _matrices(task, into)
-    is_view = storage_of(target) == storage_of(into)
-    # Apple's GPUs have no float64.
-    dtype = sum_dtype(weight.dtype, accumulate, has_float64=weight.device.type != "mps")
-    wide = [delta.to(dtype) for delta in deltas]
-    is_exact = accumulate is torch.float64
-    merged = merge(_matrices(task, weight), wide, target, is_exact=is_exact, weight_norm=weight_norm)
-    if not is_view:
-        into.copy_(target.reshape(into.shape))
-    return merged
-
-
-def _folded_site(task: FoldTask, weight: torch.Tensor, merged: Merged) -> FoldedSite:
-    return FoldedSite(
-        path=task.paths[0],
-        weight=task.tensor,
-        dtype=weight.dtype,
-        weight_norm=merged.weight_norm,
-        delta_norm=merged.delta_norm,
-        kept=merged.kept,
-        untied_from=task.twins,
-    )
-
-
-def _deltas(
-    gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor, accumulate: torch.dtype | None
-) -> list[AnyDelta]:
-    """What is added, in no more memory than the adapter has: `_merged` widens it, one weight at a time."""
-    dtype = factor_dtype(weight.dtype, accumulate)
-    return [term.delta(gm, weight, dtype) for term in task.terms]
-
-
-def _check_has_values(gm: LoraGraphModule, tasks: list[FoldTask]) -> None:
-    for task in tasks:
-        weight = get_parameter(gm, task.attribute)
-        if not holds_values(weight):
-            raise FoldError(f"{task.tensor!r} {why_no_values(weight)} to fold; load the weights first: bind_weights")
-
-
-def _why_not_finite(gm: LoraGraphModule, task: FoldTask, weight: torch.Tensor) -> str:
-    where = f"{task.paths[0]!r} ({task.tensor})"
-    if not bool(torch.isfinite(weight).all()):
-        return f"the base weight of {where} holds NaN or Inf before folding; mend the model, not the adapter"
-    for name in (name for term in task.terms for name in term.parts):
-        if not bool(torch.isfinite(get_attribute(gm, name)).all()):
-            return f"folding {where}: {name} holds NaN or Inf, so the adapter is broken; train it again or reload it"
-    wide = _matrices(task, weight).double()
-    total = torch.empty_like(wide)
-    merge(wide, _deltas(gm, task, weight, torch.float64), total)
-    return (
-        f"folding {where}: |W + ΔW| reaches {float(total.abs().max()):.4g}, beyond {weight.dtype}'s largest number "
-        f"{torch.finfo(weight.dtype).max:.4g}; fold a float32 copy of the model, gm.float()"
-    )
 
 
 def _keep_base_tensors(result: LoraGraphModule, gm: LoraGraphModule, chosen: list[Adapter]) -> None:

@@ -38,7 +38,8 @@ def _is_a(module: object, name: str) -> bool:
 
 
 def _is_wrapped(weight: torch.Tensor) -> bool:
-    return is_traceable_wrapper_subclass(weight) and callable(getattr(weight, "dequantize", None))
+    """DTensor, say, is a wrapper too, and has what any tensor has."""
+    return is_traceable_wrapper_subclass(weight) and type(weight).dequantize is not torch.Tensor.dequantize
 
 
 def shared_state(module: nn.Module) -> list[object]:
@@ -86,12 +87,7 @@ def _weight_of(module: nn.Module) -> Any:
 
 
 def stored_again(module: nn.Module, weight: torch.Tensor) -> nn.Module:
-    """A module like this one with another weight (out, in), stored in as few bits.
-
-    Raises:
-        FoldError: for those that `check_storable` refuses.
-    """
-    check_storable(module)
+    """A module like this one, which `check_storable` takes, with another weight (out, in), stored in as few bits."""
     twin = copy.copy(module)
     twin._parameters, twin._buffers, twin._modules = dict(module._parameters), dict(module._buffers), {}
     old = _weight_of(module)

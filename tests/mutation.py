@@ -43,9 +43,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENTS, RECORD = (ROOT / "tests" / f"mutation_{name}" for name in ("equivalents.toml", "record.json"))
 TESTS = (
-    "sites", "plan", "plan_checks", "matching", "merging", "folding", "fold_tasks", "fold_terms", "checks",
-    "tokens_and_ties", "parts", "aliasing", "config", "injection", "quantized",
-    "checkpoint_calls", "checkpoint_plan", "shard_writing", "fold_work", "checkpoints",
+    "sites", "plan", "plan_checks", "matching", "merging", "folding", "fold_bases", "fold_tasks", "fold_terms",
+    "checks", "tokens_and_ties", "parts", "aliasing", "config", "injection", "quantized", "delta_statistics",
+    "unflattening", "checkpoint_calls", "checkpoint_plan", "shard_writing", "fold_work", "checkpoints",
 )  # fmt: skip
 
 _SWAPS: dict[type, type] = {

@@ -117,7 +117,7 @@ def test_what_cannot_be_checked_is_said() -> None:
 def test_a_fold_that_is_wrong_is_not_made(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     gm = adapted("fc1", "fc2")
     code, before = gm.code, zoo.fingerprint(gm)
-    merge = lora_fx.folding.merge  # type: ignore[attr-defined]
+    merge = lora_fx.fold_sums.merge  # type: ignore[attr-defined]
 
     def wrong(weight: torch.Tensor, deltas: list[object], into: torch.Tensor, **more: object) -> object:
         found = merge(weight, deltas, into, **more)
@@ -125,7 +125,7 @@ def test_a_fold_that_is_wrong_is_not_made(options: dict[str, bool], monkeypatch:
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr("lora_fx.folding.merge", wrong)
+        patch.setattr("lora_fx.fold_sums.merge", wrong)
         with pytest.raises(FoldError, match=r"differs from the adapted one by .*allowed .*nothing was changed"):
             lora_fx.fold(gm, check=True, **options)
     assert gm.code == code

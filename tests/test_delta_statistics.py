@@ -13,7 +13,8 @@ from torch import fx, nn
 from zoo import BY_NAME, fingerprint, injected, randomise, traced
 
 import lora_fx
-from lora_fx import AdapterComparison, AdapterError, AdapterStatistics, GraphError, LoraConfig
+from lora_fx import AdapterComparison, AdapterError, AdapterStatistics, FoldError, GraphError, LoraConfig
+from lora_fx.attributes import set_attribute
 from lora_fx.delta_comparison import DeltaPair
 from lora_fx.delta_statistics import SiteDelta, TrainedTensor, _split, spark
 from lora_fx.graph_module import record_of
@@ -149,6 +150,21 @@ def test_a_lora_bias_that_cannot_be_folded_is_said() -> None:
     assert site.kept is None
     assert "lora_bias" in site.remarks[0]
     assert site.weight_norm > 0
+
+
+def test_what_is_measured_beside_a_lora_bias_is_the_weight() -> None:
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    gm = lora_fx.inject(fx.symbolic_trace(model), LoraConfig(r=2, target_modules=["0", "1"], lora_bias=True))
+    for site, layer in zip(lora_fx.adapter_statistics(randomise(gm)).sites, model, strict=True):
+        assert site.weight_norm == pytest.approx(float(layer.weight.detach().norm()), rel=1e-5)
+        assert site.kept == pytest.approx(1, abs=1e-4)
+
+
+def test_a_base_without_values_is_not_measured() -> None:
+    gm = lora_fx.inject(fx.symbolic_trace(nn.Sequential(nn.Linear(7, 5))), LoraConfig(r=2, target_modules=["0"]))
+    set_attribute(gm, "0.weight", nn.Parameter(torch.empty(5, 7, device="meta"), requires_grad=False))
+    with pytest.raises(FoldError, match=r"'0\.weight' .* load the weights first"):
+        lora_fx.adapter_statistics(gm)
 
 
 def test_a_broken_adapter_is_refused_by_name() -> None:

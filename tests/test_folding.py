@@ -30,6 +30,7 @@ from zoo import (
 
 import lora_fx
 from lora_fx import FoldError, LoraConfig, LoraFxWarning
+from lora_fx.attributes import set_attribute
 from lora_fx.graph_module import record_of
 from lora_fx.merging import sum_dtype
 
@@ -103,7 +104,7 @@ def spoil(gm: fx.GraphModule, name: str, value: float) -> fx.GraphModule:
     return gm
 
 
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"inplace": True, "reversible": False}], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     ("name", "fragments"),
@@ -116,11 +117,11 @@ def spoil(gm: fx.GraphModule, name: str, value: float) -> fx.GraphModule:
         ("fc2.weight", ["base weight of 'fc2'", "before folding", "mend the model"]),
     ],
 )
-def test_nan_and_inf_are_refused_with_the_site_and_the_culprit(name, fragments, value, inplace: bool) -> None:
-    gm = spoil(randomise(injected(MLP, private())), name, value)
+def test_nan_and_inf_are_refused_with_the_site_and_the_culprit(name, fragments, value, options) -> None:
+    gm = spoil(randomise(injected(MLP, fx.symbolic_trace(MLP.model(torch.float32)))), name, value)
     before = fingerprint(gm)
     with pytest.raises(FoldError) as caught:
-        lora_fx.fold(gm, inplace=inplace)
+        lora_fx.fold(gm, **options)
     assert all(fragment in str(caught.value) for fragment in fragments), caught.value
     assert fingerprint(gm) == before
 
@@ -440,7 +441,7 @@ def test_a_cast_weight_is_not_untied(tracer: str) -> None:
 def own_model(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, lora_fx.LoraGraphModule]:
     model = nn.Sequential(nn.Linear(7, 11), nn.ReLU(), nn.Linear(11, 5)).to(dtype).eval()
     config = LoraConfig(target_modules=["0"], modules_to_save=["2"], r=3, lora_alpha=5, bias="lora_only")
-    return model, randomise(lora_fx.inject(lora_fx.trace(model, torch.randn(3, 7, dtype=dtype)), config))
+    return model, randomise(lora_fx.inject(fx.symbolic_trace(model), config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -698,28 +699,49 @@ def test_what_names_and_states_are_refused() -> None:
         (gm, {"adapters": 3}, "adapters=3 must be a list of adapter names"),
         (gm, {"adapters": {"default": 1}}, "must be a list of adapter names"),
         (gm, {"adapters": ()}, "names nothing to fold"),
-        (gm, {"reversible": False}, "reversible=False goes with inplace=True"),
         (batched, {}, "comes from batch_adapters"),
         (lora_fx.fold(copy.deepcopy(gm), inplace=True), {}, "folded already"),
         (fx.symbolic_trace(Small()), {}, "has no adapter"),
     ):
         with pytest.raises(FoldError, match=message):
             lora_fx.fold(graph, **options)
-    with pytest.raises(lora_fx.GraphError, match="remembers no inputs"):
-        lora_fx.fold(gm, check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"accumulate": torch.float16}, FoldError, "accumulate=torch.float16 must be torch.float32 or torch.float64"),
+        ({"quantized": "round"}, FoldError, "quantized='round' must be 'dequantize', 'requantize' or None"),
+        ({"reversible": False}, FoldError, "reversible=False goes with inplace=True"),
+        ({"check": True}, lora_fx.GraphError, "remembers no inputs"),
+    ],
+    ids=str,
+)
+def test_what_is_asked_for_has_to_be_possible(options: Any, error: type[Exception], message: str) -> None:
+    _, gm = small()
+    with pytest.raises(error, match=message):
+        lora_fx.fold(gm, **options)
+
+
+@IN_PLACE
+def test_a_weight_without_values_is_not_folded(options: dict[str, bool]) -> None:
+    _, gm = small()
+    set_attribute(gm, "b.weight", nn.Parameter(torch.empty(2, 4, device="meta"), requires_grad=False))
+    with pytest.raises(FoldError, match=r"'b\.weight' .* load the weights first"):
+        lora_fx.fold(gm, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"inplace": True}, {"inplace": True, "reversible": False}], ids=str)
 def test_a_wrong_sum_is_found_before_it_is_written(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     _, gm = small()
-    merge, before = lora_fx.folding.merge, fingerprint(gm)  # type: ignore[attr-defined]
+    merge, before = lora_fx.fold_sums.merge, fingerprint(gm)  # type: ignore[attr-defined]
 
     def wrong(weight: torch.Tensor, deltas: Any, into: torch.Tensor, **more: Any) -> Any:
         found = merge(weight, deltas, into, **more)
         into.add_(0.1)
         return found
 
-    monkeypatch.setattr("lora_fx.folding.merge", wrong)
+    monkeypatch.setattr("lora_fx.fold_sums.merge", wrong)
     with pytest.raises(FoldError, match="nothing was changed"):
         lora_fx.fold(gm, check=(BATCH,), **options)
     assert fingerprint(gm) == before
@@ -763,7 +785,7 @@ def test_unfolding_keeps_the_mode() -> None:
 def test_an_interrupted_fold_in_place_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, gm = small(modules_to_save=["norm"])
     before, code = {name: bits(tensor) for name, tensor in model.state_dict().items()}, gm.code
-    merge, count = lora_fx.folding.merge, []  # type: ignore[attr-defined]
+    merge, count = lora_fx.fold_sums.merge, []  # type: ignore[attr-defined]
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         count.append(1)
@@ -771,7 +793,7 @@ def test_an_interrupted_fold_in_place_is_taken_back(monkeypatch: pytest.MonkeyPa
             raise KeyboardInterrupt
         return merge(*arguments, **options)
 
-    monkeypatch.setattr("lora_fx.folding.merge", interrupted)
+    monkeypatch.setattr("lora_fx.fold_sums.merge", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lora_fx.fold(gm, inplace=True)
     assert {name: bits(tensor) for name, tensor in model.state_dict().items()} == before
@@ -788,8 +810,8 @@ def test_a_weight_is_summed_once_and_once_more_to_check_what_is_written_in_place
 ) -> None:
     _, gm = small()
     wanted = gm(BATCH)
-    merge, calls = lora_fx.folding.merge, []  # type: ignore[attr-defined]
-    monkeypatch.setattr("lora_fx.folding.merge", lambda *args, **more: calls.append(1) or merge(*args, **more))
+    merge, calls = lora_fx.fold_sums.merge, []  # type: ignore[attr-defined]
+    monkeypatch.setattr("lora_fx.fold_sums.merge", lambda *args, **more: calls.append(1) or merge(*args, **more))
     torch.testing.assert_close(lora_fx.fold(gm, **options)(BATCH), wanted)
     assert len(calls) == merges
 
@@ -797,13 +819,13 @@ def test_a_weight_is_summed_once_and_once_more_to_check_what_is_written_in_place
 def test_nothing_is_computed_that_was_not_asked_for_or_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding once in software is for float64 on request; a fold for good has the norms from its check."""
     told: list[tuple[bool, bool]] = []
-    merge = lora_fx.folding.merge  # type: ignore[attr-defined]
+    merge = lora_fx.fold_sums.merge  # type: ignore[attr-defined]
 
     def listening(*arguments: Any, is_exact: bool, weight_norm: float | None) -> Any:
         told.append((is_exact, weight_norm is not None))
         return merge(*arguments, is_exact=is_exact, weight_norm=weight_norm)
 
-    monkeypatch.setattr("lora_fx.folding.merge", listening)
+    monkeypatch.setattr("lora_fx.fold_sums.merge", listening)
     _, gm = small(target_modules=["b"])
     for accumulate in (None, torch.float32, torch.float64):
         lora_fx.fold(gm, accumulate=accumulate)
@@ -824,6 +846,18 @@ def test_what_sums_are_made_in() -> None:
         assert sum_dtype(dtype, accumulate) == width
     for dtype in (torch.float16, torch.float32):
         assert sum_dtype(dtype, None, has_float64=False) == torch.float32
+
+
+def test_sums_are_told_whether_the_device_has_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+
+    def listening(*arguments: Any, has_float64: bool) -> torch.dtype:
+        told.append(has_float64)
+        return sum_dtype(*arguments, has_float64=has_float64)
+
+    monkeypatch.setattr("lora_fx.fold_sums.sum_dtype", listening)
+    lora_fx.fold(small()[1])
+    assert told == [True, True]  # of Apple's GPUs alone it is not so
 
 
 def test_with_float64_the_sum_is_rounded_once_where_two_roundings_differ() -> None:

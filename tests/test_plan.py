@@ -16,7 +16,9 @@ from zoo import BY_NAME, STACK, fingerprint, injected, traced
 import lora_fx
 from lora_fx import LoraConfig, LoraFxWarning, Site, TargetError
 from lora_fx.layouts import Experts, Layout, Matrix
-from lora_fx.plan import PlannedSite, plan_adapters
+from lora_fx.plan import PlannedRows, PlannedSite, Skipped, plan_adapters, scaling_at
+from lora_fx.plan_sizes import BaseSize
+from lora_fx.tables import Table
 
 L0, L1 = "body.layers.0", "body.layers.1"
 
@@ -319,6 +321,34 @@ def test_a_plan_counts_each_number_once() -> None:
     assert lora_fx.Plan(LoraConfig(target_modules=["a"]), targets, ()).parameters == 108
 
 
+def test_the_scaling_at_a_site_is_that_of_its_patterns() -> None:
+    config = LoraConfig(target_modules=["b"], r=3, lora_alpha=5, rank_pattern={"b": 2}, alpha_pattern={"c": 7})
+    assert [scaling_at(planned(path).site, config) for path in "abc"] == [5 / 3, 5 / 2, 7 / 3]
+
+
+def test_a_plan_prints_what_there_is_and_no_more() -> None:
+    config, target = LoraConfig(target_modules=["a"]), planned("a")
+    counts, _ = lora_fx.Plan(config, (target,), ()).blocks()
+    assert counts == "1 site to adapt, 36 parameters"
+    rows = PlannedRows(target.site, (4, 2), ("a",))
+    skipped = (Skipped("", "too small"), Skipped("b", "excluded"))
+    _, _, trained, tokens, table = lora_fx.Plan(config, (target,), skipped, ("c.bias", "d.bias"), (rows,)).blocks()
+    assert trained == "2 tensors of the base trained in full: c.bias, d.bias"
+    assert tokens == "2 rows of a trained in full"
+    assert isinstance(table, Table)
+    assert (table.header, table.rows) == (("not adapted", "why"), [("(root)", "too small"), ("b", "excluded")])
+
+
+def test_what_a_plan_costs() -> None:
+    targets = (planned("a", calls=2), planned("b", shares_with="a"), planned("c", is_on_weight=True))
+    base = BaseSize(parameters=100, bytes=400, products=35)
+    plan = lora_fx.Plan(LoraConfig(target_modules=["a"]), targets, (), base=base, trained_parameters=4)
+    cost = plan.cost(devices=3, adapter_bytes=2, optimizer_bytes=5)
+    low_rank = (2 + 1) * 3 * (7 + 5)  # W + ΔW of c has no A and B of each token, nor an input to keep
+    assert (cost.parameters, cost.forward, cost.kept) == (36 + 36 + 4, 2 * 35 + 2 * low_rank, 2 * (2 * 3 + 3))
+    assert (cost.devices, cost.weights, cost.adapter, cost.optimizer) == (3, 134, 51, 127)
+
+
 # On graphs that need no tracing -----------------------------------------------------------------------
 
 
@@ -543,3 +573,10 @@ def test_rows_of_tables_by_name() -> None:
         with pytest.raises(TargetError, match=message):
             rows_of(gm, rows, **options)
     assert rows_of(gm, {"a": [1]}, modules_to_save=["b"]) == [("a", (1,), ("a",))]
+
+
+def test_what_is_trained_in_full_is_counted() -> None:
+    gm = fx.symbolic_trace(Lookups(a="positions", b="input_ids"))  # tables of 5 rows of 3
+    options = {"target_modules": ["fc"], "trainable_token_indices": {"a": [4, 0]}, "modules_to_save": ["b"]}
+    assert lora_fx.make_plan(gm, options).trained_parameters == 2 * 3 + 5 * 3
+    assert lora_fx.make_plan(gm, {"target_modules": ["fc"]}).trained_parameters == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,18 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import exporters
 import lora_fx
 from lora_fx import AdapterError, ExportError, FoldError, GraphError, LoraConfig, LoraFxWarning, TargetError
-from lora_fx.folding import dequantized
+from lora_fx.fold_bases import dequantized
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import bitsandbytes as bnb
+    from peft.utils.integrations import dequantize_module_weight
     from torchao import quantization as ao
 
 KINDS = ("nf4", "fp4", "int8", "ao-int8", "ao-int4")
@@ -62,15 +63,24 @@ def model_of(kind: str) -> Model:
     return model.to("cpu")  # bitsandbytes quantizes when it moves
 
 
-def adapted(kind: str, config: LoraConfig = CONFIG) -> tuple[Model, Any, Any]:
+@functools.cache
+def traced(kind: str) -> tuple[Model, Any]:
+    """A model and its graph, which no test changes."""
     model = model_of(kind)
-    gm = lora_fx.trace(model, X)
+    return model, lora_fx.trace(model, X)
+
+
+def adapted(kind: str, config: LoraConfig = CONFIG) -> tuple[Model, Any, Any]:
+    model, gm = traced(kind)
     torch.manual_seed(2)
-    injected = lora_fx.inject(gm, config)
+    return model, gm, randomise(lora_fx.inject(gm, config))
+
+
+def randomise(gm: Any) -> Any:
     with torch.no_grad():
-        for parameter in lora_fx.lora_parameters(injected):
+        for parameter in lora_fx.lora_parameters(gm):
             parameter.normal_(std=0.2)
-    return model, gm, injected
+    return gm
 
 
 @pytest.fixture(params=KINDS)
@@ -145,32 +155,34 @@ def test_the_bits_are_kept_for_the_backward_pass_and_not_what_they_stand_for() -
     assert kept["bits"] < kept["floats"] - 64 * 128 * 3  # one of the two weights at least, but for its bits
 
 
-def with_peft(model: Model, kind: str, directory: Path) -> Any:
+def with_peft(kind: str, directory: Path) -> Any:
     """PEFT's model, told what transformers would tell it of the base: without, it takes the bits for the weight."""
-    model = copy.deepcopy(model)
+    model = model_of(kind)
     model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind in ("nf4", "fp4")
     return peft.PeftModel.from_pretrained(model, directory).train()
 
 
 def test_files_go_to_peft_and_back(kind: str, tmp_path: Path) -> None:
-    model, gm, injected = adapted(kind)
+    _, gm, injected = adapted(kind)
     lora_fx.save_adapter(injected, tmp_path)
     assert torch.equal(lora_fx.load_adapter(gm, tmp_path)(X), injected(X))
-    theirs = with_peft(model, kind, tmp_path)
+    theirs = with_peft(kind, tmp_path)
     assert distance(theirs(X), injected(X)) < 1e-5
     floats = lora_fx.load_adapter(lora_fx.trace(Model(), X), tmp_path)  # on the weights before they were quantized, say
     assert lora_fx.fold_report(lora_fx.fold(floats)).sites[0].kept > 0.999
 
 
-def test_folding_has_to_be_told(kind: str) -> None:
+def test_folding_has_to_be_told(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, gm = adapted(kind)
     before = gm(X)
     for options in ({}, {"inplace": True}, {"inplace": True, "quantized": "dequantize"}, {"quantized": "round"}):
         with pytest.raises(FoldError, match=r"quantized"):
             lora_fx.fold(gm, **options)
     if kind not in STORABLE:
-        with pytest.raises(FoldError, match="does not remember"):
-            lora_fx.fold(gm, quantized="requantize")
+        with monkeypatch.context() as patch:
+            patch.delattr("lora_fx.fold_sums.merge")  # refused before there is a sum
+            with pytest.raises(FoldError, match="does not remember"):
+                lora_fx.fold(gm, quantized="requantize")
     assert torch.equal(gm(X), before)
 
 
@@ -202,10 +214,126 @@ def test_requantized_is_what_peft_merges_and_says_what_it_costs(kind: str, tmp_p
     assert folded.state_dict().keys() == gm.state_dict().keys()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        merged = with_peft(model, kind, tmp_path).merge_and_unload().train()
+        merged = with_peft(kind, tmp_path).merge_and_unload().train()
     assert distance(merged(X), folded(X)) < 1e-5
     assert distance(injected(X), folded(X)) < 0.2
     assert torch.equal(gm(X), model(X))  # whose bits are as they were
+
+
+def requantized(gm: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LoraFxWarning)
+        return lora_fx.fold(gm, quantized="requantize")
+
+
+@pytest.mark.parametrize("kind", STORABLE)
+def test_what_is_kept_is_what_the_bits_hold_of_the_delta(kind: str) -> None:
+    model, _, injected = adapted(kind)
+    folded = requantized(injected)
+    for site in lora_fx.fold_report(folded).sites:
+        old, new = (dequantize_module_weight(graph.get_submodule(site.path)).float() for graph in (model, folded))
+        low, up = (injected.get_parameter(f"{site.path}.lora_{half}.default.weight").detach() for half in "AB")
+        delta = 5 / 3 * up @ low
+        assert site.delta_norm == pytest.approx(float(delta.norm()), rel=1e-3)
+        assert site.kept == pytest.approx(1 - float((new - old - delta).norm() / delta.norm()), abs=1e-3)
+        assert site.stored_as == type(model.up).__name__
+
+
+@pytest.mark.parametrize("kind", STORABLE)
+def test_a_delta_of_zero_changes_no_bit(kind: str) -> None:
+    _, gm = traced(kind)
+    folded = lora_fx.fold(lora_fx.inject(gm, CONFIG), quantized="requantize")
+    assert torch.equal(folded(X), gm(X))
+    assert [(site.kept, site.stored_as != "") for site in lora_fx.fold_report(folded).sites] == [(1, True)] * 2
+    assert all(torch.equal(value, gm.state_dict()[name]) for name, value in folded.state_dict().items())
+
+
+def test_a_delta_that_is_lost_in_few_bits_is_kept_by_nothing() -> None:
+    _, _, injected = adapted("nf4")
+    with torch.no_grad():
+        for parameter in lora_fx.lora_parameters(injected):
+            parameter.mul_(1e-3)
+    assert {site.kept for site in lora_fx.fold_report(requantized(injected)).sites} == {0}
+
+
+@pytest.mark.parametrize("kind", STORABLE)
+def test_biases_beside_few_bits_are_floats(kind: str) -> None:
+    """That of B is added to the base's; both graphs have biases of their own, with the flags that they had."""
+    _, gm, injected = adapted(kind, LoraConfig(r=3, lora_alpha=5, target_modules=["up", "down"], lora_bias=True))
+    folded = requantized(injected)
+    for name in ("up", "down"):
+        bias, added = gm.get_parameter(f"{name}.bias"), injected.get_parameter(f"{name}.lora_B.default.bias")
+        torch.testing.assert_close(folded.get_parameter(f"{name}.bias"), bias + 5 / 3 * added, rtol=1e-5, atol=1e-6)
+    _, gm, injected = adapted(kind, LoraConfig(r=3, target_modules=["up", "down"], bias="all"))
+    folded = requantized(injected)
+    assert {n: p.requires_grad for n, p in folded.named_parameters()} == {
+        n: p.requires_grad for n, p in gm.named_parameters()
+    }
+    expected = folded(X)
+    with torch.no_grad():
+        injected.get_parameter("up.bias").add_(1)
+    assert torch.equal(folded(X), expected)
+
+
+def test_linears_that_share_their_bits_are_folded_alike() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = model_of("nf4").up, model_of("nf4").up
+            self.two.weight, self.two.quant_state = self.one.weight, self.one.quant_state
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.one(x) - 2 * self.two(x.flip(-1))
+
+    injected = lora_fx.inject(lora_fx.trace(Twice(), X), {"r": 3, "target_modules": ["one", "two"]})
+    with torch.no_grad():
+        injected.get_parameter("one.lora_B.default.weight").normal_(std=0.2)
+    folded = requantized(injected)
+    assert folded.get_parameter("one.weight") is folded.get_parameter("two.weight")
+    assert distance(injected(X), folded(X)) < 0.2
+    assert [site.path for site in lora_fx.fold_report(folded).sites] == ["one"]
+
+
+def test_adapters_are_measured_against_what_the_bits_stand_for(kind: str) -> None:
+    _, _, injected = adapted(kind)
+    found = {site.path: site for site in lora_fx.adapter_statistics(injected).sites}
+    report = lora_fx.fold_report(lora_fx.fold(injected, quantized="dequantize"))
+    assert len(report.sites) == len(found) == 2
+    for site in report.sites:
+        measured = found[site.path]
+        assert (measured.weight_norm, measured.kept) == pytest.approx((site.weight_norm, site.kept), rel=1e-5)
+
+
+def test_floats_are_those_of_the_graph() -> None:
+    """Of the dtype that it computes in, in its mode, and frozen; float32 in a graph that does not say."""
+    _, _, injected = adapted("nf4")
+    floats = dequantized(injected.eval())
+    assert not any(module.training for module in floats.modules())
+    assert {n for n, p in floats.named_parameters() if p.requires_grad} == {
+        n for n, p in injected.named_parameters() if p.requires_grad
+    }
+    assert all(module.training for module in dequantized(injected.train()).modules())
+    narrow = model_of("ao-int8").bfloat16()
+    for gm, dtype in (
+        (lora_fx.trace(narrow, X.bfloat16()), torch.bfloat16),
+        (fx.symbolic_trace(narrow), torch.float32),
+    ):
+        folded = lora_fx.fold(lora_fx.inject(gm, CONFIG), quantized="dequantize")
+        assert folded.get_parameter("up.weight").dtype == dtype
+
+
+def test_a_fold_in_place_leaves_few_bits_beside_it_alone() -> None:
+    gm = lora_fx.trace(model_of("nf4"), X)  # whose head is written
+    injected = lora_fx.inject(gm, {"r": 2, "target_modules": ["head"]})
+    with torch.no_grad():
+        injected.get_parameter("head.lora_B.default.weight").normal_()
+    expected = injected(X)
+    with pytest.raises(FoldError, match=r"'up' stores its weight in a few bits .* leave inplace out"):
+        lora_fx.fold(injected, inplace=True, quantized="dequantize")
+    assert torch.equal(injected(X), expected)
+    assert lora_fx.fold(injected, inplace=True) is injected
+    assert distance(expected, injected(X)) < 1e-5
+    assert type(injected.up) is bnb.nn.Linear4bit
 
 
 def test_an_adapter_can_stay_when_another_is_folded() -> None:
@@ -291,7 +419,8 @@ def test_a_batch_that_mixes_adapters() -> None:
 
 def test_the_inference_form_of_some_cpus_is_taken_back() -> None:
     """In which bitsandbytes has no backward pass; the user's model may be brought to it between two steps."""
-    model, _, gm = adapted("nf4")
+    model = model_of("nf4")
+    gm = randomise(lora_fx.inject(lora_fx.trace(model, X), CONFIG))
     model.eval()
     with torch.no_grad():
         model(X)
