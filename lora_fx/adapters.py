@@ -46,7 +46,7 @@ from .errors import AdapterError, ConfigError, closest, warn
 from .full_training import module_paths
 from .graph_module import LoraGraphModule, check_editable, checked_graph_module, record_of
 from .initialization import start_of
-from .injection import Adapter, NewAdapter, check_adapter_name, inject_new
+from .injection import Adapter, NewAdapter, batches_seen, check_adapter_name, inject_new
 from .layouts import Kernel
 from .matching import matches_names, matches_suffix
 from .packed_files import Stacked, unstack, without_parts
@@ -73,6 +73,9 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
         directory: made if it is not there. Both files are replaced in one step, and sealed: hashes of them, and a note
             on the base's weights, stand in the metadata, and are verified when they are read.
 
+    Batch norms of the base that were trained in train mode have other statistics than the base that the files will be
+    loaded on, which a warning tells.
+
     Raises:
         AdapterError: if there is no such adapter, a value is NaN or Inf, or the directory cannot be written.
     """
@@ -90,6 +93,7 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{key!r} of adapter {adapter_name!r} holds NaN or Inf and is not saved; train it anew")
     path = checked_path(directory)
+    _warn_of_statistics(gm, adapter)
     changes = (
         _exact_targets(gm, adapter) | _exact_modules(gm, adapter) | _as_plain(adapter) | _patterns(adapter, stacked)
     )
@@ -106,6 +110,18 @@ def save_adapter(gm: fx.GraphModule, directory: str | os.PathLike[str], *, adapt
             raise AdapterError(f"the adapter cannot be written to {str(path)!r}: {error}") from error
 
     on_first_process(gm, write)
+
+
+def _warn_of_statistics(gm: fx.GraphModule, adapter: Adapter) -> None:
+    """A base that training has moved is not the base that the files will meet."""
+    counts = {name: count for name, count in batches_seen(gm).items() if name not in adapter.trained}
+    moved = [name.rpartition(".")[0] for name, count in counts.items() if adapter.batches.get(name, count) != count]
+    if moved:
+        warn(
+            f"training has moved the statistics of {some_of(moved)}, which are the base's and not in the adapter's "
+            "files: over another copy of the base it computes something else. Name batch norms in modules_to_save, or "
+            "trace the model with them in eval()"
+        )
 
 
 def load_adapter(

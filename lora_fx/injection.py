@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -137,6 +137,7 @@ class Adapter:
         tokens: its rows of embeddings, by site path.
         rebased: those that it holds, frozen, in place of the base's (init_lora_weights="loftq").
         memory: names of its A, B and the like, in the order in which they lie in memory (see arena.py).
+        batches: how many batches the batch norms of the base had seen, by the name of their count.
     """
 
     name: str
@@ -146,6 +147,7 @@ class Adapter:
     tokens: dict[str, RowsSite] = field(default_factory=dict)
     rebased: tuple[str, ...] = ()
     memory: tuple[str, ...] = ()
+    batches: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def members(self) -> tuple[AdapterSite | RowsSite, ...]:
@@ -357,12 +359,18 @@ def _add_adapter(gm: LoraGraphModule, new: NewAdapter, reading: Reading) -> None
     record = record_of(gm)
     rebased = tuple(name for name in record.originals if name not in known)
     trained = (*_train_in_full(gm, new.plan.trained), *rebased)
-    adapter = Adapter(new.name, new.plan, sites, trained, tokens, rebased, memory)
+    adapter = Adapter(new.name, new.plan, sites, trained, tokens, rebased, memory, batches_seen(gm))
     record.adapters[new.name] = adapter
     record.active[new.name] = 1.0
     record.reinsert = _insert_all
     _insert(gm, adapter, by_path)
     finish(gm)
+
+
+def batches_seen(gm: fx.GraphModule) -> dict[str, int]:
+    """What each batch norm has counted, by the name of its count: it grows as training moves the statistics."""
+    counts = ((name, b) for name, b in gm.named_buffers() if name.rpartition(".")[2] == "num_batches_tracked")
+    return {name: int(count) for name, count in counts if holds_values(count)}
 
 
 def _memory_order(

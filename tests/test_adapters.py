@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import stat
@@ -145,6 +146,23 @@ def test_a_loaded_adapter_trains(saved: Path) -> None:
     assert {id(p) for p in gm.parameters() if p.requires_grad} == {id(p) for p in lora_fx.lora_parameters(gm)}
     zoo.loss_of(gm, MLP.arguments()).backward()
     assert all(p.grad is not None for p in lora_fx.lora_parameters(gm))
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_statistics_that_training_moved_are_saved_or_told(saves: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5)), torch.randn(11, 7)
+    base = lora_fx.trace(copy.deepcopy(model), (x,))
+    config = LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"] if saves else None, init_lora_weights=False)
+    gm = lora_fx.inject(lora_fx.trace(model, (x,)), config)
+    lora_fx.save_adapter(gm, tmp_path)  # nothing has moved yet
+    gm.train()(3 * x + 1)
+    if saves:
+        lora_fx.save_adapter(gm, tmp_path)
+        assert torch.equal(lora_fx.load_adapter(base, tmp_path).eval()(x), gm.eval()(x))
+    else:
+        with pytest.warns(LoraFxWarning, match="statistics of 1, which .* modules_to_save"):
+            lora_fx.save_adapter(gm, tmp_path)
 
 
 def test_trained_names_of_a_tied_pair_are_saved_and_loaded(tmp_path: Path) -> None:
