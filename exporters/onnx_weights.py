@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -246,15 +247,22 @@ def read_shared_modules(metadata: Mapping[str, str]) -> dict[str, str]:
         raise ExportError(f"the record {MANIFEST_KEY!r} in the ONNX file is damaged; export the model again") from error
 
 
-def read_manifest(model: onnx.ModelProto | Mapping[str, str]) -> dict[str, StoredWeight]:
+def read_manifest(model: str | os.PathLike[str] | onnx.ModelProto | Mapping[str, str]) -> dict[str, StoredWeight]:
     """{initializer name: which weight it holds} of a file that `export_onnx` wrote.
 
     Args:
-        model: the ONNX model, or its metadata (`session.get_modelmeta().custom_metadata_map`).
+        model: the file, the ONNX model, or its metadata (`session.get_modelmeta().custom_metadata_map`).
 
     Raises:
-        ExportError: if the file has no such record, or a damaged one.
+        ExportError: if the file cannot be read, or has no such record, or a damaged one.
     """
+    if isinstance(model, str | os.PathLike):
+        import onnx
+
+        try:
+            model = onnx.load(model, load_external_data=False)
+        except Exception as error:
+            raise ExportError(f"{model} cannot be read as an ONNX file: {reason(error)}; export it again") from error
     metadata = model if isinstance(model, Mapping) else {prop.key: prop.value for prop in model.metadata_props}
     if MANIFEST_KEY not in metadata:
         raise ExportError(

@@ -169,6 +169,9 @@ class _Source:
     overrides: Overrides | None
 
 
+_told: set[str] = set()
+
+
 def _automatic(source: _Source, options: Mapping[str, str]) -> ort.InferenceSession:
     cuda = _PROVIDERS["cuda"]
     if cuda not in ort.get_available_providers():
@@ -177,7 +180,10 @@ def _automatic(source: _Source, options: Mapping[str, str]) -> ort.InferenceSess
     try:
         session = _on_gpu(source, cuda, options)
     except ProviderError as error:
-        logger.warning("auto took the CPU for %s: %s", source.file.name, error)
+        # A service opens many sessions, and needs to hear of its machine once.
+        level = logging.INFO if str(error) in _told else logging.WARNING
+        _told.add(str(error))
+        logger.log(level, "auto took the CPU for %s: %s", source.file.name, error)
         return _open(source, ["CPUExecutionProvider"])
     logger.info("auto took CUDA for %s", source.file.name)
     return session

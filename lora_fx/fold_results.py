@@ -96,6 +96,6 @@ def warn_of_losses(report: FoldReport) -> None:
     for site in report.sites:
         if site.untied_from:
             warn(
-                f"{site.weight!r} was tied with {', '.join(site.untied_from)}, which is not adapted: folding "
-                f"untied it, which costs one more parameter of that size ({site.path!r})"
+                f"{site.weight!r} was tied with {', '.join(site.untied_from)}, which does not get the same delta: "
+                f"folding untied it, which costs one more parameter of that size ({site.path!r})"
             )

@@ -138,7 +138,7 @@ def check_not_tied(gm: LoraGraphModule, tasks: list[FoldTask]) -> None:
         if task.other_readers:
             raise FoldError(
                 f"fold(inplace=True) cannot write {task.tensor!r}: its tensor is also read as "
-                f"{', '.join(task.twins)}, which is not adapted. fold(gm) unties it in a new graph"
+                f"{', '.join(task.twins)}, which does not get the same delta. fold(gm) unties it in a new graph"
             )
         weight = get_parameter(gm, task.attribute)
         views = [name for name, tensor in others if storage_of(tensor) == storage_of(weight)]

@@ -71,6 +71,7 @@ def test_file_computes_what_the_adapted_graph_computes(pair: Exported) -> None:
 def test_every_weight_is_compared_with_the_folded_graph(pair: Exported) -> None:
     assert check_weights(Path(pair.twin.path), pair.folded) == WeightCheck(len(pair.twin.weights), {}, ())
     manifest = read_manifest(onnx.load(pair.base.path))
+    assert manifest == read_manifest(pair.base.path)
     differing = check_weights(Path(pair.base.path), pair.folded).differing
     assert {manifest[name].fqn for name in differing} == pair.adapted
 

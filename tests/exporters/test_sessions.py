@@ -64,6 +64,10 @@ def test_auto_takes_the_cpu_and_says_so(
     assert "auto took the CPU" in caplog.text
     assert "CUDA" in caplog.text
     assert capfd.readouterr().out == ""
+    with caplog.at_level(logging.WARNING, logger="exporters"):
+        caplog.clear()
+        make_session(file)
+    assert not caplog.records, "a machine is told of once"
 
 
 @pytest.mark.gpu
