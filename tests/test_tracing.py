@@ -355,6 +355,20 @@ def test_a_model_that_can_be_traced_in_one_mode_only_says_so_when_it_matters() -
         lora_fx.inject(gm, LoraConfig(target_modules=["fc"])).train()
 
 
+def test_layers_left_out_at_random_are_named_as_what_cannot_be_traced() -> None:
+    class Layerdrop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(7, 7)
+
+        def forward(self, x):
+            return x if self.training and torch.rand([]) < 0.1 else self.fc(x)
+
+    gm = lora_fx.trace(Layerdrop().eval(), torch.randn(3, 7))
+    with pytest.raises(GraphError, match=r"no train\(\) form.*Set layerdrop to 0"):
+        gm.train()
+
+
 def test_a_graph_exported_in_eval_mode_warns_when_it_is_trained() -> None:
     gm = lora_fx.inject(traced(BY_NAME["mlp"], "export"), LoraConfig(target_modules=["fc1"]))
     with pytest.warns(LoraFxWarning, match=r"exported in eval mode: dropout.*lora_fx\.trace\(model, args\)"):
