@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import struct
 import sys
 import tempfile
@@ -43,7 +44,9 @@ def main() -> None:
             (Path(seeds) / str(number)).write_bytes(data)
         corpora = [option for option in options if not option.startswith("-")]
         flags = [option for option in options if option.startswith("-")]
-        arguments = [sys.argv[0], "-max_len=4096", "-rss_limit_mb=3072", "-timeout=20", *flags, *corpora, seeds]
+        # What the process that started this one has taken counts as this one's.
+        limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 + 3072
+        arguments = [sys.argv[0], "-max_len=4096", f"-rss_limit_mb={limit}", "-timeout=20", *flags, *corpora, seeds]
         mutator = {"custom_mutator": mutate_adapter} if name == "adapter" else {}
         atheris.Setup(arguments, fuzz_targets.one(getattr(targets, name)), **mutator)
         atheris.Fuzz()

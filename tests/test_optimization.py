@@ -231,7 +231,8 @@ def test_rotate() -> None:
     assert torch.autograd.gradgradcheck(lambda x: rotate(x, cos, sin), x)
     trained = cos.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x, c: rotate(x, c, sin), (x, trained))
-    assert torch.equal(rotate(x, cos[0, 0], sin), x * cos[0, 0] + torch.cat((-second, first), -1) * sin)
+    number = cos[0, 0, 0, 0]  # no table
+    assert torch.equal(rotate(x, number, sin), x * number + torch.cat((-second, first), -1) * sin)
     wide = rotate(x[:1], cos.expand(4, 2, 5, 6), sin)  # the tables have the batch
     assert torch.allclose(wide, wanted[:1].expand(4, 2, 5, 6), rtol=1e-14)
 
