@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from .applications import bodies_of, is_step
-from .attributes import get_attribute, get_parameter, set_attribute
+from .attributes import check_holds_values, get_attribute, get_parameter, set_attribute
 from .copying import copy_graph
 from .equivalence import default_tolerance, relative_error
 from .errors import ConfigError, GraphError, LoraFxError, TargetError, closest
@@ -86,9 +86,10 @@ def distribute(
         check: run the inputs that `trace` remembers through both, in eval mode, and compare.
 
     Raises:
-        ConfigError: if the mesh has several dimensions, or the plan says something else.
+        ConfigError: if the mesh has several dimensions or no process group, or the plan says something else.
         TargetError: if the plan names no site, or one that cannot be split so, or nothing at all.
-        GraphError: if an op of the graph cannot be run on parts, or `gm` is optimised, folded, batched or sharded.
+        GraphError: if an op of the graph cannot be run on parts, or `gm` is optimised, folded, batched or sharded, or
+            holds no weights yet.
     """
     gm = checked_graph_module(gm)
     check_editable(gm)
@@ -113,7 +114,9 @@ def distribute(
             f"there is nothing to split over {mesh.size()} processes: no site has a name that says how, or none "
             "divides by that. Write a plan: {site: 'colwise' or 'rowwise'}; find_sites(gm) lists the sites"
         )
+    check_holds_values(gm, "there is nothing to give to other processes")
     result = copy_sharing_tensors(gm)
+    _check_group(mesh)
     splits = _splits(result, plan)
     _spread(result, mesh, splits)
     spreading = Spreading(
@@ -127,6 +130,17 @@ def distribute(
     if check:
         _compare(gm, result)
     return result
+
+
+def _check_group(mesh: DeviceMesh) -> None:
+    """Raise ConfigError if the processes of a mesh cannot talk to each other any more."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        raise ConfigError(
+            f"mesh={mesh!r} has no process group (any more); call torch.distributed.init_process_group() and make the "
+            "mesh after that"
+        )
 
 
 @dataclass(frozen=True)
@@ -310,7 +324,9 @@ def _why_not(site: Site, side: Side, size: int) -> str | None:
 
 
 def _checked_plan(gm: fx.GraphModule, plan: object, size: int) -> dict[str, Side]:
-    if not isinstance(plan, Mapping) or not all(side in ("colwise", "rowwise") for side in plan.values()):
+    if not isinstance(plan, Mapping) or not all(
+        isinstance(path, str) and side in ("colwise", "rowwise") for path, side in plan.items()
+    ):
         raise ConfigError(f"plan={plan!r} must be a mapping of site paths to 'colwise' or 'rowwise'")
     sites = {site.path: site for site in find_sites(gm)}
     for path, side in plan.items():
@@ -351,7 +367,10 @@ def _spread(gm: LoraGraphModule, mesh: DeviceMesh, splits: Mapping[str, Split]) 
         old = get_parameter(gm, name)
         if id(old) not in made:
             placement = Replicate() if split.dimension is None else Shard(split.dimension)
-            value = distribute_tensor(old.detach(), mesh, [placement])
+            own = old.detach()
+            if split.dimension is None or mesh.size() == 1:
+                own = own.clone()  # torch would send into the tensor of `gm`, and train it
+            value = distribute_tensor(own, mesh, [placement])
             made[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
         set_attribute(gm, name, made[id(old)])
 

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from catalogue import checkpoints, configs, files, models, newest, running
+from catalogue import checkpoints, configs, files, models, newest, processes, running
 
-CASES = [*checkpoints.CASES, *configs.CASES, *files.CASES, *models.CASES, *newest.CASES, *running.CASES]
+CASES = [
+    *checkpoints.CASES,
+    *configs.CASES,
+    *files.CASES,
+    *models.CASES,
+    *newest.CASES,
+    *processes.CASES,
+    *running.CASES,
+]

@@ -32,6 +32,7 @@ from torch import fx, nn
 import exporters
 import lora_fx
 from lora_fx import LoraFxError
+from lora_fx.sharding import whole
 
 SECONDS, BYTES = 30, 3 * 2**30
 
@@ -83,7 +84,11 @@ class World:
         for name, module in modules.items():
             digest = hashlib.sha256(getattr(module, "code", "").encode())
             for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                data = b"" if tensor.is_meta else tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                data = (
+                    b""
+                    if tensor.is_meta
+                    else whole(tensor).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                )
                 digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}".encode())
                 digest.update(data)
             digest.update(str(module.training).encode())
