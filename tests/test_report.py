@@ -726,6 +726,11 @@ def test_chromium_filters_sorts_names_and_prints_what_is_folded_away(tmp_path) -
         page.call("Input.insertText", text="Layers.1  mlp")
         assert sorted(page.value(shown)) == sorted(path for path in in_order if "layers.1" in path)
         assert page.value(f"{section}.querySelector('output').textContent") == "3 of 12"
+        box = f"{section}.querySelector('table.sorted').parentElement"
+        page.value(f"{box}.style.height = '6em'; {box}.scrollTop = 99")
+        assert page.value(f"{box}.scrollTop") > 0
+        top = "getBoundingClientRect().top"
+        assert page.value(f"{box}.querySelector('thead th').{top} - {box}.{top}") == 0  # its head stays in sight
 
         closed = "document.querySelectorAll('details:not([open])').length"
         before = page.value(closed)
