@@ -96,6 +96,12 @@ class Grid:
     empty: str
     left_out: int = 0
 
+    @property
+    def has_empty(self) -> bool:
+        """Whether there is a square without a colour."""
+        cells = (cell for stack in self.stacks for row in stack.rows for cell in row.cells)
+        return any(cell is not None and cell.level is None for cell in cells)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -147,12 +153,11 @@ def make_grid(
     places = {path: place for path in paths if (place := place_of(path)) is not None}
     if not any(path in places for path in values):
         return None
-    finite = [value for value in values.values() if value is not None and math.isfinite(value)]
-    top = max(finite, default=0.0) if high is None else high
+    top = largest_of(values) if high is None else high
     columns = sorted({place.layer for place in places.values()})
     rows: dict[tuple[str, str], dict[int, Cell]] = {}
     for path, place in places.items():
-        cell = _cell(path, values.get(path), others.get(path), low, top, text)
+        cell = make_cell(path, values.get(path), others.get(path), low, top, text)
         rows.setdefault((place.stack, place.module), {})[place.layer] = cell
     shown = list(rows)[: max(1, most_cells // len(columns))]
     stacks = {
@@ -175,9 +180,15 @@ def make_grid(
     )
 
 
-def _cell(
+def largest_of(values: Mapping[str, float | None]) -> float:
+    """The largest finite value; 0 if there is none."""
+    return max((value for value in values.values() if value is not None and math.isfinite(value)), default=0.0)
+
+
+def make_cell(
     path: str, value: float | None, why: str | None, low: float, high: float, text: Callable[[float], str]
 ) -> Cell:
+    """A square for a site's value, or for the reason why it has none."""
     if value is None or not math.isfinite(value):
         return Cell(None, "", f"{path}: {why or 'no value'}")
     return Cell(level_of(value, low, high), text(value), f"{path}: {text(value)}")

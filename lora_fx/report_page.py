@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .delta_comparison import AdapterComparison
 from .delta_statistics import MOST, AdapterStatistics, SiteDelta
@@ -20,22 +21,29 @@ from .plan import Plan
 from .report_charts import (
     HEIGHT,
     WIDTH,
+    Cell,
     Chart,
     Grid,
     bars,
+    largest_of,
     line_colours,
+    make_cell,
     make_chart,
     make_grid,
     palette,
     place_of,
     short,
 )
-from .site_graphs import SiteGraphs
+from .site_graphs import GraphRow, SiteGraphs
 from .training_log import LOSSES, TrainingLog
 
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
 # What keeps the page of a model with thousands of sites below 2 MB.
-_MOST_ROWS, _MOST_CELLS, _MOST_CHARTS, _MOST_VALUES = 400, 700, 24, 16
+_MOST_ROWS, _MOST_CELLS, _MOST_CHARTS, _MOST_VALUES, _MOST_OUTSIDE = 400, 700, 24, 16, 60
 _MOST_ANGLES = 8
+_FOLDED = 2
 
 
 @dataclass(frozen=True)
@@ -94,9 +102,10 @@ def report_page(report: Report) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"short": _short, "percent": _percent}
+    environment.filters |= {"short": _short, "percent": _percent, "breakable": _breakable}
     script = (Path(__file__).parent / "templates" / "report.js").read_text("utf-8")
     sites, spectra = report.statistics.sites, _spectra(report.statistics.sites)
+    measures, outside = _measures(report), [site.path for site in sites if place_of(site.path) is None]
     sizes = {target.site.path: (target.site.op, target.site.size) for target in report.plan.targets}
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -104,8 +113,10 @@ def report_page(report: Report) -> str:
         sites_left_out=max(0, len(sites) - _MOST_ROWS),
         skipped=report.plan.skipped[:_MOST_ROWS],
         facts=_facts(report),
-        outside=[site for site in sites if place_of(site.path) is None],
-        grids=_grids(report),
+        measures=measures,
+        outside=[(path, [measure.cell(path) for measure in measures]) for path in outside[:_MOST_OUTSIDE]],
+        outside_left_out=max(0, len(outside) - _MOST_OUTSIDE),
+        grids=_grids(report, measures),
         spectra=spectra[:_MOST_CHARTS],
         spectra_left_out=max(0, len(spectra) - _MOST_CHARTS),
         curves=_curves(report.log),
@@ -114,6 +125,7 @@ def report_page(report: Report) -> str:
         most_values=_MOST_VALUES,
         most=MOST,
         angles=_angles,
+        is_marked=_is_marked,
         palette=palette(),
         light_lines=line_colours(on_dark=False),
         dark_lines=line_colours(on_dark=True),
@@ -128,51 +140,61 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     sites, plan = report.statistics.sites, report.plan
     ratios = [site.ratio for site in sites if site.ratio is not None]
     kept = [site.kept for site in sites if site.kept is not None]
-    share = f" ({plan.parameters / report.parameters:.2%} of the model's)" if report.parameters else ""
-    hints = [site.hint for site in sites]
-    few, full, none = (sum(word in hint for hint in hints) for word in ("lower", "higher", "no effect"))
+    share = f" ({_percent(plan.parameters / report.parameters)}% of the model's)" if report.parameters else ""
     return [
         ("sites adapted", f"{len(sites):,}"),
         ("parameters added", f"{plan.parameters:,}{share}"),
-        ("ranks", _range([float(site.r) for site in sites], "{:.0f}")),
-        ("‖ΔW‖ / ‖W‖", _range(ratios, "{:.2%}")),
-        ("kept by folding", _range(kept, "{:.2%}")),
-        (
-            "hints",
-            f"{few} of {len(sites)} sites may do with a lower rank, {full} may use a higher, {none} have no effect",
-        ),
+        ("ranks", _range([float(site.r) for site in sites], "{:.0f}".format)),
+        ("‖ΔW‖ / ‖W‖", _range(ratios, lambda value: f"{_percent(value)}%")),
+        ("kept by folding", _range(kept, lambda value: f"{_percent(value)}%")),
+        ("hints", _hints([site.hint for site in sites])),
     ]
 
 
-def _range(values: Sequence[float], form: str) -> str:
+def _hints(hints: Sequence[str]) -> str:
+    """How many sites there is something to say of."""
+    meanings = {"lower": "may do with a lower rank", "higher": "may use a higher rank", "no effect": "without effect"}
+    counts = {meaning: sum(word in hint for hint in hints) for word, meaning in meanings.items()}
+    said = [f"{count:,} {meaning}" for meaning, count in counts.items() if count]
+    return f"of {len(hints):,} sites, {', '.join(said)}" if said else "none"
+
+
+def _range(values: Sequence[float], text: Callable[[float], str]) -> str:
     if not values:
         return "–"
-    low, middle, high = (form.format(value) for value in (min(values), statistics.median(values), max(values)))
+    low, middle, high = (text(value) for value in (min(values), statistics.median(values), max(values)))
     return low if low == high else f"{low} to {high}, median {middle}"
 
 
-def _grids(report: Report) -> list[Grid]:
+class _Measure(NamedTuple):
+    """What squares are coloured by; see `make_grid`."""
+
+    title: str
+    note: str
+    values: Mapping[str, float | None]
+    others: Mapping[str, str]
+    low: float
+    high: float
+    text: Callable[[float], str]
+
+    def cell(self, path: str) -> Cell:
+        return make_cell(path, self.values.get(path), self.others.get(path), self.low, self.high, self.text)
+
+
+def _measures(report: Report) -> list[_Measure]:
     others = {skip.path: f"not adapted: {skip.reason}" for skip in report.plan.skipped}
     sites = report.statistics.sites
-    measures: list[tuple[str, str, dict[str, float | None], float | None, Any]] = [
-        ("Rank", "r of each adapter", {s.path: float(s.r) for s in sites}, None, lambda v: f"{v:.0f}"),
-        ("Size of the change", "‖ΔW‖ / ‖W‖ in percent", {s.path: s.ratio for s in sites}, None, _percent),
-        (
-            "Ranks in use",
-            "effective rank / number of singular values, in percent",
-            {s.path: s.effective_rank / len(s.singular_values) if s.singular_values else None for s in sites},
-            1.0,
-            _percent,
-        ),
-        (
-            "Kept by folding",
-            "share of the delta that the weight's dtype keeps, in percent",
-            {s.path: s.kept for s in sites},
-            1.0,
-            _percent,
-        ),
+    ranks, ratios = {s.path: float(s.r) for s in sites}, {s.path: s.ratio for s in sites}
+    used = {s.path: s.effective_rank / len(s.singular_values) if s.singular_values else None for s in sites}
+    kept = {s.path: s.kept for s in sites}
+    in_use = "effective rank / number of singular values, in percent"
+    share = "share of the delta that the weight's dtype keeps, in percent"
+    return [
+        _Measure("Rank", "r of each adapter", ranks, others, 0.0, largest_of(ranks), "{:.0f}".format),
+        _Measure("Size of the change", "‖ΔW‖ / ‖W‖ in percent", ratios, others, 0.0, largest_of(ratios), _percent),
+        _Measure("Ranks in use", in_use, used, others, 0.0, 1.0, _percent),
+        _Measure("Kept by folding", share, kept, others, 0.0, 1.0, _percent),
     ]
-    return _made(report, "not adapted", [(t, n, v, others, 0.0, high, text) for t, n, v, high, text in measures])
 
 
 def _comparison_grids(report: Report) -> list[Grid]:
@@ -182,65 +204,40 @@ def _comparison_grids(report: Report) -> list[Grid]:
     sites = comparison.sites
     only = dict.fromkeys(comparison.only_first, f"only {comparison.first} adapts it")
     only |= dict.fromkeys(comparison.only_second, f"only {comparison.second} adapts it")
-    return _made(
+    cosines = {s.path: s.cosine for s in sites}
+    written, read = {s.path: s.output_overlap for s in sites}, {s.path: s.input_overlap for s in sites}
+    return _grids(
         report,
-        "of one alone",
         [
-            ("Cosine", "⟨Δ₁, Δ₂⟩ / (‖Δ₁‖ ‖Δ₂‖)", {s.path: s.cosine for s in sites}, only, -1.0, 1.0, "{:.2f}".format),
-            (
-                "Overlap of what they write to",
-                "column spaces, in percent",
-                {s.path: s.output_overlap for s in sites},
-                only,
-                0.0,
-                1.0,
-                _percent,
-            ),
-            (
-                "Overlap of what they read",
-                "row spaces, in percent",
-                {s.path: s.input_overlap for s in sites},
-                only,
-                0.0,
-                1.0,
-                _percent,
-            ),
+            _Measure("Cosine", "⟨Δ₁, Δ₂⟩ / (‖Δ₁‖ ‖Δ₂‖)", cosines, only, -1.0, 1.0, "{:.2f}".format),
+            _Measure("Overlap of what they write to", "column spaces, in percent", written, only, 0.0, 1.0, _percent),
+            _Measure("Overlap of what they read", "row spaces, in percent", read, only, 0.0, 1.0, _percent),
         ],
+        empty="of one alone",
     )
 
 
-def _made(report: Report, empty: str, measures: Any) -> list[Grid]:
+def _grids(report: Report, measures: Sequence[_Measure], *, empty: str = "not adapted") -> list[Grid]:
     found = [
-        make_grid(
-            title,
-            note,
-            values,
-            others,
-            order=report.sites,
-            low=low,
-            high=high,
-            text=text,
-            empty=empty,
-            most_cells=_MOST_CELLS,
-        )
-        for title, note, values, others, low, high, text in measures
+        make_grid(**measure._asdict(), order=report.sites, empty=empty, most_cells=_MOST_CELLS) for measure in measures
     ]
     return [grid for grid in found if grid is not None]
 
 
 def _spectra(sites: Sequence[SiteDelta]) -> list[Chart]:
     """One chart for each module of a layer, with a curve for each layer; and one for each site outside of layers."""
-    groups: dict[str, list[SiteDelta]] = {}
+    groups: dict[str, list[tuple[str, SiteDelta]]] = {}
     for site in sites:
         place = place_of(site.path)
-        groups.setdefault(site.path if place is None else f"{place.stack}.*.{place.module}".strip("."), []).append(site)
+        group = site.path if place is None else f"{place.stack}.*.{place.module}".strip(".")
+        groups.setdefault(group, []).append((group if place is None else f"layer {place.layer}", site))
     charts = [
         make_chart(
-            name or "(root)",
-            ((s.path, [(float(k), value) for k, value in enumerate(s.singular_values, 1)]) for s in found),
+            group or "(root)",
+            ((name, [(float(k), v) for k, v in enumerate(s.singular_values, 1)]) for name, s in found),
             from_zero=True,
         )
-        for name, found in groups.items()
+        for group, found in groups.items()
     ]
     return [chart for chart in charts if chart is not None]
 
@@ -261,6 +258,13 @@ def _short(value: float | None) -> str:
     return "" if value is None else short(value)
 
 
+def _breakable(name: str) -> Markup:
+    """A dotted name that may be broken behind dots and underscores."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(?<=[._])(?=\w)", "<wbr>", str(escape(name))))
+
+
 def _percent(value: float | None) -> str:
     """In percent, with as many digits as tell it from none and all."""
     if value is None:
@@ -275,6 +279,14 @@ def _percent(value: float | None) -> str:
     if abs(percent) >= 1000:
         return f"{percent / 1000:.1f}k"
     return f"{percent:.1f}" if percent < 10 or 95 <= percent < 100 else f"{percent:.0f}"
+
+
+def _is_marked(row: GraphRow, column: int) -> bool:
+    """Whether it is this graph (before, injected, folded) that makes the row's change."""
+    texts = (row.before, row.injected, row.folded)
+    if row.change == "new values":
+        return column == _FOLDED
+    return bool(row.change and texts[column]) and texts[column] != row.before
 
 
 def _angles(angles: Sequence[float]) -> str:

@@ -22,6 +22,7 @@ from zoo import BY_NAME, folded, injected, randomise, traced
 
 import lora_fx
 from lora_fx import AdapterError, TargetError, cli, cli_report
+from lora_fx import report_page as report_page_module
 from lora_fx.delta_comparison import AdapterComparison, DeltaPair
 from lora_fx.delta_statistics import AdapterStatistics, SiteDelta, TrainedTensor
 from lora_fx.graph_module import record_of
@@ -289,7 +290,7 @@ def make_report(**changes) -> Report:
 class Reader(html.parser.HTMLParser):
     """Elements with their attributes, and text; what is not closed is found."""
 
-    VOID = frozenset({"meta", "path", "br", "img", "link", "input"})
+    VOID = frozenset({"meta", "path", "br", "img", "link", "input", "wbr"})
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -362,6 +363,7 @@ def test_the_page_is_one_file_with_a_table_for_every_picture() -> None:
     for words in ("a note", "eval_loss", "Only default (first) adapts", "base, torch", "left out: 1"):
         assert words in text
     assert f"{len(report.graphs)} of {len(report.statistics.sites)} sites are shown" in text
+    assert "sites are shown" not in report_page(dataclasses.replace(report, graphs=report.graphs * 9))
     assert len(read.all("details")) >= 4
     assert [tag for tag, _ in read.elements].count("h1") == 1
 
@@ -393,6 +395,63 @@ def test_nothing_in_a_page_is_taken_for_markup() -> None:
     assert EVIL not in page
     assert "".join(read.text).count(EVIL) > 20
     assert any(EVIL in str(a.get("title")) for a in read.all("td"))
+
+
+def test_sites_outside_of_layers_are_coloured_and_counted() -> None:
+    report = make_report()
+    site = dataclasses.replace(report.statistics.sites[0], remarks=())
+    sites = tuple(dataclasses.replace(site, path=f"head_{i}", r=1 + i % 2) for i in range(61))
+    targets = tuple(
+        dataclasses.replace(report.plan.targets[0], site=dataclasses.replace(report.plan.targets[0].site, path=s.path))
+        for s in sites
+    )
+    plan = dataclasses.replace(report.plan, targets=targets, skipped=())
+    page = report_page(
+        make_report(plan=plan, statistics=AdapterStatistics("default", sites), comparison=None, graphs=())
+    )
+    read = assert_self_contained(page)
+    assert "No site lies in a numbered layer" in page
+    assert "Outside of layers" not in page  # there is nothing else
+    assert "1 more sites are not shown here" in page
+    cells = {a["title"]: a["class"] for a in read.all("td") if str(a.get("title")).endswith((": 1", ": 2"))}
+    assert len(cells) == 60
+    assert (cells["head_0: 1"], cells["head_1: 2"]) == (f"c{level_of(1, 0, 2)}", f"c{LEVELS - 1}")
+
+
+def test_legends_say_what_is_there() -> None:
+    assert '<span class="key">· not adapted</span>' in report_page(make_report())
+    everything = report_page(make_report(plan=dataclasses.replace(make_report().plan, skipped=()), comparison=None))
+    assert 'class="key"' not in everything
+    report = make_report()
+    layers = sites_of(5, 1, 4)
+    target = report.plan.targets[0]
+    targets = tuple(dataclasses.replace(target, site=dataclasses.replace(target.site, path=s.path)) for s in layers)
+    plan = dataclasses.replace(report.plan, targets=targets, skipped=())
+    page = report_page(dataclasses.replace(report, plan=plan, statistics=AdapterStatistics("default", layers)))
+    assert '<p class="legend">layer 0 <span class="ramp"><i class="line s0"></i>' in page
+    assert "</span> layer 4</p>" in page
+
+
+@pytest.mark.parametrize(("hints", "said"), [
+    (("", ""), "none"),
+    (("a lower rank may do", "all ranks are in use: a higher one may help", ""),
+     "of 3 sites, 1 may do with a lower rank, 1 may use a higher rank"),
+    (("it has no effect",) * 1200, "of 1,200 sites, 1,200 without effect"),
+])  # fmt: skip
+def test_hints_are_counted_where_there_are_any(hints, said) -> None:
+    assert report_page_module._hints(hints) == said
+
+
+def test_the_graph_that_makes_a_change_is_marked() -> None:
+    rows = [
+        ("added", GraphRow("", "a", "", "added"), [False, True, False]),
+        ("changed", GraphRow("f(x)", "f(y)", "f(x)", "changed"), [False, True, False]),
+        ("new values", GraphRow("w", "w", "w", "new values"), [False, False, True]),
+        ("untied by folding", GraphRow("", "", "w2", "added"), [False, False, True]),
+        ("the same", GraphRow("w", "w", "w", ""), [False, False, False]),
+    ]
+    for name, row, marked in rows:
+        assert [report_page_module._is_marked(row, column) for column in range(3)] == marked, name
 
 
 def sites_of(layers: int, modules: int, r: int) -> tuple[SiteDelta, ...]:
@@ -632,11 +691,84 @@ def test_chromium_shows_the_page_in_both_schemes_and_takes_keys(tmp_path) -> Non
         table = "document.querySelector('#sites').parentElement.querySelector('table.sorted')"
         page.value(f"{table}.tHead.rows[0].cells[5].querySelector('button').focus()")
         norms = f"[...{table}.tBodies[0].rows].map((row) => Number(row.cells[5].textContent))"
+        unsorted = page.value(norms)
         page.press("Enter")
         assert page.value(norms) == sorted(page.value(norms), reverse=True)
         page.press("Enter")
         assert page.value(norms) == sorted(page.value(norms))
+        page.press("Enter")
+        assert page.value(norms) == unsorted
+        assert page.value("document.querySelectorAll('[aria-sort]').length") == 0
         assert page.complaints() == []
+
+
+@needs_chromium
+def test_chromium_filters_sorts_names_and_prints_what_is_folded_away(tmp_path) -> None:
+    file = tmp_path / "report.html"
+    report = make_report()
+    sites = sites_of(12, 1, 4)
+    target = report.plan.targets[0]
+    targets = tuple(dataclasses.replace(target, site=dataclasses.replace(target.site, path=s.path)) for s in sites)
+    plan = dataclasses.replace(report.plan, targets=targets)
+    file.write_text(report_page(dataclasses.replace(report, plan=plan, statistics=AdapterStatistics("x", sites))))
+    section = "document.querySelector('#sites').parentElement"
+    rows = f"[...{section}.querySelectorAll('table.sorted tbody tr')].filter(row => !row.hidden)"
+    shown = f"{rows}.map(row => row.cells[0].textContent)"
+    with browser.open_browser() as page:
+        page.open(file)
+        in_order = page.value(shown)
+        assert in_order == [site.path for site in sites]  # 2 before 10, though "10" < "2" as text
+        page.value(f"{section}.querySelector('table.sorted button').click()")
+        assert page.value(shown) == in_order
+        page.value(f"{section}.querySelector('table.sorted button').click()")
+        assert page.value(shown) == in_order[::-1]
+        page.value(f"{section}.querySelector('input').focus()")
+        page.call("Input.insertText", text="Layers.1  mlp")
+        assert sorted(page.value(shown)) == sorted(path for path in in_order if "layers.1" in path)
+        assert page.value(f"{section}.querySelector('output').textContent") == "3 of 12"
+        box = f"{section}.querySelector('table.sorted').parentElement"
+        page.value(f"{box}.style.height = '6em'; {box}.scrollTop = 99")
+        assert page.value(f"{box}.scrollTop") > 0
+        top = "getBoundingClientRect().top"
+        assert page.value(f"{box}.querySelector('thead th').{top} - {box}.{top}") == 0  # its head stays in sight
+
+        closed = "document.querySelectorAll('details:not([open])').length"
+        before = page.value(closed)
+        assert before > 0
+        page.value("dispatchEvent(new Event('beforeprint'))")
+        assert page.value(closed) == 0
+        page.value("dispatchEvent(new Event('afterprint'))")
+        assert page.value(closed) == before
+        assert page.complaints() == []
+
+
+@needs_chromium
+def test_chromium_fits_long_names_on_a_small_screen(tmp_path) -> None:
+    report = make_report()
+    long = ".".join(["a_module_whose_name_has_many_words_in_it"] * 4)
+    target = report.plan.targets[0]
+    sites = tuple(dataclasses.replace(s, path=f"{long}.{i}.{long}") for i, s in enumerate(report.statistics.sites[:3]))
+    targets = tuple(dataclasses.replace(target, site=dataclasses.replace(target.site, path=s.path)) for s in sites)
+    plan = dataclasses.replace(report.plan, targets=targets)
+    series = TrainingLog((Series("loss", ((1.0, 3.0),)), Series(long, ((1.0, 3.0), (2.0, 2.0)))))
+    file = tmp_path / "report.html"
+    file.write_text(
+        report_page(dataclasses.replace(report, plan=plan, statistics=AdapterStatistics(long, sites), log=series))
+    )
+    with browser.open_browser() as page:
+        for width in (1280, 390):
+            page.open(file, width=width)
+            assert page.value("document.documentElement.scrollWidth") <= width
+            for table in (
+                "table.grid",
+                "table.sorted",
+            ):  # numbers are seen beside the names, which stay when it scrolls
+                first = f"document.querySelector('{table} tbody tr:not(:has(.stack)) td').getBoundingClientRect()"
+                assert page.value(f"{first}.left") < width - 40, table
+                box = f"document.querySelector('{table}').closest('.scroll')"
+                page.value(f"{box}.scrollLeft = 500")
+                head = f"document.querySelector('{table} tbody tr:not(:has(.stack)) th').getBoundingClientRect()"
+                assert page.value(f"{head}.left") >= 0, table
 
 
 @needs_chromium

@@ -1,5 +1,5 @@
 "use strict";
-// The page is whole without this. It adds arrow keys and a line of text to grids, and sorting to tables.
+// The page is whole without this. It adds arrow keys and a line of text to grids, and sorting and a filter to tables.
 for (const table of document.querySelectorAll("table.grid")) {
   const rows = [...table.querySelectorAll("tbody tr.cells")].map((row) => [...row.querySelectorAll("td")]);
   const said = table.closest("figure").querySelector(".said");
@@ -37,27 +37,60 @@ for (const table of document.querySelectorAll("table.grid")) {
     if (next) next.focus();
   });
 }
+const bySorting = new Intl.Collator("en", { numeric: true });
 for (const table of document.querySelectorAll("table.sorted")) {
   const heads = [...table.tHead.rows[0].cells];
+  const inOrder = [...table.tBodies[0].rows];
   heads.forEach((head, column) => {
     if (!head.textContent.trim() || head.hasAttribute("data-plain")) return;
     const button = document.createElement("button");
     button.type = "button";
     button.append(...head.childNodes);
     head.append(button);
+    const value = (row) => row.cells[column].dataset.v ?? row.cells[column].textContent;
+    const compare = (a, b) => {
+      const [x, y] = [value(a), value(b)];
+      const [m, n] = [Number(x), Number(y)];
+      const isNumber = x !== "" && y !== "" && !Number.isNaN(m) && !Number.isNaN(n);
+      return isNumber ? m - n : bySorting.compare(x, y);
+    };
+    // The largest number or the first name comes first; the third press brings the model's order back.
+    const ways = head.classList.contains("n") ? ["descending", "ascending"] : ["ascending", "descending"];
     button.addEventListener("click", () => {
-      const down = head.getAttribute("aria-sort") === "descending";
+      const way = ways[ways.indexOf(head.getAttribute("aria-sort")) + 1];
       for (const other of heads) other.removeAttribute("aria-sort");
-      head.setAttribute("aria-sort", down ? "ascending" : "descending");
-      const value = (row) => row.cells[column].dataset.v ?? row.cells[column].textContent;
-      const compare = (a, b) => {
-        const [x, y] = [value(a), value(b)];
-        const [m, n] = [Number(x), Number(y)];
-        const isNumber = x !== "" && y !== "" && !Number.isNaN(m) && !Number.isNaN(n);
-        return isNumber ? m - n : x.localeCompare(y);
-      };
-      const rows = [...table.tBodies[0].rows].sort((a, b) => (down ? compare(a, b) : compare(b, a)));
+      const rows = [...inOrder];
+      if (way) {
+        head.setAttribute("aria-sort", way);
+        rows.sort((a, b) => (way === "ascending" ? compare(a, b) : compare(b, a)));
+      }
       table.tBodies[0].append(...rows);
     });
   });
+  if (inOrder.length > 8) addFilter(table, inOrder);
 }
+function addFilter(table, rows) {
+  const label = document.createElement("label");
+  const box = document.createElement("input");
+  const found = document.createElement("output");
+  box.type = "search";
+  box.placeholder = "name, op or remark";
+  label.className = "filter";
+  label.append("Show rows with ", box, found);
+  table.closest(".scroll").before(label);
+  const texts = rows.map((row) => row.textContent.toLowerCase());
+  box.addEventListener("input", () => {
+    const words = box.value.toLowerCase().split(/\s+/);
+    rows.forEach((row, index) => { row.hidden = !words.every((word) => texts[index].includes(word)); });
+    found.textContent = box.value.trim() ? `${rows.filter((row) => !row.hidden).length} of ${rows.length}` : "";
+  });
+}
+// On paper, nothing is folded away.
+let opened = [];
+addEventListener("beforeprint", () => {
+  opened = [...document.querySelectorAll("details:not([open])")];
+  for (const details of opened) details.open = true;
+});
+addEventListener("afterprint", () => {
+  for (const details of opened) details.open = false;
+});
