@@ -12,8 +12,8 @@ from catalogue.harness import Case, World, make_world, run_case
 
 # What tells the reader what to do.
 _FIX = re.compile(
-    r"\b(add|ask|call|change|choose|combine|convert|did you mean|drop|export|fold|freeze|give|inject|install|keep|lay|"
-    r"leave|let|list|load|look|make|mend|move|must|name|need|pass|put|raise|read|remove|rename|replace|resize|report|run|"
+    r"\b(add|ask|call|change|choose|combine|convert|did you mean|do that|drop|export|fold|freeze|give|inject|install|"
+    r"keep|lay|leave|let|list|load|look|make|mend|move|must|name|need|pass|put|raise|read|remove|rename|replace|resize|report|run|"
     r"save|say|see|set|show|support|swap|take|trace|train|unflatten|unfold|use|write|written)(s|ed)?\b",
     re.IGNORECASE,
 )
