@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,8 @@ def sampled_sha256(path: Path) -> str:
 
 def data_locations(model: onnx.ModelProto) -> list[str]:
     """The files that the graph's weights are in, as the graph names them; the .onnx itself may be renamed."""
-    graphs = (model.graph, *_inside(node for nodes in (model.graph, *model.functions) for node in nodes.node))
+    nodes = itertools.chain(model.graph.node, *(function.node for function in model.functions))
+    graphs = (model.graph, *_inside(nodes))
     entries = [entry for graph in graphs for tensor in graph.initializer for entry in tensor.external_data]
     return list(dict.fromkeys(entry.value for entry in entries if entry.key == "location"))
 
@@ -42,7 +44,7 @@ def data_locations(model: onnx.ModelProto) -> list[str]:
 def _inside(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
     """The graphs inside of nodes: branches, and bodies of loops."""
     for attribute in (attribute for node in nodes for attribute in node.attribute):
-        for graph in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+        for graph in (attribute.g, *attribute.graphs):
             yield graph
             yield from _inside(graph.node)
 
