@@ -24,6 +24,7 @@ from typing import Annotated
 import fastapi
 import pydantic
 from embedding_model import EmbeddingModel, UnknownAdapter, prepare
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 import lora_fx
@@ -117,6 +118,11 @@ def make_app(model: EmbeddingModel, *, wait: float = 0.005, size: int = 32) -> f
     @app.exception_handler(UnknownAdapter)
     async def unknown(request: fastapi.Request, error: UnknownAdapter) -> JSONResponse:
         return JSONResponse({"detail": str(error), "adapters": error.known}, 404)
+
+    @app.exception_handler(RequestValidationError)
+    async def unfit(request: fastapi.Request, error: RequestValidationError) -> JSONResponse:
+        """Without what was sent, as FastAPI has it: NaN or half a character is in no answer."""
+        return JSONResponse({"detail": [{key: each[key] for key in ("loc", "msg")} for each in error.errors()]}, 422)
 
     @app.post("/embed")
     async def embed(query: Query) -> Answer:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +35,18 @@ def sampled_sha256(path: Path) -> str:
 
 def data_locations(model: onnx.ModelProto) -> list[str]:
     """The files that the graph's weights are in, as the graph names them; the .onnx itself may be renamed."""
-    entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
+    nodes = itertools.chain(model.graph.node, *(function.node for function in model.functions))
+    graphs = (model.graph, *_inside(nodes))
+    entries = [entry for graph in graphs for tensor in graph.initializer for entry in tensor.external_data]
     return list(dict.fromkeys(entry.value for entry in entries if entry.key == "location"))
+
+
+def _inside(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
+    """The graphs inside of nodes: branches, and bodies of loops."""
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        for graph in (attribute.g, *attribute.graphs):
+            yield graph
+            yield from _inside(graph.node)
 
 
 def check_external_data(file: Path, model: onnx.ModelProto) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -344,7 +345,16 @@ def _check_readable(model: ir.Model, file: Path) -> None:
 
 def has_external_data(model: ir.Model) -> bool:
     """Whether weights are in a file beside the graph's."""
-    return any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values())
+    return any(True for _ in external_tensors(model))
+
+
+def external_tensors(model: ir.Model) -> Iterator[tuple[ir.Value, ir.ExternalTensor]]:
+    """The initializers of all its graphs, those inside of its nodes too, whose values are in a file beside it."""
+    inner = (graph for function in model.functions.values() for graph in function.subgraphs())
+    for graph in itertools.chain(model.graphs(), inner):
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value, value.const_value
 
 
 def save_graph(graph: bytes, target: Path, like: Path) -> None:
@@ -389,8 +399,7 @@ def check_apart(base: Path, model: ir.Model, target: Path, *, may_replace: bool 
         if may_replace:
             return
         raise ExportError(f"{target.name} would replace the base, which is needed still; name another file to write")
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    used = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    used = {Path(tensor.path) for _, tensor in external_tensors(model)}
     for written_file in (target, _data_of(target)):
         if written_file.exists() and any(written_file.samefile(path) for path in used):
             raise ExportError(

@@ -19,7 +19,7 @@ from lora_fx import ExportError
 from lora_fx.atomic import sync_directory, temporary_beside, write_durably, write_through
 
 from .external_data import DATA_HASH_KEY, data_locations, sha256
-from .onnx_files import graph_bytes, has_external_data, save_graph, written
+from .onnx_files import external_tensors, graph_bytes, has_external_data, save_graph, written
 from .streamed_weights import NewValues
 from .text import reason
 
@@ -126,22 +126,19 @@ def _check_alone(model: ir.Model, file: Path, changed: Sequence[ir.Value]) -> No
     Raises:
         ExportError: if somebody does.
     """
-    others = [value for value in model.graph.initializers.values() if all(value is not each for each in changed)]
-    for value in changed:
-        own = value.const_value
-        assert isinstance(own, ir.ExternalTensor)
-        start, stop = own.offset or 0, (own.offset or 0) + own.nbytes
-        for other in (*others, *(each for each in changed if each is not value)):
-            tensor = other.const_value
-            if not isinstance(tensor, ir.ExternalTensor) or Path(tensor.path) != Path(own.path):
+    places = [(value, _place_of(tensor)) for value, tensor in external_tensors(model)]
+    files = {path: path.resolve() for path in {place.path for _, place in places}}  # one file may have several names
+    own = [(value, place) for value, place in places if any(value is each for each in changed)]
+    for value, place in own:
+        for other, there in places:
+            if other is value or files[there.path] != files[place.path]:
                 continue
-            if (tensor.offset or 0) < stop and start < (tensor.offset or 0) + tensor.nbytes:
+            if there.offset < place.offset + place.size and place.offset < there.offset + there.size:
                 raise ExportError(
-                    f"{value.name!r} and {other.name!r} share their place in {own.location!r}, so they cannot be "
+                    f"{value.name!r} and {other.name!r} share their place in {place.location!r}, so they cannot be "
                     "folded in place; fold into another file"
                 )
-    tensors = (value.const_value for value in changed)
-    used = {Path(tensor.path).resolve() for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    used = {files[place.path] for _, place in own}
     for path in file.parent.glob("*.onnx") if used else ():
         if path.resolve() == file.resolve() or path.stat().st_size > _LARGE_GRAPH:
             continue
@@ -193,6 +190,8 @@ def _is_known(file: Path, undo: Path) -> bool:
     if not record.is_file():
         return False
     noted = json.loads(record.read_text(encoding="utf-8"))
+    if not isinstance(noted, dict) or not isinstance(noted.get("places"), dict):
+        raise ValueError(f"{_RECORD} of {undo.name} is not what was written there")
     return bool(_hash([graph]) == noted["graph"]) and all(
         place.hash() == noted["places"][f"{place.path.relative_to(file.parent)}:{place.offset}"]
         for place in _kept(file, undo)
@@ -316,10 +315,6 @@ def _write_back(places: Sequence[_Place], contents: Sequence[Iterator[bytes]]) -
 
 def _rehash(model: ir.Model, file: Path) -> None:
     """The graph names its data's hash, if `export_onnx` wrote it."""
-    places = {
-        value.const_value.path
-        for value in model.graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
+    places = {tensor.path for _, tensor in external_tensors(model)}
     if DATA_HASH_KEY in model.metadata_props and len(places) == 1:
         model.metadata_props[DATA_HASH_KEY] = sha256(Path(places.pop()))

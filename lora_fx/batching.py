@@ -335,7 +335,7 @@ def _replace_form(gm: LoraGraphModule) -> None:
     assert trace is not None
     for key, hook in gm._forward_pre_hooks.items():
         if isinstance(hook, CallForm):
-            gm._forward_pre_hooks[key] = hook.with_input(INPUT, trace.kwargs[INPUT])
+            gm._forward_pre_hooks[key] = hook.with_ids(INPUT, trace.kwargs[INPUT])
 
 
 # The check -------------------------------------------------------------------------------------------

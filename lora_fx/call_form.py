@@ -42,10 +42,12 @@ class CallForm:
         self._traced = {name: dict(_leaves(values[name])) for name in names}
         self._plain = {name: leaves[()] for name, leaves in self._traced.items() if () in leaves}
         self._free_numbers = free_numbers
+        self._ids: str | None = None
 
-    def with_input(self, name: str, example: torch.Tensor) -> CallForm:
-        """The form of a graph that takes one more tensor, by name."""
+    def with_ids(self, name: str, example: torch.Tensor) -> CallForm:
+        """The form of a graph that takes one more tensor, by name: a number for each row of the batch."""
         longer = copy.copy(self)
+        longer._ids = name
         longer._names = [*self._names, name]
         longer._traced = self._traced | {name: {(): example}}
         longer._plain = self._plain | {name: example}
@@ -58,9 +60,11 @@ class CallForm:
         if torch.compiler.is_compiling():  # looks into no containers
             for name in self._plain:
                 self._check_leaf(name, self._plain[name], given[name])
-            return
-        for name, value in given.items():
-            self._check(name, dict(_leaves(value)))
+        else:
+            for name, value in given.items():
+                self._check(name, dict(_leaves(value)))
+        if self._ids is not None:
+            self._check_ids(self._ids, given[self._ids], self._batch(given))
 
     def _check_names(self, given: Mapping[str, Any], positional: int) -> None:
         if positional > len(self._names):
@@ -108,6 +112,25 @@ class CallForm:
             raise GraphError(
                 f"the graph was traced with {_spelled(example)} for input {name!r} and has no place for "
                 f"{_spelled(leaf)}. Trace the model again with such an input"
+            )
+
+    def _batch(self, given: Mapping[str, Any]) -> int | None:
+        """How many rows are given: the size of the first input that has one, unless that is inside of another."""
+        for name, leaves in self._traced.items():
+            place = next((at for at, leaf in leaves.items() if isinstance(leaf, torch.Tensor) and leaf.ndim), None)
+            if place is not None:
+                return None if place else len(given[name])
+        return None
+
+    def _check_ids(self, name: str, ids: Any, batch: int | None) -> None:
+        """Of another size, they would spread over rows that they were not meant for."""
+        is_tensor = isinstance(ids, torch.Tensor)
+        if not is_tensor or ids.dtype not in (torch.int32, torch.int64) or ids.ndim != 1:
+            found = f"{ids.dtype} {list(ids.shape)}" if is_tensor else f"a {type(ids).__name__}"
+            raise GraphError(f"{name} is {found}; it must be a tensor of int64 or int32, one number for each row")
+        if batch is not None and len(ids) != batch:
+            raise GraphError(
+                f"{name} has {len(ids)} numbers, and the batch {batch} rows; give one for each row, 0 for the base"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallForm:

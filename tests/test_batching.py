@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -313,6 +314,25 @@ def test_what_a_batched_graph_does_not_do(tmp_path: Any) -> None:
     symbolic = lora_fx.inject(traced(BY_NAME["mlp"], "symbolic"), LoraConfig(target_modules=["fc1"]))
     with pytest.raises(GraphError, match=r"lora_fx.trace\(model, args\) remembers"):
         lora_fx.batch_adapters(symbolic)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor([1]), "adapter_ids has 1 numbers, and the batch 3 rows"),
+        (torch.tensor([1, 2]), "adapter_ids has 2 numbers, and the batch 3 rows"),
+        (torch.tensor([[1, 2, 0]]), r"adapter_ids is torch.int64 \[1, 3\]; it must be a tensor of int64 or int32"),
+        (torch.tensor([1.0, 2.0, 0.0]), r"adapter_ids is torch.float32 \[3\]; it must be"),
+        (torch.tensor([True, False, True]), r"adapter_ids is torch.bool \[3\]; it must be"),
+        (np.array([1, 2, 0]), "adapter_ids is a ndarray; it must be"),
+    ],
+)
+def test_ids_of_another_kind_are_refused(ids: Any, message: str) -> None:
+    """One number would be spread over all rows, which is somebody's mistake if it is not a batch of one."""
+    batched, (args, kwargs) = lora_fx.batch_adapters(several("mlp")), BY_NAME["mlp"].arguments()
+    with pytest.raises(GraphError, match=message):
+        batched(*args, **kwargs, adapter_ids=ids)
+    assert len(run(batched, with_ids((args, kwargs), torch.tensor([1, 2, 0], dtype=torch.int32)))[0]) == 3
 
 
 def test_an_input_of_that_name_is_refused() -> None:

@@ -147,6 +147,18 @@ def test_what_is_no_query_is_refused(served: Served, query: dict[str, Any]) -> N
     assert asyncio.run(talk()) == 422
 
 
+@pytest.mark.parametrize("value", [rb'"\ud800"', b"NaN", b"1e999", b"{}"])
+def test_refusals_send_back_nothing_that_json_cannot_hold(served: Served, value: bytes) -> None:
+    async def talk() -> Any:
+        async with serving(served) as client:
+            body = b'{"text": %b}' % value
+            return await client.post("/embed", content=body, headers={"content-type": "application/json"})
+
+    refused = asyncio.run(talk())
+    assert refused.status_code == 422
+    assert [each["loc"] for each in refused.json()["detail"]] == [["body", "text"]]
+
+
 def test_adapters_come_and_go_while_it_serves(served: Served) -> None:
     """Whoever asks meanwhile has their adapter or 404, and never another's vector."""
     kept, changed = served.names[0], served.names[1]

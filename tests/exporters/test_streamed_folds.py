@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -147,7 +148,6 @@ def sha256(file: Path) -> str:
 
 def write_odd(directory: Path, places: dict[str, tuple[ir.DataType, tuple[int, ...], int]], size: int = 4000) -> Path:
     """A MatMul with "fc.weight" (6, 5), and initializers that lie where they are told to, in random bytes."""
-    import onnx
     from onnx import TensorProto, helper
 
     small = np.random.default_rng(5).integers(0, 60, size, dtype=np.uint8)  # of any type, a small number
@@ -237,6 +237,66 @@ def test_two_weights_over_the_same_bytes(other: tuple[int, ...], offset: int, tm
     after = stored(tmp_path / "out.onnx")
     assert after["other"] == before["other"]
     assert after["fc.weight"] != before["fc.weight"]
+
+
+def rename_place(tensor: Any, location: str) -> None:
+    next(entry for entry in tensor.external_data if entry.key == "location").value = location
+
+
+@pytest.mark.parametrize("location", ["link.data", "inner/../odd.data"])
+def test_a_file_of_weights_under_two_names(location: str, tmp_path: Path) -> None:
+    """Which of them a graph uses says nothing about whose bytes they are."""
+    base = write_odd(tmp_path, {"fc.weight": (D.FLOAT, (6, 5), 8), "other": (D.FLOAT, (6, 5), 8)})
+    (tmp_path / "link.data").symlink_to("odd.data")
+    (tmp_path / "inner").mkdir()
+    model = onnx.load(base, load_external_data=False)
+    rename_place(model.graph.initializer[1], location)
+    onnx.save(model, base)
+    adapter, files = adapter_of_fc(tmp_path / "adapter"), files_in(tmp_path)
+    with pytest.raises(ExportError, match="'fc.weight' and 'other' share their place"):
+        fold_into_onnx(base, adapter, base)
+    assert files_in(tmp_path) == files
+
+
+def test_weights_inside_of_branches_are_somebody_elses_too(tmp_path: Path) -> None:
+    base = write_odd(tmp_path, {"fc.weight": (D.FLOAT, (6, 5), 8)})
+    model = onnx.load(base, load_external_data=False)
+    inner = onnx.TensorProto()
+    inner.CopyFrom(model.graph.initializer[0])
+    inner.name = "inner"
+    ports = [onnx.helper.make_tensor_value_info(name, 1, None) for name in ("yes", "no")]
+    branches = [
+        onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["x", "inner"], [port.name])], port.name, [], [port],
+                               [inner])
+        for port in ports
+    ]  # fmt: skip
+    model.graph.initializer.append(onnx.helper.make_tensor("is_so", onnx.TensorProto.BOOL, [], [True]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("z", 1, None))
+    model.graph.node.append(
+        onnx.helper.make_node("If", ["is_so"], ["z"], then_branch=branches[0], else_branch=branches[1])
+    )
+    onnx.save(model, base)
+    adapter, files = adapter_of_fc(tmp_path / "adapter"), files_in(tmp_path)
+    with pytest.raises(ExportError, match="'fc.weight' and 'inner' share their place"):
+        fold_into_onnx(base, adapter, base)
+    # A graph beside it whose only weights are those:
+    del model.graph.initializer[0], model.graph.node[0], model.graph.output[0]
+    onnx.save(model, tmp_path / "branches.onnx")
+    write_odd(tmp_path, {"fc.weight": (D.FLOAT, (6, 5), 8)})
+    with pytest.raises(ExportError, match="branches.onnx has its weights in the same file"):
+        fold_into_onnx(base, adapter, base)
+    assert (tmp_path / "odd.data").read_bytes() == files[str(tmp_path / "odd.data")]
+
+
+def test_a_record_that_somebody_wrote_over_undoes_nothing(tmp_path: Path) -> None:
+    base = write_odd(tmp_path, {"fc.weight": (D.FLOAT, (6, 5), 8)})
+    fold_into_onnx(base, adapter_of_fc(tmp_path / "adapter"), base)
+    for text in ("[]", "{}", '{"places": []}', "3"):
+        (tmp_path / "odd.onnx.undo" / "folded.json").write_text(text)
+        files = files_in(tmp_path)
+        with pytest.raises(ExportError, match="cannot take back the fold of .*folded.json of odd.onnx.undo is not"):
+            unfold_onnx(base)
+        assert files_in(tmp_path) == files
 
 
 @pytest.mark.parametrize("dtype", [D.FLOAT8E4M3FN, D.INT8, D.INT4])
