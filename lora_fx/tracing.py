@@ -196,7 +196,9 @@ def _both_modes(
         views[not model.training] = _module_of(_export_other_mode(model, args, kwargs, shapes), model)
     except Exception as error:
         logger.info("no graph for training=%s: %s", not model.training, _reason(error))
-        drawn = ". Is it a layer that is left out at random? Set layerdrop to 0" if "data-dependent" in str(error) else ""
+        drawn = (
+            ". Is it a layer that is left out at random? Set layerdrop to 0" if "data-dependent" in str(error) else ""
+        )
         return views, {not model.training: _reason(error) + drawn}
     if _is_same_graph(views[True], views[False]):
         views = {None: views[model.training]}
