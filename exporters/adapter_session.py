@@ -25,6 +25,7 @@ from lora_fx.errors import closest
 
 from .lora_places import adapter_arrays
 from .lora_slots import Slots, read_slots
+from .made_up_inputs import DTYPES
 from .named_weights import OnnxWeights
 from .onnx_adapters import Adapter, check_arrays, read_onnx_adapter
 from .onnx_files import open_model
@@ -175,6 +176,7 @@ class AdapterSession:
         if self.slots.ids is not None:
             arrays = self._with_ids(arrays, adapter)
         self._check_names(arrays)
+        self._check_types(arrays)
         if self.slots.ids is not None or adapter is None:
             return arrays, ()
         chosen = [adapter] if isinstance(adapter, str) else list(adapter)
@@ -234,6 +236,15 @@ class AdapterSession:
             raise ExportError(
                 f"{self._file.name} takes no input {unknown[0]!r}.{closest(unknown[0], self.inputs)}{what}"
             )
+
+    def _check_types(self, arrays: Mapping[str, Array]) -> None:
+        for port in self.session.get_inputs():
+            wanted, given = DTYPES.get(port.type), arrays[port.name].dtype
+            if wanted is not None and given != wanted:
+                raise ExportError(
+                    f"{self._file.name} takes {port.name!r} as {np.dtype(wanted)}, not {given}; "
+                    f"array.astype({np.dtype(wanted).name!r}) converts it"
+                )
 
     def _find(self, name: str) -> _Loaded:
         loaded = self._loaded.get(name)

@@ -31,7 +31,7 @@ def made_up(session: ort.InferenceSession, batch: int, length: int) -> dict[str,
             sizes[size] if isinstance(size, str) else unnamed[axis] if size is None else size
             for axis, size in enumerate(port.shape)
         ]
-        dtype = _TYPES.get(port.type)
+        dtype = DTYPES.get(port.type)
         if dtype is None:
             raise ExportError(
                 f"no input can be made up for {port.name!r}, of {port.type}; pass inputs=[{{name: array}}]"
@@ -48,7 +48,7 @@ def made_up(session: ort.InferenceSession, batch: int, length: int) -> dict[str,
 
 
 # {ONNX Runtime's name of a type: numpy's}, of those that Python can feed.
-_TYPES: dict[str, Any] = {
+DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(double)": np.float64,

@@ -59,11 +59,13 @@ def add_adapter_stacks(
         check: False writes the file unchecked.
 
     Raises:
-        AdapterError: if an adapter has something for which there is no place.
+        AdapterError: if `adapters` is no mapping, or an adapter has something for which there is no place.
         ExportError: if a file cannot be read or written, an adapter cannot be chosen by rows (experts, parameters,
             convolutions with groups, and what is trained in full), or rows would get others' adapters; nothing is
             written then.
     """
+    if not isinstance(adapters, Mapping):
+        raise AdapterError(f"adapters are given as {{name: directory}}, and not as {type(adapters).__name__}")
     started = time.perf_counter()
     file, target = checked_file(base), checked_target(out)
     model = open_model(file)

@@ -170,6 +170,7 @@ class _Source:
 
 
 _told: set[str] = set()
+_OR_AUTO = ' or "auto"'
 
 
 def _automatic(source: _Source, options: Mapping[str, str]) -> ort.InferenceSession:
@@ -183,7 +184,7 @@ def _automatic(source: _Source, options: Mapping[str, str]) -> ort.InferenceSess
         # A service opens many sessions, and needs to hear of its machine once.
         level = logging.INFO if str(error) in _told else logging.WARNING
         _told.add(str(error))
-        logger.log(level, "auto took the CPU for %s: %s", source.file.name, error)
+        logger.log(level, "auto took the CPU for %s: %s", source.file.name, str(error).removesuffix(_OR_AUTO))
         return _open(source, ["CPUExecutionProvider"])
     logger.info("auto took CUDA for %s", source.file.name)
     return session
@@ -302,7 +303,7 @@ def _fix(log: Sequence[str], provider: str) -> str:
     needs = f"{required}. " if required else ""
     cuda = "the CUDA libraries (pip install onnxruntime-gpu[cuda,cudnn])"
     libraries = f"{cuda} and TensorRT 10" if "Tensorrt" in provider else cuda
-    return f'{needs}Install a driver and {libraries} and look at nvidia-smi, or pass provider="cpu" or "auto"'
+    return f'{needs}Install a driver and {libraries} and look at nvidia-smi, or pass provider="cpu"{_OR_AUTO}'
 
 
 def silent_run() -> ort.RunOptions:

@@ -157,11 +157,19 @@ def _said(error: Exception) -> tuple[str, int]:
     if isinstance(error, LoraFxError):
         return text, ENVIRONMENT if _is_disk_full(error) else BAD_INPUT
     if isinstance(error, ImportError):
-        return f"{text}; install what the command needs: pip install 'lora-fx[demo]'", ENVIRONMENT
+        return f"{text}; {_install(error)}", ENVIRONMENT
     if isinstance(error, OSError | MemoryError):
         return text, ENVIRONMENT
     bug = "this is a bug, please report it; lora-fx -v shows the traceback"
     return f"{type(error).__name__}: {text.splitlines()[0]} ({bug})", BUG
+
+
+def _install(error: ImportError) -> str:
+    """The command for the one package that is missing: an extra could bring a second onnxruntime beside the first."""
+    missing = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or not missing:
+        return "lora-fx doctor looks at what is installed"
+    return f"pip install {missing}" + (" (or onnxruntime-gpu, never both)" if missing == "onnxruntime" else "")
 
 
 def _is_disk_full(error: BaseException) -> bool:

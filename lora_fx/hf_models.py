@@ -80,6 +80,11 @@ def load_model(directory: Path, task_type: str | None = None, dtype: torch.dtype
     Raises:
         GraphError: if the directory holds no such model, or one whose inputs are not known here.
     """
+    if not directory.is_dir():
+        raise GraphError(
+            f"there is no directory {str(directory)!r}; give one that holds config.json and safetensors. Nothing is "
+            "downloaded: hf download MODEL --local-dir DIRECTORY fetches a model by its name on the hub"
+        )
     if not (directory / "config.json").is_file():
         raise GraphError(f"{str(directory)!r} holds no config.json, so it is no Hugging Face model directory")
     with importing_quietly():

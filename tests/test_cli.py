@@ -259,7 +259,25 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(directorie
     assert run(monkeypatch, "inspect", directories[0]) == 5
     message = capsys.readouterr().err
     assert "transformers" in message
-    assert "pip install 'lora-fx[demo]'" in message
+    assert message.endswith("; pip install transformers\n")
+    assert "[demo]" not in message, "an extra with onnxruntime-gpu breaks an installation that has onnxruntime"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime"), "pip install onnxruntime (or"),
+        (ModuleNotFoundError("No module named 'onnx.reference'", name="onnx.reference"), "pip install onnx"),
+        (ImportError("libcudart.so.13: cannot open shared object file"), "lora-fx doctor"),
+    ],
+)
+def test_what_cannot_be_imported_is_told_with_the_next_command(error, said, monkeypatch, capsys) -> None:
+    def fails(**options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    assert run(monkeypatch, "inspect", "any") == 5
+    assert f"; {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["llama", "whisper", "vit"])

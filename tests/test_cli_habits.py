@@ -217,7 +217,7 @@ def test_colours_are_for_terminals_that_want_them() -> None:
     assert not red.search(plain)
     command = [sys.executable, "-m", "lora_fx.cli", "inspect", "nowhere"]
     piped = subprocess.run(command, capture_output=True, text=True, check=False).stderr
-    assert piped.startswith("error: 'nowhere' holds no config.json")
+    assert piped.startswith("error: there is no directory 'nowhere'")
     assert "\x1b" not in piped
 
 

@@ -205,6 +205,11 @@ def test_rows_are_not_taken_for_what_is_not_in_front(
         append_adapter(tmp_path / "rows.onnx", "y", tmp_path / "adapter")
 
 
+def test_rows_need_names(bert: Deployed, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"given as \{name: directory\}, and not as list"):
+        add_adapter_stacks(bert.base, tmp_path / "rows.onnx", [bert.adapter(ONE)])  # type: ignore[arg-type]
+
+
 def test_inputs_that_cannot_be_made_up_are_asked_for(bert: Deployed, tmp_path: Path) -> None:
     wrong = [{name: array[:, :0] for name, array in bert.feeds[0].items()} | {"input_ids": np.full((2, 5), 10**6)}]
     with pytest.raises(ExportError, match=r"does not run with inputs that were given.*check=False"):
@@ -471,6 +476,8 @@ def test_inputs_are_checked_by_name(bert: Deployed, session: AdapterSession) -> 
         session.run({other: array for other, array in feed.items() if other != name})
     with pytest.raises(ExportError, match=r"takes no input 'input_idz'. Did you mean 'input_ids'"):
         session.run(feed | {"input_idz": feed[name]})
+    with pytest.raises(ExportError, match=rf"takes '{name}' as int64, not int32; array.astype\('int64'\)"):
+        session.run(feed | {name: feed[name].astype(np.int32)})
     with pytest.raises(ExportError, match="load the adapter and name it"):
         session.run(feed | {slot: np.zeros((24, 1), np.float32)}, ONE)
     with pytest.raises(AdapterError, match="no adapter 'tow'.*Did you mean 'two'"):
@@ -484,7 +491,7 @@ def test_what_is_no_input_is_refused(bert: Deployed, session: AdapterSession) ->
         (lambda: session.run(feed, 5), "adapter=5 must be"),  # type: ignore[arg-type]
         (lambda: session.run(feed, [ONE, 5]), "must be"),  # type: ignore[list-item]
         (lambda: session.run({name: [[1], [1, 2]] for name in feed}), "cannot be read as an array"),  # type: ignore[misc]
-        (lambda: session.bind({name: np.array([None]) for name in feed}), "object cannot be bound"),
+        (lambda: session.bind({name: np.array([None]) for name in feed}), "as int64, not object"),
         (lambda: session.bind(feed).update({"input_ids": [1]}), "is not bound with shape"),  # type: ignore[dict-item]
     ):
         with pytest.raises((ExportError, AdapterError), match=what):

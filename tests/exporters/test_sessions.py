@@ -63,6 +63,7 @@ def test_auto_takes_the_cpu_and_says_so(
     assert len(caplog.records) == 1
     assert "auto took the CPU" in caplog.text
     assert "CUDA" in caplog.text
+    assert 'or "auto"' not in caplog.text, "auto is what was asked for"
     assert capfd.readouterr().out == ""
     with caplog.at_level(logging.WARNING, logger="exporters"):
         caplog.clear()
