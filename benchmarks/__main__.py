@@ -42,21 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     where = machine()
     print(f"{where}\n", flush=True)
-    results: dict[str, tuple[Table, ...]] = {}
+    results: dict[str, list[Table]] = {}
     status = 0
     for name in options.subjects or SUBJECTS:
         started = time.perf_counter()
+        tables: list[Table] = []
         try:
-            results[name] = importlib.import_module(f".{name}", __package__).measure(
-                quick=options.quick, rounds=options.rounds
-            )
+            measure = importlib.import_module(f".{name}", __package__).measure
+            for table in measure(quick=options.quick, rounds=options.rounds):  # shown as they come: some take hours
+                print(f"{table}\n" if tables else f"## {name}\n\n{table}\n", flush=True)
+                tables.append(table)
         except CheckFailed as error:
             print(f"{name}: check failed, nothing was timed: {error}", file=sys.stderr, flush=True)
             status = 4
-            continue
-        print(f"## {name}\n")
-        print("\n\n".join(str(table) for table in results[name]))
-        print(f"\n({name} took {time.perf_counter() - started:.0f} s)\n", flush=True)
+        if tables:
+            results[name] = tables
+            print(f"({name} took {time.perf_counter() - started:.0f} s)\n", flush=True)
     if options.plots:
         from .plots import draw
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ _BARS = {
 }
 
 
-def draw(results: dict[str, tuple[Table, ...]], folder: Path) -> list[Path]:
+def draw(results: Mapping[str, Sequence[Table]], folder: Path) -> list[Path]:
     """A picture for each subject that has one.
 
     Args:

@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +24,24 @@ from torch import nn
 import exporters
 import lora_fx
 
+from .checks import require
 from .report import Table
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 
-def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, ...]:
-    """All counts. `rounds` is the number of programs, of which fuzzing makes 1,000 runs each: 10,000 for a release."""
+def measure(*, quick: bool = False, rounds: int | None = None) -> Iterator[Table]:
+    """All counts, one table after the other. `rounds` is the number of programs, of which fuzzing makes 1,000 runs each: 10,000 for a release."""
     sys.path.insert(0, str(TESTS))
     try:
-        return (
-            _catalogue(quick),
-            _files(quick),
-            _programs(20 if quick else rounds or 300),
-            _fuzzing(10_000 if quick else 1000 * (rounds or 300)),
-            _threads(2_000 if quick else 100_000),
-            _numbers(quick),
-            _models(quick),
-            _mutants(quick),
-        )
+        yield _catalogue(quick)
+        yield _numbers(quick)
+        yield _models(quick)
+        yield _threads(2_000 if quick else 100_000)
+        yield _programs(20 if quick else rounds or 300)
+        yield _fuzzing(10_000 if quick else 1000 * (rounds or 300))
+        yield _files(quick)
+        yield _mutants(quick)
     finally:
         sys.path.remove(str(TESTS))
 
@@ -416,7 +415,8 @@ def _mutants(quick: bool) -> Table:
     with tempfile.TemporaryDirectory() as name:
         found = Path(name) / "found.json"
         command = [sys.executable, "mutation.py", *files, f"--every={every}", "--seconds=60", f"--json={found}"]
-        subprocess.run([*command, "--tests", *suites], cwd=TESTS, capture_output=True, check=True)
+        ran = subprocess.run([*command, "--tests", *suites], cwd=TESTS, capture_output=True, check=False, text=True)
+        require(ran.returncode == 0, f"mutation.py: {ran.stderr[-1000:]}")
         counts = mutation.counts_of(mutation.Found(**each) for each in json.loads(found.read_text()))
     rows = [_mutant_row(f"each {every}th, with the tests of {', '.join(suites)}", counts)]
     record = json.loads(mutation.RECORD.read_text())

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -115,7 +115,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def as_json(where: Machine, results: dict[str, tuple[Table, ...]]) -> str:
+def as_json(where: Machine, results: Mapping[str, Sequence[Table]]) -> str:
     """Everything as one JSON object: {machine, subjects: {name: [tables]}}."""
     subjects: dict[str, Any] = {name: [asdict(table) for table in tables] for name, tables in results.items()}
     return json.dumps({"machine": asdict(where), "subjects": subjects}, indent=2, ensure_ascii=False) + "\n"
