@@ -31,7 +31,10 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 
 def measure(*, quick: bool = False, rounds: int | None = None) -> Iterator[Table]:
-    """All counts, one table after the other. `rounds` is the number of programs, of which fuzzing makes 1,000 runs each: 10,000 for a release."""
+    """All counts, one table after the other.
+
+    `rounds` is the number of programs, of which fuzzing makes 1,000 runs each: 10,000 for a release.
+    """
     sys.path.insert(0, str(TESTS))
     try:
         yield _catalogue(quick)
