@@ -226,6 +226,16 @@ def test_the_flat_graph_is_what_all_else_reads() -> None:
     assert_same_training(copy.deepcopy(tree), gm, arguments)
 
 
+def test_a_fold_of_all_adapters_ends_the_tree_and_not_what_only_training_needs() -> None:
+    gm = randomise(injected(STACK, lora_fx.trace(STACK.model(), *STACK.arguments()[0])))
+    two = randomise(lora_fx.inject(gm, LoraConfig(r=2, target_modules="all-linear"), adapter_name="two"))
+    tree = lora_fx.unflatten(two)
+    assert record_of(lora_fx.fold(tree)).lowering is None
+    assert record_of(lora_fx.fold(tree, adapters=["two"])).lowering == record_of(tree).lowering
+    optimised = lora_fx.optimize(two)
+    assert record_of(lora_fx.fold(optimised)).lowering == record_of(optimised).lowering
+
+
 def test_a_tree_is_converted_as_a_graph_is() -> None:
     gm = adapted(STACK)
     tree = lora_fx.unflatten(gm).double()
