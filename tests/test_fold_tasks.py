@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import lora_fx
 from lora_fx import FoldError, LoraConfig, LoraFxWarning
@@ -397,3 +398,10 @@ def test_a_bias_of_two_names_is_known_by_each() -> None:
     for name in parts:
         with pytest.raises(FoldError, match=f"the bias '{name}.bias', into which the lora_bias of '{name}' goes, is"):
             fold(moved(gm, target_modules=[name], lora_bias=True))
+
+
+def test_a_weight_that_is_computed_since_it_was_adapted_is_refused() -> None:
+    gm = lora_fx.inject(lora_fx.trace(nn.Sequential(nn.Linear(7, 5)), torch.randn(3, 7)), {"target_modules": ["0"]})
+    prune.l1_unstructured(gm.get_submodule("0"), "weight", 0.5)
+    with pytest.raises(FoldError, match="weight of '0' is no parameter any more"):
+        lora_fx.fold(gm)
