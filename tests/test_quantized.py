@@ -437,3 +437,17 @@ def test_few_bits_are_not_exported(tmp_path: Path) -> None:
 def test_an_adapter_that_is_not_there() -> None:
     with pytest.raises(AdapterError):
         lora_fx.fold(adapted("nf4")[2], adapters=["other"], quantized="dequantize")
+
+
+def test_linears_that_become_floats_keep_their_biases_or_none() -> None:
+    torch.manual_seed(0)
+    few = [bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4"), bnb.nn.Linear4bit(32, 5, quant_type="nf4")]
+    gm = lora_fx.inject(
+        lora_fx.trace(nn.Sequential(*few).to("cpu"), torch.randn(3, 64)), {"target_modules": ["0", "1"]}
+    )
+    biases = [
+        {name: parameter for name, parameter in graph.named_parameters() if name.endswith("bias")}
+        for graph in (gm, lora_fx.fold(gm, quantized="dequantize"))
+    ]
+    assert biases[0].keys() == biases[1].keys() == {"1.bias"}
+    assert biases[0]["1.bias"].data_ptr() == biases[1]["1.bias"].data_ptr()
