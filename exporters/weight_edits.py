@@ -6,6 +6,7 @@ A weight is seen as a matrix. Blocks of it come in float32 at least, and are cha
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from lora_fx.adapter_arrays import wide
 from .onnx_weights import Array
 
 
-class Edit:
+class Edit(ABC):
     """One change of a weight."""
 
     @property
@@ -24,11 +25,11 @@ class Edit:
         """Whether it takes all rows to know what becomes of one."""
         return False
 
+    @abstractmethod
     def change(self, block: Array, first: int, squares: Array | None) -> None:
         """Change the rows from `first` on; `squares` are the sums that `add_squares` made, if it takes them."""
-        raise NotImplementedError
 
-    def add_squares(self, block: Array, first: int, squares: Array) -> None:
+    def add_squares(self, block: Array, first: int, squares: Array) -> None:  # noqa: B027, for most there is nothing to add
         """Add the squares of what the rows from `first` on become, of each column."""
 
 

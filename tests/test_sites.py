@@ -190,6 +190,17 @@ def test_a_head_may_have_a_stored_bias_added_that_is_cast_first(tracer: str) -> 
     assert [site.path for site in lora_fx.find_sites(gm) if site.is_output_head] == ["fc"]
 
 
+def test_a_grouped_product_with_scales_is_none_to_adapt() -> None:
+    """The weight is what its scales make of it, and not the parameter."""
+    graph = fx.Graph()
+    x, weight = graph.placeholder("x"), graph.get_attr("weight")
+    arguments = (x, weight, graph.placeholder("scale_a"), graph.placeholder("scale_b"))
+    graph.output((graph.call_function(torch.ops.aten._scaled_grouped_mm.default, arguments),))
+    root = nn.Module()
+    root.weight = nn.Parameter(torch.randn(2, 16, 16))
+    assert [site.op for site in lora_fx.find_sites(fx.GraphModule(root, graph))] != ["grouped_mm"]
+
+
 def test_sites_print_as_a_table() -> None:
     text = str(lora_fx.find_sites(traced(BY_NAME["tied_head"])))
     assert "fc       linear     7 → 7" in text

@@ -49,8 +49,9 @@ class Grouped(Family):
 
 
 def _is_grouped_mm(target: object) -> bool:
-    """torch's own op, and transformers' for devices that lack it."""
-    return isinstance(target, torch._ops.OpOverload) and "grouped_mm" in target._schema.name
+    """torch's own op, and transformers' for devices that lack it; the scaled one has weights that scales belong to."""
+    names = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+    return isinstance(target, torch._ops.OpOverload) and target._schema.name in names
 
 
 FAMILY = Grouped()

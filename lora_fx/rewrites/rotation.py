@@ -113,7 +113,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def _fits(x: torch.Size, *tables: torch.Size) -> bool:
     """Whether each channel of x has its cos and sin, and the result is of the shape of x."""
     return all(
-        0 < len(table) <= len(x) and table[-1] == x[-1] and all(a in (1, b) for a, b in zip(table[::-1], x[::-1]))  # noqa: B905
+        0 < len(table) <= len(x)
+        and table[-1] == x[-1]
+        and all(a in (1, b) for a, b in zip(table[::-1], x[::-1], strict=False))
         for table in tables
     )
 
