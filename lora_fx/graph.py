@@ -29,6 +29,7 @@ from .rewrites.attention_masks import MaskNodes, attend, look_at
 from .rewrites.checkpointing import BlockNodes
 from .rewrites.groups import GroupNodes, is_assertion
 from .rewrites.normalization import NormalizationNodes, inverse_rms, normalize
+from .rewrites.plain_ops import asks, needs_plain_ops
 from .rewrites.rotation import RotationNodes, rotate
 
 _aten = torch.ops.aten
@@ -377,16 +378,17 @@ def write_groups(
 ) -> None:
     """Put one call in place of each group's nodes; `graph` is a copy that is only compiled, never read again.
 
-    `target_of` is told whether x is read outside, too, and gives what to call: with the inputs, then what each linear
-    takes, then the dropout modules.
+    `target_of` is told whether x is read outside, too, and gives what to call: with `is_plain`, the inputs, then what
+    each linear takes, then the dropout modules.
     """
     inside = {node for group in groups for node in group.nodes}
     results: list[tuple[fx.Node, fx.Node]] = []
+    is_plain = _is_plain(graph) if groups else None
     for group, before in [(group, _place_of(group)) for group in groups]:
         own = group.nodes
         gives_x = bool(group.chain) and any(user not in own for user in group.x.users)
         with graph.inserting_before(before):
-            args: list[fx.Node] = list(group.inputs if group.chain else [group.x])
+            args: list[fx.Node | None] = [is_plain, *(group.inputs if group.chain else [group.x])]
             for linear in group.linears:
                 args += [linear.node] if linear.base == "given" else [_here(linear.weight)]
                 args += [] if linear.bias is None else [_here(linear.bias)]
@@ -415,7 +417,7 @@ def write_normalizations(graph: fx.Graph, found: Sequence[NormalizationNodes]) -
         value = each.inside[0].meta.get("val"), each.result.meta.get("val")
         with graph.inserting_before(each.result):
             inverse = graph.call_function(inverse_rms, (each.h, each.eps))
-            result = graph.call_function(normalize, (each.h, inverse, each.eps))
+            result = graph.call_function(normalize, (each.h, inverse, each.eps, _is_plain(graph)))
         inverse.meta["val"], result.meta["val"] = value
         _replace(graph, each.result, result)
         for node in each.inside:
@@ -426,7 +428,7 @@ def write_rotations(graph: fx.Graph, found: Sequence[RotationNodes]) -> None:
     """`rotate` in place of the ops of each."""
     for each in found:
         with graph.inserting_before(each.result):
-            result = graph.call_function(rotate, (each.x, each.cos, each.sin))
+            result = graph.call_function(rotate, (each.x, each.cos, each.sin, _is_plain(graph)))
         result.meta["val"] = each.result.meta.get("val")
         _replace(graph, each.result, result)
         for node in each.inside:
@@ -512,11 +514,9 @@ def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
 def write_masks(graph: fx.Graph, found: Sequence[MaskNodes]) -> None:
     """Look at each mask once, and give attention ops what was seen."""
     for each in found:
-        behind = each.mask.next
-        while behind.op == "placeholder":
-            behind = behind.next
-        with graph.inserting_before(behind):
-            verdict = graph.call_function(look_at, (each.mask,))
+        is_plain = _is_plain(graph)
+        with graph.inserting_before(_behind(each.mask)):
+            verdict = graph.call_function(look_at, (each.mask, is_plain))
         for user in each.users:
             names = ("query", "key", "value", "", "dropout_p", "is_causal", "scale", "enable_gqa")
             given = dict(zip(names, user.args, strict=False)) | dict(user.kwargs)
@@ -532,10 +532,26 @@ def _place_of(group: GroupNodes) -> fx.Node:
     """Before which node to write the call: as soon as x is there, or, if not all else can be read there, at the end."""
     if any(not linear.is_movable for linear in group.linears):  # then it is the only one
         return group.linears[0].total
-    before = group.x.next
-    while before.op == "placeholder" or before.target == "_guards_fn":
-        before = before.next
-    return before
+    return _behind(group.x)
+
+
+def _behind(node: fx.Node) -> fx.Node:
+    """The first place where a value can be read, behind what a graph begins with."""
+    place = node.next
+    while place.op == "placeholder" or place.target == "_guards_fn" or asks(place):
+        place = place.next
+    return place
+
+
+def _is_plain(graph: fx.Graph) -> fx.Node:
+    """The node at the start of the graph that asks whether it is to run plain operations; the first use writes it."""
+    known = graph.find_nodes(op="call_function", target=needs_plain_ops)
+    if known:
+        node: fx.Node = known[0]
+        return node
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        return graph.call_function(needs_plain_ops)
 
 
 def _here(node: fx.Node | None) -> fx.Node:

@@ -31,7 +31,7 @@ from .rewrites import (
     shared_projection,
 )
 from .rewrites.checkpointing import BlockNodes
-from .rewrites.group_call import Group, Linear, Term, call_group
+from .rewrites.group_call import Group, Linear, Term, function_of
 from .rewrites.groups import GroupNodes
 from .rewrites.memory import written_values
 
@@ -83,7 +83,7 @@ class Rewrites:
         functions: dict[str, Callable[..., torch.Tensor]] = {}
 
         def target_of(group: GroupNodes, gives_x: bool) -> Callable[..., Any]:
-            return _call_of(self._described(group, gives_x, functions))
+            return function_of(self._described(group, gives_x, functions))
 
         write_groups(lowered, groups, target_of)
         if self.checkpoint:
@@ -194,17 +194,6 @@ def _layer_of(block: BlockNodes) -> Callable[..., Any]:
 
 def _is_tensor(node: fx.Node) -> bool:
     return node.op == "get_attr" or isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def _call_of(group: Group) -> Callable[..., Any]:
-    """A function of the group's tensors, for the graph to call."""
-    count = group.inputs + sum(linear.operands for linear in group.linears)
-
-    def lora_group(*operands: Any) -> tuple[torch.Tensor, ...]:
-        return call_group(group, operands[:count], operands[count:])
-
-    lora_group.__qualname__ = lora_group.__name__
-    return lora_group
 
 
 def _function_of(group: GroupNodes, functions: dict[str, Callable[..., torch.Tensor]]) -> Callable[..., torch.Tensor]:

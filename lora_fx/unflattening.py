@@ -16,7 +16,7 @@ import operator
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx, nn
@@ -35,6 +35,7 @@ from .graph_module import (
     record_of,
 )
 from .matching import matches_names
+from .rewrites.plain_ops import asks
 
 # A value of the flat graph: what a node gives, or the attribute of a name.
 Value = fx.Node | str
@@ -323,7 +324,8 @@ class _Writer:
     def _call(self, part: _Part, block: str, nodes: Sequence[fx.Node]) -> None:
         inside = set(nodes)
         read = dict.fromkeys(value for node in nodes for value in _read(node, self._places[node]))
-        inputs = [v for v in read if (not _is_inside(v, block) if isinstance(v, str) else v not in inside)]
+        outside = [v for v in read if (not _is_inside(v, block) if isinstance(v, str) else v not in inside)]
+        inputs = [value for value in outside if not asks(value)]
         outputs = [node for node in nodes if any(user not in inside for user in node.users)]
         own = _Part(block, fx.Graph())
         for place, value in enumerate(inputs):
@@ -378,9 +380,11 @@ class _Part:
         return self.value(str(node.target) if node.op == "get_attr" else node)
 
     def value(self, value: Value) -> fx.Node:
-        """What has a value of the flat graph; attributes of this block are read here."""
+        """What has a value of the flat graph; attributes of this block are read here, and `asks` is asked here."""
         if value not in self.values and isinstance(value, str):
             self.values[value] = self.attribute(value)
+        elif value not in self.values and asks(value):
+            self.copy(cast("fx.Node", value))
         return self.values[value]
 
     def attribute(self, name: str) -> fx.Node:
@@ -438,6 +442,8 @@ def _follow(graph: fx.Graph, prefix: str, inputs: Sequence[Any], calls: list[tup
             known[node] = f"{prefix}{node.target}"
         elif node.op == "output":
             return seen(node.args[0])
+        elif asks(node):
+            known[node] = node.target
         elif inner := getattr(node.target, "__dict__", {}).get("graph"):
             path, *taken = (known[argument] for argument in node.args)
             known[node] = [leaf.value for leaf in _follow(inner, f"{path}.", taken, calls)]

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
 from lora_fx import GraphError
-from lora_fx.arena import FlatParameter
+from lora_fx.arena import FlatParameter, Joined, joined, lay_out
 
 
 class Model(nn.Module):
@@ -339,3 +339,38 @@ def test_a_frozen_vector_is_not_trained_and_takes_no_hooks() -> None:
     for register in (vector.register_hook, vector.register_post_accumulate_grad_hook):
         with pytest.raises(GraphError, match="would never run.*register them on lora_fx.lora_parameters"):
             register(lambda gradient: gradient)
+
+
+def test_what_was_joined_is_looked_at_again_when_something_has_moved() -> None:
+    """Also where it is moved to the same place in another shape, order or type."""
+    parts = [nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(4, 3))]
+    lay_out(parts)
+    asked = Joined()
+    first = asked(parts)
+    assert first is not None
+    assert torch.equal(first, torch.cat([part.detach().reshape(-1) for part in parts]))
+    assert asked(parts) is first
+    assert asked(parts[:1]) is not first  # other tensors
+    assert asked(parts[::-1]) is None
+
+    def moved(part: nn.Parameter, data: torch.Tensor) -> torch.Tensor | None:
+        asked(parts)
+        own, part.data = part.data, data
+        found, truth = asked(parts), joined(parts)
+        assert (found is None) == (truth is None)
+        assert found is None or torch.equal(found, truth)
+        part.data = own
+        return found
+
+    memory = parts[0].data
+    assert moved(parts[0], memory.clone()) is None
+    assert moved(parts[0], memory.view(3, 2).t()) is None  # there, but not in order
+    assert moved(parts[0], memory.view(torch.int32).view(torch.float32).view(3, 2)) is not None
+    assert moved(parts[1], torch.randn(4, 3)) is None
+    again = asked(parts)
+    assert again is not None
+    assert torch.equal(again, first)
+    with torch.no_grad():
+        parts[1].fill_(7)
+    assert asked(parts) is again
+    assert float(again[-1]) == 7  # it is the memory, not a copy

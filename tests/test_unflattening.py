@@ -6,6 +6,8 @@ import copy
 import gc
 import re
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from zoo import BY_NAME, STACK, assert_same_bits, fingerprint, in_mode, injected
 import lora_fx
 from lora_fx import Block, ConfigError, FoldError, GraphError, LoraConfig, unflattening
 from lora_fx.graph_module import record_of
+from lora_fx.rewrites.plain_ops import asks
 
 # All models as `trace` gives them; the other tracers where they give a graph of another kind.
 NOT_DROPPED = ("lookups", "unread", "kernels", "experts")
@@ -75,6 +78,31 @@ def test_an_optimised_graph_keeps_its_rewrites(case: zoo.Case, options: dict[str
         assert any(map(is_rewritten, called)) == is_rewritten(in_mode(flat, mode).code), called
     assert is_rewritten(in_mode(flat, True).code), "the law would be vacuous"
     assert lora_fx.fold(tree).code == lora_fx.fold(gm).code
+
+
+def test_a_block_of_an_optimised_tree_asks_for_itself_whether_it_is_compiled() -> None:
+    """One that is compiled alone, as regions are, runs plain operations; those around it do not."""
+    case = BY_NAME["llama"]
+    flat = lora_fx.optimize(randomise(injected(case, traced(case, "trace"))))
+    tree = lora_fx.unflatten(flat)
+    assert sum(map(asks, flat.graph.nodes)) == 0  # the graph that was traced has no question
+    graphs = graphs_of_blocks(in_mode(tree, True))
+    assert [sum(map(asks, graph.nodes)) for graph in graphs] == [1] * len(graphs)
+    compiled: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, _: object) -> Callable[..., Any]:
+        compiled.append(gm)
+        return gm.forward
+
+    wanted = gradients(in_mode(flat, True), case.arguments())
+    tree.get_submodule(blocks_of(tree)[0]).compile(backend=backend, fullgraph=True)
+    for name, found in gradients(tree, case.arguments()).items():
+        own = wanted[name]
+        assert (found is None) == (own is None)
+        assert own is None or torch.allclose(found, own, rtol=1e-4, atol=1e-5 * float(own.abs().max())), name
+    ops = [str(node.target) for gm in compiled for node in gm.graph.nodes]
+    assert any("linear" in op for op in ops), ops
+    assert not any("lora_group" in op or "autograd" in op for op in ops), ops
 
 
 @pytest.mark.parametrize(("name", "options"), [("stack", {"checkpoint": True}), ("bert", {})])

@@ -15,7 +15,6 @@ import torch
 from torch import fx
 
 from ..ops.use import argument
-from .group_call import needs_plain_ops
 
 _attention = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -44,6 +43,7 @@ class Verdict:
     """What a mask (…, queries, keys) hides: nothing, all keys behind the query, or what it says."""
 
     mask: torch.Tensor
+    is_plain: bool
     hides_nothing: bool = False
     is_causal: bool = False
     numbers: torch.Tensor | None = None
@@ -56,29 +56,29 @@ class Verdict:
         return self.numbers
 
 
-def look_at(mask: torch.Tensor) -> Verdict:
+def look_at(mask: torch.Tensor, is_plain: bool = False) -> Verdict:
     """One look for all layers; on a GPU the host waits for it."""
-    if needs_plain_ops() or mask.is_meta or mask.dim() < 2:
-        return Verdict(mask)
+    if is_plain or mask.is_meta or mask.dim() < 2:
+        return Verdict(mask, is_plain)
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-        return Verdict(mask)  # a replay would keep this call's verdict, and capturing forbids to wait for it
+        return Verdict(mask, is_plain)  # a replay would keep this call's verdict, and capturing forbids to wait for it
     queries, keys = mask.shape[-2:]
     verdicts = [mask.all()]
     if queries == keys:
         ahead = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril_()
         verdicts.append((mask == ahead).all())
     hides_nothing, *rest = torch.stack(verdicts).tolist()
-    return Verdict(mask, hides_nothing, any(rest))
+    return Verdict(mask, is_plain, hides_nothing, any(rest))
 
 
 def attend(verdict: Verdict, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
     """scaled_dot_product_attention with the mask of the verdict."""
     attention: Callable[..., Any] = torch.nn.functional.scaled_dot_product_attention
-    if verdict.mask.dim() > query.dim():  # an error, and a mask that is left out would hide it
+    if verdict.mask.ndim > query.ndim:  # an error, and a mask that is left out would hide it
         return attention(query, key, value, verdict.mask, **options)
     if verdict.hides_nothing:
         return attention(query, key, value, **options)
     if verdict.is_causal and query.shape[-2] == key.shape[-2] > 1:
         return attention(query, key, value, is_causal=True, **options)
-    is_plain = needs_plain_ops() or query.is_meta
+    is_plain = verdict.is_plain or query.is_meta
     return attention(query, key, value, verdict.mask if is_plain else verdict.for_queries(query.dtype), **options)

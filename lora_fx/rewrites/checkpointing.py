@@ -18,7 +18,7 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.use import operands_of
-from .group_call import needs_plain_ops
+from .plain_ops import needs_plain_ops
 
 _LAYER = re.compile(r"((?:[^.]+\.)*?\d+)(?:\.|$)")
 _PREFIX = re.compile(r"^L\['self'\]\.?")

@@ -19,11 +19,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn import functional as F
 
-from ..arena import joined
+from ..arena import Joined, joined
 
 Tensors = Sequence[torch.Tensor]
 
@@ -80,6 +79,11 @@ class Group:
     tensor_input: int = 0  # the number of an input that is a tensor
     calls: dict[Any, _Call] = field(default_factory=dict, compare=False, repr=False)  # those that were made so far
 
+    @cached_property
+    def operands(self) -> int:
+        """How many tensors it takes."""
+        return self.inputs + sum(linear.operands for linear in self.linears)
+
 
 @dataclass(frozen=True)
 class _Lane:
@@ -96,67 +100,85 @@ class _Lane:
     scalings: dict[tuple[int, int], float] = field(default_factory=dict, compare=False)
 
 
-@dataclass
 class _Operands:
-    """The tensors of a call, told apart."""
+    """The tensors of a call, told apart: those that x is made from; W, bias, and (A, B) of each term, by linear."""
 
-    inputs: list[Any]
-    bases: list[torch.Tensor]
-    biases: list[torch.Tensor | None]
-    factors: list[list[tuple[torch.Tensor, torch.Tensor]]]
+    __slots__ = ("bases", "biases", "factors", "inputs")
 
-    @classmethod
-    def of(cls, group: Group, tensors: Sequence[Any]) -> _Operands:
+    def __init__(self, group: Group, tensors: Sequence[Any]) -> None:
         # Loops and += rather than comprehensions and append, here and below: a call takes as long as a small kernel.
-        bases: list[torch.Tensor] = []
-        biases: list[torch.Tensor | None] = []
-        factors: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        self.inputs: list[Any] = [*tensors[: group.inputs]]
+        self.bases: list[torch.Tensor] = []
+        self.biases: list[torch.Tensor | None] = []
+        self.factors: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         at = group.inputs
         for linear in group.linears:
-            bases += [tensors[at]]
+            self.bases += [tensors[at]]
             at += 1
-            biases += [tensors[at] if linear.has_bias else None]
+            self.biases += [tensors[at] if linear.has_bias else None]
             at += linear.has_bias
             pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
             for _ in linear.terms:
                 pairs += [(tensors[at], tensors[at + 1])]
                 at += 2
-            factors += [pairs]
-        return cls([*tensors[: group.inputs]], bases, biases, factors)
+            self.factors += [pairs]
+
+    def with_factors(self, factors: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> _Operands:
+        """The same with other A and B."""
+        result = object.__new__(_Operands)
+        result.inputs, result.bases, result.biases, result.factors = self.inputs, self.bases, self.biases, factors
+        return result
 
 
-def call_group(group: Group, tensors: Sequence[Any], dropouts: Sequence[nn.Dropout]) -> tuple[torch.Tensor, ...]:
-    """The results of the linears, and x if the group gives it.
+class _Needed(_Operands):
+    """Which of a call's tensors need a gradient.
 
-    Args:
-        group: what to compute.
-        tensors: inputs; then, for each linear, its W and bias, or its result; and A and B of each term.
-        dropouts: one for each term that takes one, in order.
+    Attributes:
+        of_x: whether x does.
+        wanted: the places of those inputs that do.
+        all_factors, some_base: whether each A and B does; whether a W, a bias or a given result does.
     """
-    rates = tuple([module.p if module.training else 0.0 for module in dropouts]) if dropouts else ()
-    if needs_plain_ops():
-        return _plain(group, _Operands.of(group, tensors), [_Dropping(p) for p in rates])
-    device = tensors[group.inputs if group.linears else group.tensor_input].device.type
-    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if narrow is not None and any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tensors):
-        return _plain(group, _Operands.of(group, tensors), [_Dropping(p) for p in rates])  # which autocast leaves alone
-    key = rates, narrow, device
-    call = group.calls.get(key)
-    if call is None:
-        call = group.calls[key] = _Call(group, *key)
-    if torch.is_grad_enabled():
-        results: tuple[torch.Tensor, ...] = _Group.apply(call, *tensors)  # type: ignore[attr-defined]
-        return results
-    return call.forward(_Operands.of(group, tensors))[0]
+
+    __slots__ = ("all_factors", "of_x", "some_base", "wanted")
+
+    def __init__(self, group: Group, needs: Sequence[bool]) -> None:
+        super().__init__(group, needs)
+        self.wanted = [place for place, need in enumerate(self.inputs) if need]
+        self.of_x = bool(self.wanted)
+        self.all_factors = all(need for pairs in self.factors for pair in pairs for need in pair)
+        self.some_base = any(self.bases) or any(self.biases)
 
 
-def needs_plain_ops() -> bool:
-    """Compilers fuse and save better from plain ops; torch.func and forward-mode AD know their formulas."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+def function_of(group: Group) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A function for a graph to call: it gives the results of the linears, and x if the group gives it.
+
+    It takes whether to run plain operations (see `plain_ops`); the inputs; then, for each linear, its W and bias, or
+    its result, and A and B of each term; then an nn.Dropout for each term that takes one, in order.
+    """
+    count = group.operands
+    tensor_place = group.inputs if group.linears else group.tensor_input
+
+    def lora_group(is_plain: bool, *operands: Any) -> tuple[torch.Tensor, ...]:
+        tensors, dropouts = operands[:count], operands[count:]
+        rates = tuple([module.p if module.training else 0.0 for module in dropouts]) if dropouts else ()
+        if is_plain:
+            return _plain(group, _Operands(group, tensors), [_Dropping(p) for p in rates])
+        device = tensors[tensor_place].device.type
+        narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if narrow is not None and any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tensors):
+            # which autocast leaves alone
+            return _plain(group, _Operands(group, tensors), [_Dropping(p) for p in rates])
+        key = rates, narrow, device
+        if key not in group.calls:
+            group.calls[key] = _Call(group, *key)
+        call = group.calls[key]
+        if torch.is_grad_enabled():
+            results: tuple[torch.Tensor, ...] = _Group.apply(call, *tensors)  # type: ignore[attr-defined]
+            return results
+        return call.forward(_Operands(group, tensors))[0]
+
+    lora_group.__qualname__ = lora_group.__name__
+    return lora_group
 
 
 @dataclass(frozen=True)
@@ -170,6 +192,11 @@ class _Dropping:
         if self.mask is None:
             return F.dropout(x, self.p, training=True) if self.p else x
         return x * (self.mask.reshape(x.shape).to(x.dtype) * _scale(self.p))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(…, n) as (rows, n)."""
+    return x.flatten(0, -2) if x.ndim > 1 else x.reshape(1, x.shape[0])
 
 
 def _drawn_as_dropout_does(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -211,7 +238,9 @@ class _Call:
     rates: tuple[float, ...]
     narrow: torch.dtype | None
     device: str
-    _needed: dict[tuple[bool, ...], _Operands] = field(default_factory=dict, compare=False)
+    _needed: dict[tuple[bool, ...], _Needed] = field(default_factory=dict, compare=False)
+    _joined: Joined = field(default_factory=Joined, compare=False)
+    _joined_all: Joined = field(default_factory=Joined, compare=False)
 
     def produce(self, inputs: Sequence[Any]) -> torch.Tensor:
         """x, as the model makes it: under autocast, if it is on."""
@@ -265,7 +294,7 @@ class _Call:
 
     def forward(self, operands: _Operands) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor], list[torch.Tensor]]:
         """(results, h of each lane, the masks of those that have one)."""
-        x = self.produce(operands.inputs)
+        x = operands.inputs[0] if self.group.produce is None else self.produce(operands.inputs)
         if self.narrow is None:
             return self._forward(x, operands)
         with self._autocast(enabled=False):
@@ -276,16 +305,14 @@ class _Call:
     ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor], list[torch.Tensor]]:
         flat = self._flat(x)
         operands = self._narrowed(operands, flat)
-        merged = self._merged(flat, operands) if self.group.may_merge else ()
-        results: list[torch.Tensor] = []
-        for number in self._numbers:
-            results += [self._base(number, flat, operands, merged[number] if merged else None)]
-        hidden: list[torch.Tensor] = []
+        merged = self._merged(flat, operands) if self.group.may_merge else None
         masks = self._draw(x, flat) if self.rates else []
-        drawn = iter(masks)
+        drawn = iter(masks) if masks else None
+        hidden: list[torch.Tensor] = []
+        parts: dict[tuple[int, int], tuple[torch.Tensor, float]] = {}
         for lane in self.lanes:
-            own = _dropped(flat, next(drawn)) if lane.p else flat
-            terms = lane.terms if not merged else tuple([(n, t) for n, t in lane.terms if merged[n] is None])
+            own = flat if drawn is None or not lane.p else _dropped(flat, next(drawn))
+            terms = lane.terms if merged is None else tuple([(n, t) for n, t in lane.terms if merged[n] is None])
             if not terms:
                 continue
             stacked = self._stack(operands, terms)
@@ -293,13 +320,13 @@ class _Call:
             hidden += [h]
             start = 0
             for number, place in terms:
-                b = operands.factors[number][place][1]
-                part = h[:, start : start + b.shape[1]]
-                start += b.shape[1]
-                results[number] = self._added(number, results[number], part, b, lane.scalings[number, place])
-        if x.dim() != 2:
-            for number in self._numbers:
-                results[number] = results[number].reshape(*x.shape[:-1], results[number].shape[-1])
+                stop = start + operands.factors[number][place][1].shape[1]
+                parts[number, place] = h[:, start:stop], lane.scalings[number, place]
+                start = stop
+        results: list[torch.Tensor] = []
+        for number in self._numbers:
+            result = self._result(number, flat, operands, None if merged is None else merged[number], parts)
+            results += [result if x.ndim == 2 else result.reshape(*x.shape[:-1], result.shape[-1])]
         return (*results, x) if self.group.gives_x else tuple(results), hidden, masks
 
     @cached_property
@@ -307,29 +334,40 @@ class _Call:
         return range(len(self.group.linears))
 
     def _flat(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.group.linears or (x.dim() == 2 and self.narrow is None):
+        if not self.group.linears or (x.ndim == 2 and self.narrow is None):
             return x
-        flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not −1, which an empty batch leaves open
+        flat = _rows(x)
         return flat if self.narrow is None or x.dtype == torch.float64 else flat.to(self.narrow)
 
-    def _base(self, number: int, flat: torch.Tensor, operands: _Operands, merged: torch.Tensor | None) -> torch.Tensor:
-        linear, base, bias = self.group.linears[number], operands.bases[number], operands.biases[number]
-        if linear.base == "given":
-            return base.reshape(base.shape[:-1].numel(), base.shape[-1])
-        weight = (base if linear.base == "linear" else base.t()) if merged is None else merged
-        if self.narrow is not None:
-            weight, bias = weight.to(flat.dtype), None if bias is None else bias.to(flat.dtype)
-        return F.linear(flat, weight, bias)
-
-    def _added(
-        self, number: int, result: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scaling: float
+    def _result(
+        self,
+        number: int,
+        flat: torch.Tensor,
+        operands: _Operands,
+        merged: torch.Tensor | None,
+        parts: dict[tuple[int, int], tuple[torch.Tensor, float]],
     ) -> torch.Tensor:
-        """result + scaling · h Bᵀ; what the group made itself is written over."""
-        if h.dtype != result.dtype:
-            return result.add((h @ b.t()).mul_(scaling).to(result.dtype))
-        if self.group.linears[number].base == "given":
-            return torch.addmm(result, h, b.t(), alpha=scaling)
-        return result.addmm_(h, b.t(), alpha=scaling)
+        """x Wᵀ + b + Σ scaling · h Bᵀ of a linear, in rows; `merged` is W with the deltas, `parts` are (h, scaling)."""
+        linear, base, bias = self.group.linears[number], operands.bases[number], operands.biases[number]
+        is_given = linear.base == "given"
+        if is_given:
+            result = _rows(base)
+        else:
+            weight = merged if merged is not None else base if linear.base == "linear" else base.t()
+            if self.narrow is not None:
+                weight, bias = weight.to(flat.dtype), None if bias is None else bias.to(flat.dtype)
+            result = F.linear(flat, weight, bias)
+        if merged is not None:
+            return result
+        for place, (_, b) in enumerate(operands.factors[number]):
+            h, scaling = parts[number, place]
+            if h.dtype != result.dtype:
+                result = result.add((h @ b.t()).mul_(scaling).to(result.dtype))
+            elif is_given and place == 0:
+                result = torch.addmm(result, h, b.t(), alpha=scaling)
+            else:  # what the group made itself is written over
+                result = result.addmm_(h, b.t(), alpha=scaling)
+        return result
 
     def _draw(self, x: torch.Tensor, flat: torch.Tensor) -> list[torch.Tensor]:
         """A mask for each lane that drops out: True where x stays."""
@@ -356,12 +394,12 @@ class _Call:
             break
         else:
             return operands
-        piece = joined(_packing_order(operands.factors))
+        piece = self._joined_all(_packing_order(operands.factors))
         if piece is None:
             factors = [[(a.to(wanted), b.to(wanted)) for a, b in pairs] for pairs in operands.factors]
         else:
             factors = _unpacked(piece.to(wanted), operands.factors)
-        return replace(operands, factors=factors)
+        return operands.with_factors(factors)
 
     def _stack(self, operands: _Operands, terms: Sequence[tuple[int, int]]) -> torch.Tensor:
         """A of all terms, one below the other."""
@@ -369,7 +407,7 @@ class _Call:
             number, place = terms[0]
             return operands.factors[number][place][0]
         factors = [operands.factors[number][place][0] for number, place in terms]
-        piece = joined(factors)
+        piece = self._joined(factors)
         return torch.cat(factors) if piece is None else piece.view(-1, factors[0].shape[1])
 
     def _merged(self, flat: torch.Tensor, operands: _Operands) -> list[torch.Tensor | None]:
@@ -410,29 +448,29 @@ class _Call:
         group = self.group
         needed = self._needed.get(needs)
         if needed is None:
-            needed = self._needed[needs] = _Operands.of(group, needs)
-        needs_inputs = any(needed.inputs)
+            needed = self._needed[needs] = _Needed(group, needs)
         inputs = operands.inputs
-        with torch.enable_grad() if needs_inputs and group.produce else nullcontext():
-            if needs_inputs and group.produce:
+        if group.produce is None:
+            result, dx = self._of_linears(self._flat(inputs[0]), operands, hidden, masks, grads, needed)
+            return [None if dx is None else _shaped_as(inputs[0], dx), *result]
+        if needed.of_x:
+            with torch.enable_grad():
                 inputs = [
                     t.detach().requires_grad_(need) if isinstance(t, torch.Tensor) else t
                     for t, need in zip(inputs, needed.inputs, strict=True)
                 ]
+                x = self.produce(inputs)
+        else:
             x = self.produce(inputs)
-        flat = self._flat(x.detach())
         outer = grads[-1] if group.gives_x else None
-        result, d_flat = self._of_linears(flat, operands, hidden, masks, grads, needed, needs_inputs)
-        dx = outer
-        if d_flat is not None:
-            dx = d_flat.to(x.dtype).reshape(x.shape) if outer is None else outer + d_flat.to(x.dtype).reshape(x.shape)
-        if group.produce is None:
-            return [dx if needed.inputs[0] else None, *result]
+        result, dx = self._of_linears(self._flat(x.detach()), operands, hidden, masks, grads, needed)
+        dx = None if dx is None else _shaped_as(x, dx)
+        if outer is not None:
+            dx = outer if dx is None else outer + dx
         of_inputs: list[torch.Tensor | None] = [None] * group.inputs
-        wanted = [i for i, need in enumerate(needed.inputs) if need]
-        if wanted and dx is not None:
-            found = torch.autograd.grad(x, [inputs[i] for i in wanted], dx, allow_unused=True)
-            for place, gradient in zip(wanted, found, strict=True):
+        if needed.of_x and dx is not None:
+            found = torch.autograd.grad(x, [inputs[i] for i in needed.wanted], dx, allow_unused=True)
+            for place, gradient in zip(needed.wanted, found, strict=True):
                 of_inputs[place] = gradient
         return [*of_inputs, *result]
 
@@ -443,56 +481,81 @@ class _Call:
         hidden: list[torch.Tensor],
         masks: list[torch.Tensor],
         grads: Sequence[torch.Tensor | None],
-        needed: _Operands,
-        needs_x: bool,
+        needed: _Needed,
     ) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
-        """(gradients of the linears' tensors, gradient of x)."""
-        rows = [None if g is None else g.reshape(len(flat), g.shape[-1]) for g in grads[: len(self.group.linears)]]
+        """(gradients of the linears' tensors, gradient of x in rows, if it needs one)."""
+        rows: list[torch.Tensor | None] = []
+        for number in self._numbers:
+            g = grads[number]
+            rows += [g if g is None or g.ndim == 2 else _rows(g)]
         given, operands = operands, self._narrowed(operands, flat)
-        sink = _Sink.of(given, operands, needed)
-        merged = self._merged(flat, operands) if self.group.may_merge else [None] * len(self.group.linears)
-        of_factors: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
-        dx: torch.Tensor | None = None
-        for number, g in enumerate(rows):
-            weight = merged[number]
-            if g is not None and needs_x and self.group.linears[number].base != "given":
-                own = operands.bases[number]
-                weight = (own if self.group.linears[number].base == "linear" else own.t()) if weight is None else weight
-                dx = g @ weight.to(g.dtype) if dx is None else dx.addmm_(g, weight.to(g.dtype))
+        sink = _Sink(None, []) if operands is given else _Sink.of(given, operands, needed)
+        merged = self._merged(flat, operands) if self.group.may_merge else None
+        dx = self._through_bases(rows, operands, merged) if needed.of_x else None
+        of_a: dict[tuple[int, int], torch.Tensor] = {}
+        of_b: dict[tuple[int, int], torch.Tensor] = {}
         kept, drawn = iter(hidden), iter(masks)
         for lane in self.lanes:
             mask = next(drawn) if lane.p else None
             own = flat if mask is None else _dropped(flat, mask)
-            for terms, is_merged in (
-                ([t for t in lane.terms if merged[t[0]] is None], False),
-                ([t for t in lane.terms if merged[t[0]] is not None], True),
-            ):
-                if not terms:
-                    continue
-                stacked, scalings = self._stack(operands, terms), [lane.scalings[term] for term in terms]
-                own = own.to(stacked.dtype)
+            for terms, is_merged in self._ways(lane, merged):
+                stacked = self._stack(operands, terms)
+                own = own if own.dtype == stacked.dtype else own.to(stacked.dtype)
                 h = own @ stacked.t() if is_merged else next(kept)
-                dh, found = self._of_terms(rows, operands, terms, h, scalings, needed, sink)
+                scalings = [lane.scalings[term] for term in terms]
+                dh = self._of_terms(rows, operands, terms, h, scalings, needed, sink, of_b)
                 scaling = scalings[0]
-                if any(each != scaling for each in scalings):
-                    sizes = [len(operands.factors[n][t][0]) for n, t in terms]
+                if len({*scalings}) > 1:
+                    sizes = [operands.factors[n][t][0].shape[0] for n, t in terms]
                     dh = dh * torch.repeat_interleave(dh.new_tensor(scalings), torch.tensor(sizes, device=dh.device))
                     scaling = 1.0
-                if any(needed.factors[n][t][0] for n, t in terms):
+                if needed.all_factors or any(needed.factors[n][t][0] for n, t in terms):
                     da = torch.addmm(stacked, dh.t(), own, beta=0, alpha=scaling, out=sink.of_a(terms))
-                    pieces = torch.split(da, [len(operands.factors[n][t][0]) for n, t in terms])
-                    for (place, (_, db)), piece in zip(list(found.items()), pieces, strict=True):
-                        found[place] = (piece if needed.factors[place[0]][place[1]][0] else None, db)
-                of_factors |= found
-                if needs_x and not is_merged:
+                    start = 0
+                    for n, t in terms:
+                        stop = start + operands.factors[n][t][0].shape[0]
+                        if needed.factors[n][t][0]:
+                            of_a[n, t] = da[start:stop]
+                        start = stop
+                if needed.of_x and not is_merged:
                     dx = self._with_lane(dx, dh, stacked, scaling, mask, flat.dtype)
-        of_factors = sink.widened(of_factors, given)
+        if operands is not given:
+            of_a, of_b = sink.widened(of_a, of_b, given)
         result: list[torch.Tensor | None] = []
-        for number, (linear, g) in enumerate(zip(self.group.linears, rows, strict=True)):
-            result += self._of_base(number, g, grads[number], flat, operands, needed)
-            for each in range(len(linear.terms)):
-                result += of_factors.get((number, each), (None, None))
+        for number, linear in enumerate(self.group.linears):
+            if needed.some_base:
+                result += self._of_base(number, rows[number], grads[number], flat, operands, needed)
+            else:
+                result += [None, None] if linear.has_bias else [None]
+            for place in range(len(linear.terms)):
+                result += [of_a.get((number, place)), of_b.get((number, place))]
         return result, dx
+
+    def _through_bases(
+        self, rows: Sequence[torch.Tensor | None], operands: _Operands, merged: list[torch.Tensor | None] | None
+    ) -> torch.Tensor | None:
+        """Σ g W, of those linears whose result somebody used."""
+        dx: torch.Tensor | None = None
+        for number, g in enumerate(rows):
+            base = self.group.linears[number].base
+            if g is None or base == "given":
+                continue
+            weight = None if merged is None else merged[number]
+            if weight is None:
+                weight = operands.bases[number] if base == "linear" else operands.bases[number].t()
+            weight = weight if weight.dtype == g.dtype else weight.to(g.dtype)
+            dx = g @ weight if dx is None else dx.addmm_(g, weight)
+        return dx
+
+    def _ways(
+        self, lane: _Lane, merged: list[torch.Tensor | None] | None
+    ) -> list[tuple[tuple[tuple[int, int], ...], bool]]:
+        """(terms, whether they are in the weight) of a lane, each of which goes its own way."""
+        if merged is None:
+            return [(lane.terms, False)]
+        beside = tuple([(n, t) for n, t in lane.terms if merged[n] is None])
+        within = tuple([(n, t) for n, t in lane.terms if merged[n] is not None])
+        return [way for way in ((beside, False), (within, True)) if way[0]]
 
     def _of_terms(
         self,
@@ -501,11 +564,11 @@ class _Call:
         terms: Sequence[tuple[int, int]],
         h: torch.Tensor,
         scalings: Sequence[float],
-        needed: _Operands,
+        needed: _Needed,
         sink: _Sink,
-    ) -> tuple[torch.Tensor, dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]]]:
-        """(dh without scaling, of all terms side by side; {term: (None, dB)})."""
-        found: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        of_b: dict[tuple[int, int], torch.Tensor],
+    ) -> torch.Tensor:
+        """dh without scaling, of all terms side by side; each dB goes into `of_b`."""
         several = len(terms) > 1
         dh = h.new_empty(h.shape) if several else h
         start = 0
@@ -513,22 +576,20 @@ class _Call:
             b = operands.factors[number][place][1]
             stop = start + b.shape[1]
             g = rows[number]
-            db = None
             if g is None:
                 dh = dh if several else torch.zeros_like(h)
                 dh[:, start:stop] = 0
             else:
-                g = g.to(h.dtype)
+                g = g if g.dtype == h.dtype else g.to(h.dtype)
                 if several:
                     torch.mm(g, b, out=dh[:, start:stop])
                 else:
                     dh = g @ b
                 if needed.factors[number][place][1]:
                     out = sink.of_b((number, place))
-                    db = torch.addmm(b, g.t(), h[:, start:stop], beta=0, alpha=scaling, out=out)
-            found[number, place] = (None, db)
+                    of_b[number, place] = torch.addmm(b, g.t(), h[:, start:stop], beta=0, alpha=scaling, out=out)
             start = stop
-        return dh, found
+        return dh
 
     def _with_lane(
         self,
@@ -552,7 +613,7 @@ class _Call:
         grad: torch.Tensor | None,
         flat: torch.Tensor,
         operands: _Operands,
-        needed: _Operands,
+        needed: _Needed,
     ) -> Iterator[torch.Tensor | None]:
         """Gradients of W and bias, which are frozen as a rule, or of the result that was given."""
         linear, base, bias = self.group.linears[number], operands.bases[number], operands.biases[number]
@@ -598,7 +659,7 @@ class _Sink:
     parts: list[list[tuple[torch.Tensor, torch.Tensor]]]
 
     @classmethod
-    def of(cls, given: _Operands, narrowed: _Operands, needed: _Operands) -> _Sink:
+    def of(cls, given: _Operands, narrowed: _Operands, needed: _Needed) -> _Sink:
         is_cast = narrowed is not given and any(pairs for pairs in given.factors)
         if not is_cast or not all(n for pairs in needed.factors for pair in pairs for n in pair):
             return cls(None, [])
@@ -620,25 +681,31 @@ class _Sink:
         return None if self.flat is None else self.parts[term[0]][term[1]][1]
 
     def widened(
-        self, found: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]], given: _Operands
-    ) -> dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]]:
+        self,
+        of_a: dict[tuple[int, int], torch.Tensor],
+        of_b: dict[tuple[int, int], torch.Tensor],
+        given: _Operands,
+    ) -> tuple[dict[tuple[int, int], torch.Tensor], dict[tuple[int, int], torch.Tensor]]:
         """The gradients in the dtypes of A and B."""
         if self.flat is None:
-            return {place: _cast(pair, given.factors[place[0]][place[1]]) for place, pair in found.items()}
-        for (number, place), pair in found.items():
-            for gradient, part in zip(pair, self.parts[number][place], strict=True):
-                if gradient is not None and gradient.data_ptr() != part.data_ptr():
+            return (
+                {(n, t): da.to(given.factors[n][t][0].dtype) for (n, t), da in of_a.items()},
+                {(n, t): db.to(given.factors[n][t][1].dtype) for (n, t), db in of_b.items()},
+            )
+        for which, gradients in enumerate((of_a, of_b)):
+            for (number, place), gradient in gradients.items():
+                part = self.parts[number][place][which]
+                if gradient.data_ptr() != part.data_ptr():
                     part.copy_(gradient)
         dtype = next(t.dtype for pairs in given.factors for pair in pairs for t in pair)
         wide = _unpacked(self.flat.to(dtype), given.factors)
-        return {place: wide[place[0]][place[1]] for place in found}
+        return {(n, t): wide[n][t][0] for n, t in of_a}, {(n, t): wide[n][t][1] for n, t in of_b}
 
 
-def _cast(
-    gradients: tuple[torch.Tensor | None, torch.Tensor | None], like: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    a, b = gradients
-    return (None if a is None else a.to(like[0].dtype)), (None if b is None else b.to(like[1].dtype))
+def _shaped_as(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A gradient of x that was computed in rows, in its shape and dtype."""
+    rows = rows if rows.dtype == x.dtype else rows.to(x.dtype)
+    return rows if x.ndim == 2 else rows.reshape(x.shape)
 
 
 def _dropped(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -647,35 +714,36 @@ def _dropped(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class _Group(_SingleLevelFunction):
-    """`_Call` for autograd: a Function without the part that looks for torch.func, which `needs_plain_ops` has done."""
+    """`_Call` for autograd: a Function without the part that looks for torch.func, which `plain_ops` has done."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Any) -> tuple[torch.Tensor, ...]:
-        results, hidden, masks = call.forward(_Operands.of(call.group, tensors))
+        results, hidden, masks = call.forward(_Operands(call.group, tensors))
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.counts, ctx.numbers = call, (len(tensors), len(hidden)), {}
+        ctx.call, ctx.masks, ctx.numbers = call, len(masks) if masks else 0, {}
         kept = [*tensors]
         for place in call.given:  # they are only added to, so backward needs none of their values
             kept[place] = None
-        for place in range(call.group.inputs):
-            if not isinstance(kept[place], torch.Tensor):
-                ctx.numbers[place], kept[place] = kept[place], None
+        if call.group.produce is not None:
+            for place in range(call.group.inputs):
+                if not isinstance(kept[place], torch.Tensor):
+                    ctx.numbers[place], kept[place] = kept[place], None
         ctx.save_for_backward(*kept, *hidden, *masks)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         call: _Call = ctx.call
-        count, lanes = ctx.counts
-        saved = ctx.saved_tensors
-        tensors = list(saved[:count])
+        saved, count = ctx.saved_tensors, call.group.operands
+        tensors = [*saved[:count]]
         for place, number in ctx.numbers.items():
             tensors[place] = number
-        hidden, masks = list(saved[count : count + lanes]), list(saved[count + lanes :])
+        end = len(saved) - ctx.masks
+        hidden, masks = [*saved[count:end]], [*saved[end:]]
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # the gradient will be differentiated itself
             return None, *_differentiable(call, tensors, masks, grads, needs)
-        return None, *call.backward(_Operands.of(call.group, tensors), hidden, masks, grads, needs)
+        return None, *call.backward(_Operands(call.group, tensors), hidden, masks, grads, needs)
 
 
 def _differentiable(
@@ -696,7 +764,7 @@ def _differentiable(
     # An alias for each place: one tensor may stand at two, and one may be made from another in the graph around.
     tensors = [0.0 if i in given else t.view_as(t) if isinstance(t, torch.Tensor) else t for i, t in enumerate(tensors)]
     with call._autocast(enabled=True):
-        results = _plain(call.group, _Operands.of(call.group, tensors), [drawn[place] for place in places])
+        results = _plain(call.group, _Operands(call.group, tensors), [drawn[place] for place in places])
     pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None and y.requires_grad]
     wanted = [i for i, need in enumerate(needs) if need and i not in given]
     found = torch.autograd.grad(

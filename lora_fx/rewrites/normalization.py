@@ -17,7 +17,6 @@ import torch
 from torch import fx
 from torch.autograd.function import _SingleLevelFunction
 
-from .group_call import needs_plain_ops
 from .groups import readers
 
 _aten = torch.ops.aten
@@ -59,17 +58,16 @@ def _normalization(node: fx.Node) -> NormalizationNodes | None:
 
 def inverse_rms(h: torch.Tensor, eps: float) -> torch.Tensor:
     """1 / √(mean(h²) + eps), (…, 1)."""
-    with torch.no_grad():
-        return _inverse(h, eps)
+    return _inverse(h.detach(), eps)
 
 
 def _inverse(h: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
 
 
-def normalize(h: torch.Tensor, inverse: torch.Tensor, eps: float) -> torch.Tensor:
+def normalize(h: torch.Tensor, inverse: torch.Tensor, eps: float, is_plain: bool = False) -> torch.Tensor:
     """h · inverse, with the gradient of h · rsqrt(mean(h²) + eps)."""
-    if needs_plain_ops():
+    if is_plain:
         return h * _inverse(h, eps)
     if torch.is_grad_enabled() and h.requires_grad:
         result: torch.Tensor = _Normalize.apply(h, inverse, eps)  # type: ignore[attr-defined]

@@ -20,7 +20,6 @@ import torch
 from torch import fx
 from torch.autograd.function import _SingleLevelFunction
 
-from .group_call import needs_plain_ops
 from .groups import readers
 
 _aten = torch.ops.aten
@@ -98,10 +97,10 @@ def _span(half: fx.Node, size: int) -> tuple[int, int] | None:
     return start or 0, size if stop is None else min(stop, size)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_plain: bool = False) -> torch.Tensor:
     """x · cos + rotate_half(x) · sin."""
-    is_plain = x.dtype != cos.dtype or x.dtype != sin.dtype or cos.requires_grad or sin.requires_grad
-    if is_plain or needs_plain_ops() or not _fits(x.shape, cos.shape, sin.shape):
+    is_mixed = x.dtype != cos.dtype or x.dtype != sin.dtype or cos.requires_grad or sin.requires_grad
+    if is_plain or is_mixed or not _fits(x.shape, cos.shape, sin.shape):
         return x * cos + _half_turn(x) * sin
     if x.requires_grad and torch.is_grad_enabled():
         result: torch.Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[attr-defined]

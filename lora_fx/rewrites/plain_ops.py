@@ -1,0 +1,24 @@
+"""Whether the calls that rewrites make are to run the plain operations: asked once for each call of a graph.
+
+A rewritten graph asks at its start, and gives the answer to its calls; a tree of blocks asks in each block, since a
+block may be compiled by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+
+def needs_plain_ops() -> bool:
+    """Compilers fuse and save better from plain ops; torch.func and forward-mode AD know their formulas."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def asks(node: object) -> bool:
+    """Whether a node asks that."""
+    return isinstance(node, fx.Node) and node.target is needs_plain_ops
