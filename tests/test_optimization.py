@@ -169,9 +169,9 @@ class _Counting(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def distances(gm: Any, exact: Any, dtype: torch.dtype, **autocast: Any) -> torch.Tensor:
+def distances(gm: Any, exact: Any, dtype: torch.dtype, narrow: torch.dtype | None) -> torch.Tensor:
     """How far each gradient of A and B is from that of float64, as a share of its norm."""
-    with torch.autocast("cpu", **autocast) if autocast else contextlib.nullcontext():
+    with torch.autocast("cpu", dtype=narrow) if narrow else contextlib.nullcontext():
         found = gradients(gm, LLAMA.arguments(dtype))[1]
     wanted = gradients(exact, LLAMA.arguments(torch.float64))[1]
     names = [name for name in wanted if "lora_" in name]
@@ -194,13 +194,12 @@ def test_in_16_bits_gradients_are_as_near_to_those_of_float64_as_the_plain_graph
     dtype: Any, options: dict[str, bool]
 ) -> None:
     """Rounding in 16 bits tells two right ways of computing far apart, so each is held against the truth."""
-    autocast = {"dtype": torch.bfloat16} if dtype == "autocast" else {}
-    dtype = torch.float32 if autocast else dtype
+    dtype, narrow = (torch.float32, torch.bfloat16) if dtype == "autocast" else (dtype, None)
     plain = adapted(LLAMA, dtype)
     exact = in_float64(plain)
-    theirs = distances(plain, exact, dtype, **autocast)
-    ours = distances(lora_fx.optimize(plain, **options), exact, dtype, **autocast)
-    assert theirs.mean() > torch.finfo(torch.float16).eps, "there is rounding to compare"
+    theirs = distances(plain, exact, dtype, narrow)
+    ours = distances(lora_fx.optimize(plain, **options), exact, dtype, narrow)
+    assert theirs.mean() > torch.finfo(torch.float16).eps / 2, "there is rounding to compare"
     # 1.0 in layers of 256; in these small ones, which have few numbers to average over, 1.1 to 1.6.
     assert ours.mean() <= 2 * theirs.mean()
     assert ours.max() <= 2 * theirs.max()
