@@ -275,6 +275,14 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
     assert plots.draw({"gpu": ()}, tmp_path / "none") == []
 
 
+def test_bars_are_drawn(tmp_path: Path) -> None:
+    swap = Table("swap", ("way", "ms", "/ PEFT"), (("PEFT", 1.0, 1.0), ("lora_fx, finite=True", 0.1, 0.125)))
+    batch = Table("batch", ("way", "ms", "/ PEFT"), (("lora_fx, adapter_ids", 0.1, 0.4375),))
+    (path,) = plots.draw({"adapters": (swap, batch)}, tmp_path)
+    text = path.read_text()
+    assert all(word in text for word in ("swap / set_peft_model_state_dict", "mixed batch", "0.12", "0.44"))
+
+
 def test_subjects_are_the_files() -> None:
     modules = (
         injection,
