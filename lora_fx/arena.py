@@ -78,7 +78,8 @@ def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
 class Joined:
     """`joined` of the same tensors again and again: one look at where each lies tells that nothing has changed.
 
-    It keeps the memory that it found, so that nothing else can come to lie there.
+    That holds for memory of `lay_out`'s, which it keeps, so that nothing else can come to lie there. Memory of others
+    may be freed and given to somebody else with a view of it still around, as FSDP does: there it looks each time.
     """
 
     __slots__ = ("_found",)
@@ -99,8 +100,9 @@ class Joined:
             else:
                 return found[0]
         vector = joined(tensors)
-        places = [(t.data_ptr(), t.shape, t.dtype) for t in tensors] if vector is not None else []
-        self._found = None if vector is None else (vector, len(tensors), places)
+        self._found = None
+        if vector is not None and _whole_of(tensors[0]) is not tensors[0]:
+            self._found = vector, len(tensors), [(t.data_ptr(), t.shape, t.dtype) for t in tensors]
         return vector
 
 

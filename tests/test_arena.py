@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import pickle
 import weakref
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -374,3 +376,24 @@ def test_what_was_joined_is_looked_at_again_when_something_has_moved() -> None:
         parts[1].fill_(7)
     assert asked(parts) is again
     assert float(again[-1]) == 7  # it is the memory, not a copy
+
+
+def test_memory_of_others_is_looked_at_anew_each_time() -> None:
+    """FSDP frees the storage of what it gathered, and another block's may come to lie there."""
+    flat = torch.arange(18.0)
+    asked = Joined()
+
+    def parts_of(vector: torch.Tensor) -> list[torch.Tensor]:
+        return [vector[:6].view(2, 3), vector[6:].view(4, 3)]
+
+    first = asked(parts_of(flat))
+    assert first is not None
+    assert torch.equal(first, flat)
+    other = torch.frombuffer(bytearray(flat.numpy().tobytes()), dtype=torch.float32)
+    place = flat.data_ptr()
+    same_place = torch.from_numpy(np.ndarray((18,), np.float32, (ctypes.c_float * 18).from_address(place)))
+    assert same_place.data_ptr() == place  # another storage over the same bytes
+    again = asked(parts_of(same_place))
+    assert again is not None
+    assert again.untyped_storage()._cdata == same_place.untyped_storage()._cdata
+    assert torch.equal(asked(parts_of(other)), flat)
