@@ -46,7 +46,8 @@ def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, .
     timed = workloads.llama(2, 256 if quick else 768, 128 if quick else 512)
     shapes = ((64, 8), (256, 64)) if quick else ((64, 8), (64, 64), (128, 16), (256, 64), (512, 128), (768, 512))
     small = small_table(shapes, 3 * rounds)
-    return (*tables, *(time_table(timed, rounds, lora_dropout=p) for p in (0.0, 0.05)), small)
+    steps = [time_table(timed, rounds, lora_dropout=p, compiles=not quick) for p in (0.0, 0.05)]
+    return (*tables, *steps, small)
 
 
 def lora_step(model: nn.Module, workload: Workload) -> Step:
@@ -224,7 +225,8 @@ def _dora_table(workload: Workload) -> Table:
     )
 
 
-def time_table(workload: Workload, rounds: int, *, lora_dropout: float) -> Table:
+def time_table(workload: Workload, rounds: int, *, lora_dropout: float, compiles: bool = False) -> Table:
+    """A step of each way, interleaved; `compiles`: of PEFT's model and the injected graph under torch.compile, too."""
     peft_model, _, injected = workloads.adapted_alike(workload, lora_dropout=lora_dropout)
     said = check(peft_model, injected, workload)
     base = workload.make()
@@ -237,7 +239,11 @@ def time_table(workload: Workload, rounds: int, *, lora_dropout: float) -> Table
         **{name: lora_step(gm, workload) for name, gm in _optimized(injected, lora_dropout).items()},
         "floor": floor_step(base, workload),
     }
+    if compiles:
+        steps |= _compiled_steps({"PEFT": peft_model, "lora_fx": injected}, workload)
+    graphs = _compiled_graphs()
     times = interleave({name: _backward(step) for name, step in steps.items()}, rounds)
+    require(_compiled_graphs() == graphs, "something was compiled again while it was timed")
     floor = times.ratio("floor", "PEFT")
     rows = [
         (
@@ -255,8 +261,31 @@ def time_table(workload: Workload, rounds: int, *, lora_dropout: float) -> Table
         f"({rounds} rounds)",
         ("model", "ms", "/ PEFT", "cost above the floor / PEFT's", "spread"),
         tuple(rows),
-        (f"checked first: {said}", "forward and backward; no optimizer step"),
+        (
+            f"checked first: {said}",
+            "forward and backward; no optimizer step" + "; nothing was compiled while it was timed" * compiles,
+        ),
     )
+
+
+def _compiled_steps(models: dict[str, nn.Module], workload: Workload) -> dict[str, Step]:
+    """Steps of models under torch.compile, whose loss without dropout is that of the model itself."""
+    steps: dict[str, Step] = {}
+    for name, model in models.items():
+        compiled = lora_step(torch.compile(model), workload)  # type: ignore[arg-type]
+        for mode in (False, True):
+            model.train(mode)
+            loss = compiled()
+            loss.backward()  # type: ignore[no-untyped-call]
+            if not mode:
+                assert_same(f"{name}'s loss, compiled", loss.detach(), lora_step(model, workload)().detach())
+        steps[f"{name}, torch.compile"] = compiled
+    return steps
+
+
+def _compiled_graphs() -> int:
+    count: int = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return count
 
 
 def small_table(shapes: tuple[tuple[int, int], ...], rounds: int) -> Table:
