@@ -31,7 +31,8 @@ from .rewrites import (
     shared_projection,
 )
 from .rewrites.checkpointing import BlockNodes
-from .rewrites.group_call import Group, Linear, Term, function_of
+from .rewrites.group_call import function_of
+from .rewrites.group_operands import Group, Linear, Term
 from .rewrites.groups import GroupNodes
 from .rewrites.memory import written_values
 

@@ -31,7 +31,7 @@ class LinearNodes:
     Attributes:
         node: the op itself, whose result the terms add to.
         total: the last sum, which the rest of the graph reads.
-        base: how the op's result comes: see `group_call.Linear`.
+        base: how the op's result comes: see `group_operands.Linear`.
         weight, bias: what it takes; None where the result is given.
         terms: its adapters.
         inside: nodes that only make `total` out of `node`.
