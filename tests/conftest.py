@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,16 +31,34 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByModel(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file, _, rest = nodeid.partition("::")
-            parameters = re.search(r"\[(.*)\]$", rest)
-            words = parameters[1].split("-") if parameters else ()
-            return next((word for word in words if word in _MODELS), file)
+            return _scope_of(nodeid)
 
+    config.option.loadscopereorder = False  # the order is that of `pytest_collection_modifyitems`
     return ByModel(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With -n, what takes long runs first, so that no process waits for the other at the end."""
+    if hasattr(config, "workerinput"):
+        scopes = {item: _scope_of(item.nodeid) for item in items}
+        sizes = Counter(scopes.values())
+        items.sort(key=lambda item: (scopes[item] not in _LONG, -sizes[scopes[item]], scopes[item]))
+
+
+def _scope_of(nodeid: str) -> str:
+    file, _, rest = nodeid.partition("::")
+    parameters = re.search(r"\[(.*)\]$", rest)
+    words = parameters[1].split("-") if parameters else ()
+    return next((word for word in words if word in _MODELS), file)
 
 
 # Those of zoo.py that take time to trace.
 _MODELS = ("bert", "gpt2", "llama", "qwen3", "mixtral", "vit", "minilm", "whisper")
+# Few tests that take more than half a minute together.
+_LONG = frozenset(
+    f"tests/test_{name}.py"
+    for name in ("fuzzing", "programs", "distributed", "filesystem_faults", "examples", "docs", "benchmarks", "serving")
+)
 
 
 def pytest_collection_finish() -> None:
