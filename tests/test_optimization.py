@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lora_fx import ConfigError, GraphError
 from lora_fx.graph_module import record_of
 from lora_fx.rewrites import rotation
 from lora_fx.rewrites.attention_masks import attend, look_at
+from lora_fx.rewrites.group_dropout import dropped, mask_of
 from lora_fx.rewrites.normalization import inverse_rms, normalize
 from lora_fx.rewrites.rotation import rotate
 
@@ -119,6 +121,18 @@ def test_dropout_drops_what_the_plain_graph_drops(case: zoo.Case, p: float) -> N
     optimized = lora_fx.optimize(plain)
     assert_alike(plain, optimized, case.arguments(torch.float64), bound(case))
     assert lora_fx.optimize(plain, recompute=False).code != optimized.code
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_mask_takes_or_leaves_each_element(dtype: torch.dtype) -> None:
+    """Also of x that does not lie in order; where x is dropped there is +0, whatever stood there."""
+    x = torch.tensor([[1.5, -2.0, math.inf], [-0.0, math.nan, 3.0]], dtype=dtype)
+    stays = torch.tensor([[True, False, False], [True, False, True]])
+    for own, kept in ((x, stays), (x.t(), stays.t().contiguous())):
+        found = dropped(own, mask_of(kept.clone()))
+        assert found.dtype == dtype
+        assert torch.equal(found, torch.where(kept, own, torch.zeros((), dtype=dtype)))
+        assert torch.equal(found.signbit(), torch.where(kept, own.signbit(), False))
 
 
 @pytest.mark.parametrize("dropout", ["cut", "shared"])

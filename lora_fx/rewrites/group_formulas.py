@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..arena import Joined
 from .factor_gradients import FactorGradients, packing_order, unpacked
-from .group_dropout import drawn_as_dropout_does, dropped, scale_of
+from .group_dropout import drawn_as_dropout_does, dropped, mask_of, scale_of
 from .group_operands import Group, Lane, Linear, Needed, Operands
 
 
@@ -162,7 +162,7 @@ class GroupCall:
         return result
 
     def _draw(self, x: torch.Tensor, flat: torch.Tensor) -> list[torch.Tensor]:
-        """A mask for each lane that drops out: True where x stays."""
+        """A mask for each lane that drops out."""
         lanes = [lane for lane in self.lanes if lane.p]
         if self.group.dropout == "exact":
             # Over x as it lies in memory, which is the order that nn.Dropout draws in.
@@ -170,7 +170,7 @@ class GroupCall:
         count = flat.numel()
         draw = torch.empty(-(-len(lanes) * count // 4), dtype=torch.int64, device=flat.device).random_(-(2**63), None)
         pieces = draw.view(torch.int16)[: len(lanes) * count].view(len(lanes), *flat.shape)
-        return [piece >= round(lane.p * 2**16) - 2**15 for piece, lane in zip(pieces, lanes, strict=True)]
+        return [mask_of(piece >= round(lane.p * 2**16) - 2**15) for piece, lane in zip(pieces, lanes, strict=True)]
 
     def _narrowed(self, operands: Operands, x: torch.Tensor) -> Operands:
         """The operands with A and B in the dtype to compute in; packed ones (see `optimize`) are cast in one go."""
