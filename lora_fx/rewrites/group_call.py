@@ -5,9 +5,9 @@ For y_i = x W_iᵀ + b_i + s_i · drop_i(x) A_iᵀ B_iᵀ, i = 1 … n, where x 
     forward    h = x [A_1; …; A_n]ᵀ,   y_i = addmm(x W_iᵀ + b_i, h_i, B_iᵀ, alpha=s_i)
     backward   dh_i = g_i B_i,   dB_i = s_i g_iᵀ h_i,   dA = s dhᵀ x,   dx = Σ g_i W_i + s dh [A_1; …; A_n]
 
-One product for all A, no kernel for scalings and sums, and nothing kept but `inputs`, h and masks of one byte: x is made
-again. (The formulas are those of LoRA, arXiv 2106.09685 section 4.1, differentiated; the order of the products is the
-one that RunLoRA, arXiv 2312.03415, finds cheapest for few ranks, but h is kept.)
+One product for all A, no kernel for scalings and sums, and nothing kept but `inputs`, h and masks of one byte: x is
+made again. (The formulas are those of LoRA, arXiv 2106.09685 section 4.1, differentiated; the order of the products is
+the one that RunLoRA, arXiv 2312.03415, finds cheapest for few ranks, but h is kept.)
 """
 
 from __future__ import annotations
