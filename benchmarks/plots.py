@@ -69,8 +69,8 @@ def _curves(tables: tuple[Table, ...], path: Path) -> Path:
                 panel.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=4)
             panel.set_xscale("log", base=2)
             panel.set_xticks([each[0] for each in table.rows], [str(each[0]) for each in table.rows])
-            panel.set_ylim(bottom=0)
-            panel.grid(alpha=0.25)
+            panel.set_ylim(0, max(1.1, panel.get_ylim()[1]))
+            panel.grid(axis="y", alpha=0.25)
             if row == len(shown) - 1:
                 panel.set_xlabel(table.header[0])
             if column == 0:
@@ -89,9 +89,11 @@ def _cell(tables: tuple[Table, ...], number: int, row: str, label: str, column: 
 def _bars(values: dict[str, float], path: Path) -> Path:
     figure, axes = _figure(1, 1, (9, 0.6 + 0.45 * len(values)))
     panel = axes[0][0]
-    drawn = panel.barh(list(values), list(values.values()), color=_COLOURS["optimize"], height=0.6)
+    colours = [_COLOURS["PEFT" if "PEFT unmerged" in name else "optimize"] for name in values]
+    drawn = panel.barh(list(values), list(values.values()), color=colours, height=0.6)
     panel.bar_label(drawn, fmt="%.2f", padding=3, color=_GREY)
     panel.axvline(1, color=_COLOURS["PEFT"])
     panel.invert_yaxis()
+    panel.margins(x=0.1)
     panel.set_xlabel("time, as a share of what is named behind the stroke")
     return _save(figure, path)
