@@ -1,7 +1,8 @@
 """Masks of dropout in a group: drawn as nn.Dropout does, applied, and their scale.
 
-A mask has one byte for each element, all of its bits set where x stays, for `&` with the bits of x. A product with 0 and
-1 takes as long, but for some places in memory, where converting bytes to floats took 15 times that (torch 2.13, AMD EPYC).
+A mask has one byte for each element, all of its bits set where x stays, for `&` with the bits of x. A product with 0
+and 1 takes as long, but for some places in memory, where converting bytes to floats took 15 times that (torch 2.13, AMD
+EPYC).
 """
 
 from __future__ import annotations
