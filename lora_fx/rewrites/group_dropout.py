@@ -48,6 +48,13 @@ def scale_of(p: float) -> float:
     return 1 / (1 - p) if p < 1 else 0.0
 
 
-def dropped(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """x where the mask is set, and 0 elsewhere; what is left is scaled up along with the rest (`GroupCall.lanes`)."""
-    return (x.view(_BITS[x.dtype.itemsize]) & mask).view(x.dtype)
+def dropped(x: torch.Tensor, mask: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x where the mask is set, and 0 elsewhere; what is left is scaled up along with the rest (`GroupCall.lanes`).
+
+    Args:
+        x, mask: of one shape.
+        out: where to write it, of the shape and dtype of x: new memory takes as long as the operation on a CPU.
+    """
+    bits = _BITS[x.dtype.itemsize]
+    found = torch.bitwise_and(x.view(bits), mask, out=None if out is None else out.view(bits))
+    return found.view(x.dtype) if out is None else out
