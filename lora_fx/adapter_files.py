@@ -74,6 +74,8 @@ def find_adapter_directory(directory: str | os.PathLike[str], adapter_name: str)
             return candidate
     if not root.exists():
         raise AdapterError(f"there is no directory {str(root)!r}; give the one that holds {CONFIG_FILE}")
+    if root.is_file():
+        raise AdapterError(f"{str(root)!r} is a file; give the directory that it is in: {str(root.parent)!r}")
     raise AdapterError(
         f"{str(root)!r} holds no {CONFIG_FILE}, so it is no adapter directory; "
         "lora_fx.save_adapter and PEFT's save_pretrained write one"

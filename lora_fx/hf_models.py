@@ -80,6 +80,8 @@ def load_model(directory: Path, task_type: str | None = None, dtype: torch.dtype
     Raises:
         GraphError: if the directory holds no such model, or one whose inputs are not known here.
     """
+    if directory.is_file():
+        raise GraphError(f"{str(directory)!r} is a file; give the directory that it is in: {str(directory.parent)!r}")
     if not directory.is_dir():
         raise GraphError(
             f"there is no directory {str(directory)!r}; give one that holds config.json and safetensors. Nothing is "
@@ -134,7 +136,20 @@ def _telling(directory: Path) -> Iterator[None]:
     except (ImportError, MemoryError):
         raise
     except Exception as error:
+        _check_readable(directory)
         raise GraphError(f"{str(directory)!r} cannot be loaded as a Hugging Face model: {_reason(error)}") from error
+
+
+def _check_readable(directory: Path) -> None:
+    """Name the first file of weights that cannot be read; transformers does not."""
+    import safetensors
+
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(file, framework="pt"):  # reads the header, and looks at the length
+                pass
+        except (OSError, safetensors.SafetensorError) as error:
+            raise GraphError(f"{str(file)!r} is cut off or damaged ({error}); copy or download it again") from error
 
 
 def _reason(error: Exception) -> str:

@@ -397,3 +397,25 @@ def test_report_shows_the_comparison_in_the_terminal(directories, tmp_path, monk
     printed = capsys.readouterr().out
     for fragment in ("ranks for 99 %", "adapter and other", "weights:", "folded, torch", "written to"):
         assert fragment in printed
+
+
+def test_a_file_where_a_directory_is_meant_and_weights_that_are_cut_off_are_named(
+    directories, tmp_path, monkeypatch, capsys
+) -> None:
+    base, adapter = directories
+
+    def refused(*arguments: object) -> str:
+        assert run(monkeypatch, *arguments) == 3
+        return capsys.readouterr().err.strip()
+
+    for file in (base / "config.json", adapter / "adapter_model.safetensors"):
+        wanted = f"error: {str(file)!r} is a file; give the directory that it is in: {str(file.parent)!r}"
+        assert refused("inspect", file) == wanted
+    told = refused("fold", base, adapter / "adapter_config.json", tmp_path / "out")
+    assert f"is a file; give the directory that it is in: {str(adapter)!r}" in told
+    cut = Path(shutil.copytree(base, tmp_path / "cut")) / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    told = refused("inspect", cut.parent)
+    assert re.match(
+        rf"error: {re.escape(repr(str(cut)))} is cut off or damaged \(.+\); copy or download it again", told
+    )
