@@ -257,7 +257,12 @@ class AdapterSession:
         return loaded
 
     def _number(self, name: str) -> int:
-        if self.slots.ids is None or name not in self.slots.adapters:
+        if self.slots.ids is None:
+            raise AdapterError(
+                f"{self._file.name} holds no adapters for rows to choose from; exporters.export_onnx_batched "
+                "writes such a file, and run(feed, adapter=name) chooses one for all rows of this"
+            )
+        if name not in self.slots.adapters:
             raise AdapterError(
                 f"{self._file.name} holds no adapter {name!r}; it has {some(self.slots.adapters)}."
                 f"{closest(str(name), self.slots.adapters)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
+import inspect
 import itertools
 import os
 import shutil
@@ -294,8 +295,11 @@ def says_damaged(function: Callable[P, T]) -> Callable[P, T]:
     another type, when that is looked at.
     """
 
+    signature = inspect.signature(function)
+
     @functools.wraps(function)
     def told(*args: P.args, **kwargs: P.kwargs) -> T:
+        signature.bind(*args, **kwargs)  # a call that is wrong is no file that is damaged
         try:
             return function(*args, **kwargs)
         except LoraFxError:

@@ -72,7 +72,8 @@ def compare_output(name: str, wanted: torch.Tensor, got: Any, weights: torch.dty
     if got.shape != wanted.shape:
         return OutputError(name, 0.0, 0.0, 0.0, f"shape {list(got.shape)} instead of {list(wanted.shape)}")
     if got.dtype != wanted.dtype:
-        return OutputError(name, 0.0, 0.0, 0.0, f"dtype {got.dtype} instead of {wanted.dtype}")
+        problem = f"dtype {got.dtype} instead of {wanted.dtype}; compare it with a graph in {got.dtype}"
+        return OutputError(name, 0.0, 0.0, 0.0, problem)
     if not wanted.is_floating_point():
         unequal = int((got != wanted).sum())
         problem = f"{unequal} values differ" if unequal else ""

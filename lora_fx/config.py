@@ -268,6 +268,10 @@ def _peft_fields(config: object) -> dict[str, Any]:
     )
 
 
+# What others call them.
+_MEANT = {"rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
+
+
 def _supported(options: dict[str, Any]) -> dict[str, Any]:
     """The options without those that are not supported but hold their neutral value; others are refused."""
     known = {f.name for f in dataclasses.fields(LoraConfig)}
@@ -275,7 +279,8 @@ def _supported(options: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(name, str):
             raise ConfigError(f"LoraConfig has no option {name!r}; option names must be strings")
         if name not in UNSUPPORTED:
-            raise ConfigError(f"LoraConfig has no option {name!r} (given {options[name]!r}).{closest(name, known)}")
+            near = f" Did you mean {_MEANT[name]!r}?" if name in _MEANT else closest(name, known)
+            raise ConfigError(f"LoraConfig has no option {name!r} (given {options[name]!r}).{near}")
         if not any(options[name] is value or options[name] == value for value in UNSUPPORTED[name]):
             raise ConfigError(
                 f"{name}={options[name]!r} is not supported by lora_fx yet; "
