@@ -413,12 +413,15 @@ def write_groups(
 
 def write_normalizations(graph: fx.Graph, found: Sequence[NormalizationNodes]) -> None:
     """`inverse_rms` and `normalize` in place of the ops of each."""
+    written: dict[fx.Node, fx.Node] = {}  # one may read another's result
     for each in found:
         value = each.inside[0].meta.get("val"), each.result.meta.get("val")
+        h = written.get(each.h, each.h)
         with graph.inserting_before(each.result):
-            inverse = graph.call_function(inverse_rms, (each.h, each.eps))
-            result = graph.call_function(normalize, (each.h, inverse, each.eps, _is_plain(graph)))
+            inverse = graph.call_function(inverse_rms, (h, each.eps))
+            result = graph.call_function(normalize, (h, inverse, each.eps, _is_plain(graph)))
         inverse.meta["val"], result.meta["val"] = value
+        written[each.result] = result
         _replace(graph, each.result, result)
         for node in each.inside:
             _replace(graph, node, inverse)
@@ -426,10 +429,13 @@ def write_normalizations(graph: fx.Graph, found: Sequence[NormalizationNodes]) -
 
 def write_rotations(graph: fx.Graph, found: Sequence[RotationNodes]) -> None:
     """`rotate` in place of the ops of each."""
+    written: dict[fx.Node, fx.Node] = {}  # one may read another's result
     for each in found:
+        operands = [written.get(node, node) for node in (each.x, each.cos, each.sin)]
         with graph.inserting_before(each.result):
-            result = graph.call_function(rotate, (each.x, each.cos, each.sin, _is_plain(graph)))
+            result = graph.call_function(rotate, (*operands, _is_plain(graph)))
         result.meta["val"] = each.result.meta.get("val")
+        written[each.result] = result
         _replace(graph, each.result, result)
         for node in each.inside:
             _replace(graph, node, result)

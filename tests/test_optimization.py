@@ -680,9 +680,23 @@ def result_written(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self.b(F.relu_(y))
 
 
+def norm_of_a_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    y = self.a(x)
+    for _ in range(3):
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return self.b(y) + y
+
+
+def turned_again(self: Any, x: torch.Tensor) -> torch.Tensor:
+    y = self.a(x)
+    for _ in range(3):
+        y = y * x.cos() + torch.cat((-y[..., 4:], y[..., :4]), -1) * x.sin()
+    return self.b(y)
+
+
 ODD = [
     mask_that_is_written, gated, twice, base_written_behind_a_chain, base_written_before_the_op, pieces_written,
-    others_draw_between, model_draws_between, turned, result_written,
+    others_draw_between, model_draws_between, turned, result_written, norm_of_a_norm, turned_again,
 ]  # fmt: skip
 
 
