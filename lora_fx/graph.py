@@ -413,12 +413,15 @@ def write_groups(
 
 def write_normalizations(graph: fx.Graph, found: Sequence[NormalizationNodes]) -> None:
     """`inverse_rms` and `normalize` in place of the ops of each."""
+    written: dict[fx.Node, fx.Node] = {}  # one may read another's result
     for each in found:
-        value = each.inside[0].meta.get("val"), each.result.meta.get("val")
+        h = written.get(each.h, each.h)
         with graph.inserting_before(each.result):
-            inverse = graph.call_function(inverse_rms, (each.h, each.eps))
-            result = graph.call_function(normalize, (each.h, inverse, each.eps, _is_plain(graph)))
-        inverse.meta["val"], result.meta["val"] = value
+            inverse = graph.call_function(inverse_rms, (h, each.eps))
+            result = graph.call_function(normalize, (h, inverse, each.eps, _is_plain(graph)))
+        _describe(inverse, each.inside[0])
+        _describe(result, each.result)
+        written[each.result] = result
         _replace(graph, each.result, result)
         for node in each.inside:
             _replace(graph, node, inverse)
@@ -426,10 +429,13 @@ def write_normalizations(graph: fx.Graph, found: Sequence[NormalizationNodes]) -
 
 def write_rotations(graph: fx.Graph, found: Sequence[RotationNodes]) -> None:
     """`rotate` in place of the ops of each."""
+    written: dict[fx.Node, fx.Node] = {}  # one may read another's result
     for each in found:
+        operands = [written.get(node, node) for node in (each.x, each.cos, each.sin)]
         with graph.inserting_before(each.result):
-            result = graph.call_function(rotate, (each.x, each.cos, each.sin, _is_plain(graph)))
-        result.meta["val"] = each.result.meta.get("val")
+            result = graph.call_function(rotate, (*operands, _is_plain(graph)))
+        _describe(result, each.result)
+        written[each.result] = result
         _replace(graph, each.result, result)
         for node in each.inside:
             _replace(graph, node, result)
@@ -502,6 +508,11 @@ def _is_outside(nodes: Collection[fx.Node]) -> Callable[[fx.Node], bool]:
     return lambda node: node not in nodes
 
 
+def _describe(new: fx.Node, old: fx.Node) -> None:
+    """A value in another's place is like it, and made in the same module."""
+    new.meta |= {key: old.meta[key] for key in ("val", "nn_module_stack") if key in old.meta}
+
+
 def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
     """Give the old node's readers the new one; what only asserts something about the old one goes with it."""
     for user in list(old.users):
@@ -524,7 +535,7 @@ def write_masks(graph: fx.Graph, found: Sequence[MaskNodes]) -> None:
             options = {name: value for name, value in given.items() if name not in ("", "attn_mask", "is_causal")}
             with graph.inserting_before(user):
                 result = graph.call_function(attend, (verdict, *first), options)
-            result.meta["val"] = user.meta.get("val")
+            _describe(result, user)
             _replace(graph, user, result)
 
 

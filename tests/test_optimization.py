@@ -24,7 +24,9 @@ from lora_fx import ConfigError, GraphError
 from lora_fx.graph_module import record_of
 from lora_fx.rewrites import rotation
 from lora_fx.rewrites.attention_masks import attend, look_at
-from lora_fx.rewrites.group_dropout import dropped, mask_of
+from lora_fx.rewrites.group_call import function_of
+from lora_fx.rewrites.group_dropout import cut, dropped, mask_of
+from lora_fx.rewrites.group_operands import Group, Linear, Term
 from lora_fx.rewrites.normalization import inverse_rms, normalize
 from lora_fx.rewrites.rotation import rotate
 
@@ -678,9 +680,23 @@ def result_written(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self.b(F.relu_(y))
 
 
+def norm_of_a_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    y = self.a(x)
+    for _ in range(3):
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return self.b(y) + y
+
+
+def turned_again(self: Any, x: torch.Tensor) -> torch.Tensor:
+    y = self.a(x)
+    for _ in range(3):
+        y = y * x.cos() + torch.cat((-y[..., 4:], y[..., :4]), -1) * x.sin()
+    return self.b(y)
+
+
 ODD = [
     mask_that_is_written, gated, twice, base_written_behind_a_chain, base_written_before_the_op, pieces_written,
-    others_draw_between, model_draws_between, turned, result_written,
+    others_draw_between, model_draws_between, turned, result_written, norm_of_a_norm, turned_again,
 ]  # fmt: skip
 
 
@@ -766,9 +782,145 @@ def test_a_layer_whose_input_is_written_is_not_run_again() -> None:
         assert torch.allclose(wanted, found, rtol=1e-10)
 
 
-def test_a_mask_of_too_many_dimensions_is_an_error() -> None:
+@pytest.mark.parametrize("shape", [(5, 3, 4, 4), (1, 4, 4), (2, 4, 4), (5, 5), (4, 3)])
+def test_a_mask_that_does_not_fit_is_an_error(shape: tuple[int, ...]) -> None:
+    mask = torch.ones(shape, dtype=torch.bool)
     q = torch.randn(3, 4, 8)
-    mask = torch.ones(5, 3, 4, 4, dtype=torch.bool)
+    if shape == (1, 4, 4):  # which fits
+        assert torch.equal(attend(look_at(mask), q, q, q), F.scaled_dot_product_attention(q, q, q))
+        return
     for call in (lambda: F.scaled_dot_product_attention(q, q, q, mask), lambda: attend(look_at(mask), q, q, q)):
         with pytest.raises(RuntimeError):
             call()
+
+
+def two_results(self: Any, x: torch.Tensor) -> Any:
+    return self.a(x), self.b(x)
+
+
+def cheap_result(self: Any, x: torch.Tensor) -> Any:
+    y = self.a(x)
+    return (F.silu(y) * torch.sigmoid(y)).reshape(-1, 8)
+
+
+def one_attention(self: Any, x: torch.Tensor) -> Any:
+    q = self.a(x)
+    mask = torch.arange(4)[:, None] >= torch.arange(4)
+    return self.b(F.scaled_dot_product_attention(q, q, q, attn_mask=mask))
+
+
+def odd(forward: Any, **options: Any) -> tuple[Any, torch.Tensor]:
+    """(an injected graph of the forward, an input of shape (3, 4, 8))."""
+    x = torch.randn(3, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    used = [name for name in "abc" if f"self.{name}(" in inspect.getsource(forward)]
+    gm = lora_fx.inject(lora_fx.trace(by(forward), (x,)), {"r": 2, "target_modules": used, **options}).train()
+    return randomise(gm), x
+
+
+def of(y: Any) -> torch.Tensor:
+    return sum(each.square().sum() for each in (y if isinstance(y, tuple) else (y,)))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("forward", [two_results, cheap_result, gated])
+def test_results_may_be_written_into(forward: Any) -> None:
+    plain, x = odd(forward)
+    results = []
+    for each in (plain, lora_fx.optimize(plain)):
+        y = each(x)
+        for part in y if isinstance(y, tuple) else (y,):
+            part.mul_(2)[..., 0] = 0
+        results.append(torch.autograd.grad(of(y), lora_fx.lora_parameters(each)))
+    for wanted, found in zip(*results, strict=True):
+        assert torch.allclose(wanted, found, rtol=1e-10)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_result_that_nobody_uses_gives_no_gradient(create_graph: bool) -> None:
+    """None, rather than zeros: weight decay would move A."""
+    plain, x = odd(two_results)
+    for each in (plain, lora_fx.optimize(plain)):
+        parameters = dict(each.named_parameters())
+        loss = each(x)[0].sum()
+        names = [name for name in parameters if "lora_" in name]
+        found = torch.autograd.grad(loss, [parameters[n] for n in names], create_graph=create_graph, allow_unused=True)
+        assert {n for n, g in zip(names, found, strict=True) if g is None} == {n for n in names if n.startswith("b.")}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_several_gradients_side_by_side(dropout: float) -> None:
+    plain, x = odd(gated, lora_dropout=dropout)
+    results = []
+    for each in (plain, lora_fx.optimize(plain)):
+        torch.manual_seed(3)
+        y = each(x)
+        seeds = torch.stack([torch.ones_like(y), y.detach()])
+        results.append(torch.autograd.grad(y, lora_fx.lora_parameters(each), seeds, is_grads_batched=True))
+    for wanted, found in zip(*results, strict=True):
+        assert torch.allclose(wanted, found, rtol=1e-10)
+
+
+def test_a_result_that_is_given_alone_needs_a_gradient() -> None:
+    call = function_of(Group((Linear("given", False, (Term(0.5),)),)))
+    x, base, a, b = torch.randn(3, 7), torch.randn(3, 5, requires_grad=True), torch.randn(2, 7), torch.randn(5, 2)
+    (y,) = call(False, x, base, a, b)
+    (first,) = torch.autograd.grad(y.pow(3).sum(), base, create_graph=True)
+    assert torch.allclose(torch.autograd.grad(first.sum(), base)[0], 6 * y)
+
+
+@pytest.mark.parametrize("forward", [two_results, gated, one_attention])
+def test_recorded_parameters_are_inputs(forward: Any) -> None:
+    """What make_fx and AOTAutograd record computes with other values, too."""
+    plain, x = odd(forward)
+    optimized = lora_fx.optimize(plain)
+    values = {n: p.detach() for n, p in optimized.named_parameters() if p.requires_grad}
+
+    def step(values: dict[str, torch.Tensor], x: torch.Tensor) -> Any:
+        own = {name: value.detach().requires_grad_() for name, value in values.items()}
+        return torch.autograd.grad(of(torch.func.functional_call(optimized, own, (x,))), list(own.values()))
+
+    recorded = torch.fx.experimental.proxy_tensor.make_fx(step)(values, x)
+    others = {name: value + 1 for name, value in values.items()}
+    for wanted, found in zip(step(others, 2 * x), recorded(others, 2 * x), strict=True):
+        assert torch.allclose(wanted, found, rtol=1e-8)
+    whole = torch._functorch.aot_autograd.aot_module(optimized, fw_compiler=lambda gm, _: gm)
+    found, wanted = whole(x), plain(x)
+    assert torch.allclose(of(tuple(found) if isinstance(found, list) else found), of(wanted))
+
+
+@pytest.mark.parametrize("forward", [two_results, gated, one_attention])
+def test_without_values(forward: Any) -> None:
+    """On the meta device, and in FakeTensorMode, as whoever plans memory runs a graph."""
+    plain, x = odd(forward)
+    optimized = lora_fx.optimize(plain)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        of(optimized(mode.from_tensor(x))).backward()
+    if forward is not one_attention:  # which makes its mask on the CPU
+        of(lora_fx.optimize(copy.deepcopy(plain).to("meta"))(x.to("meta"))).backward()
+
+
+def test_adapters_of_several_dtypes_that_stay_wide() -> None:
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    gm = lora_fx.trace(nn.Sequential(nn.Linear(8, 8)).bfloat16(), (x,))
+    for name in ("first", "second"):
+        gm = randomise(lora_fx.inject(gm, {"r": 2, "target_modules": ["0"]}, adapter_name=name), name)
+    lora_fx.set_adapters(gm, {"first": 1.0, "second": 1.0})
+    for name in ("0.lora_A.second", "0.lora_B.second"):
+        gm.get_submodule(name).to(torch.float64)
+    results = [each(x) for each in (gm.train(), lora_fx.optimize(gm, narrow=False))]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.25, 1 - 2**-20])
+def test_masks_at_the_ends_of_the_rates(p: float) -> None:
+    """int16 has no number that all are below."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    assert int(cut(numbers, p).ne(0).sum()) == max(1, round((1 - p) * 2**16))
+
+
+def test_changing_rates_leave_nothing_behind() -> None:
+    call, dropout = function_of(Group((Linear("linear", False, (Term(0.5, True),)),))), nn.Dropout()
+    tensors = torch.randn(3, 7), torch.randn(5, 7), torch.randn(2, 7), torch.randn(5, 2)
+    for step in range(40):
+        dropout.p = step / 50
+        call(False, *tensors, dropout)
+    assert 0 < len(inspect.getclosurevars(call).nonlocals["calls"]) <= 8

@@ -112,6 +112,28 @@ def test_a_rewrite_that_reaches_across_layers_is_refused(name: str, options: dic
         lora_fx.unflatten(lora_fx.optimize(adapted(BY_NAME[name]), **options))
 
 
+class Normed(nn.Module):
+    """x + W x / rms(x), a norm without a weight: nothing but what a rewrite puts there is between the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return x + self.a(h) * self.b(h)
+
+
+def test_a_rewritten_norm_belongs_to_its_block() -> None:
+    model = nn.Sequential(*(Normed() for _ in range(3))).double()
+    arguments = ((torch.randn(2, 3, 8, dtype=torch.float64),), {})
+    gm = lora_fx.trace(model, *arguments)
+    flat = lora_fx.optimize(randomise(lora_fx.inject(gm, {"r": 2, "target_modules": ["a", "b"]})).train())
+    tree = lora_fx.unflatten(flat)
+    assert {"0", "1", "2"} <= set(blocks_of(tree))
+    assert_same_training(tree, flat, arguments)
+
+
 def is_rewritten(text: str) -> bool:
     return "lora_group" in text
 

@@ -7,13 +7,14 @@ looks at the mask, and attention ops that take its verdict: no mask, `is_causal`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from ..attributes import holds_values
 from ..ops.use import argument
 
 _attention = torch.ops.aten.scaled_dot_product_attention.default
@@ -58,7 +59,7 @@ class Verdict:
 
 def look_at(mask: torch.Tensor, is_plain: bool = False) -> Verdict:
     """One look for all layers; on a GPU the host waits for it."""
-    if is_plain or mask.is_meta or mask.dim() < 2:
+    if is_plain or not holds_values(mask) or mask.dim() < 2:
         return Verdict(mask, is_plain)
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return Verdict(mask, is_plain)  # a replay would keep this call's verdict, and capturing forbids to wait for it
@@ -74,11 +75,19 @@ def look_at(mask: torch.Tensor, is_plain: bool = False) -> Verdict:
 def attend(verdict: Verdict, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
     """scaled_dot_product_attention with the mask of the verdict."""
     attention: Callable[..., Any] = torch.nn.functional.scaled_dot_product_attention
-    if verdict.mask.ndim > query.ndim:  # an error, and a mask that is left out would hide it
+    if verdict.is_plain or not holds_values(query):
         return attention(query, key, value, verdict.mask, **options)
+    if not _expands(verdict.mask.shape, (*query.shape[:-1], key.shape[-2])):
+        return attention(query, key, value, verdict.mask, **options)  # an error, which a mask left out would hide
     if verdict.hides_nothing:
         return attention(query, key, value, **options)
     if verdict.is_causal and query.shape[-2] == key.shape[-2] > 1:
         return attention(query, key, value, is_causal=True, **options)
-    is_plain = verdict.is_plain or query.is_meta
-    return attention(query, key, value, verdict.mask if is_plain else verdict.for_queries(query.dtype), **options)
+    return attention(query, key, value, verdict.for_queries(query.dtype), **options)
+
+
+def _expands(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether a tensor of a shape can be expanded to another."""
+    return len(shape) <= len(wanted) and all(
+        size in (1, other) for size, other in zip(shape[::-1], wanted[::-1], strict=False)
+    )

@@ -23,6 +23,9 @@ from .group_dropout import Dropping
 from .group_formulas import GroupCall
 from .group_operands import Group, Operands
 
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_MOST_CALLS = 8  # that a function remembers; a rate of dropout that changes in each step makes one in each
+
 
 def function_of(group: Group) -> Callable[..., tuple[torch.Tensor, ...]]:
     """A function for a graph to call: it gives the results of the linears, and x if the group gives it.
@@ -37,15 +40,18 @@ def function_of(group: Group) -> Callable[..., tuple[torch.Tensor, ...]]:
     def lora_group(is_plain: bool, *operands: Any) -> tuple[torch.Tensor, ...]:
         tensors, dropouts = operands[:count], operands[count:]
         rates = tuple([module.p if module.training else 0.0 for module in dropouts]) if dropouts else ()
-        if is_plain:
+        if is_plain or (not group.computes_narrow and _are_mixed(group, tensors)):
             return _plain(group, Operands(group, tensors), [Dropping(p) for p in rates])
         device = tensors[tensor_place].device.type
-        narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        is_autocast = device != "meta" and torch.is_autocast_enabled(device)
+        narrow = torch.get_autocast_dtype(device) if is_autocast else None
         if narrow is not None and any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tensors):
             # which autocast leaves alone
             return _plain(group, Operands(group, tensors), [Dropping(p) for p in rates])
         key = rates, narrow, device
         if key not in calls:
+            if len(calls) >= _MOST_CALLS:
+                calls.clear()
             calls[key] = GroupCall(group, *key)
         call = calls[key]
         if torch.is_grad_enabled():
@@ -55,6 +61,12 @@ def function_of(group: Group) -> Callable[..., tuple[torch.Tensor, ...]]:
 
     lora_group.__qualname__ = lora_group.__name__
     return lora_group
+
+
+def _are_mixed(group: Group, tensors: Sequence[Any]) -> bool:
+    """Whether adapters compute in several dtypes, and so share no product."""
+    factors = Operands(group, tensors).factors
+    return len({t.dtype for pairs in factors for pair in pairs for t in pair}) > 1
 
 
 def _plain(group: Group, operands: Operands, dropouts: Sequence[Dropping]) -> tuple[torch.Tensor, ...]:
@@ -102,7 +114,8 @@ class _Group(_SingleLevelFunction):
         end = len(saved) - ctx.masks
         hidden, masks = [*saved[count:end]], [*saved[end:]]
         needs = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():  # the gradient will be differentiated itself
+        # The gradient will be differentiated itself, or is several side by side, as is_grads_batched has them.
+        if torch.is_grad_enabled() or any(_is_batched(g) for g in grads if g is not None):
             return None, *_differentiable(call, tensors, masks, grads, needs)
         return None, *call.backward(Operands(call.group, tensors), hidden, masks, grads, needs)
 
@@ -122,16 +135,24 @@ def _differentiable(
         if term.takes_dropout
     ]
     given = {place: grads[number] for place, number in call.given.items()}
-    # An alias for each place: one tensor may stand at two, and one may be made from another in the graph around.
-    tensors = [0.0 if i in given else t.view_as(t) if isinstance(t, torch.Tensor) else t for i, t in enumerate(tensors)]
-    with call._autocast(enabled=True):
+    with torch.enable_grad(), call._autocast(enabled=True):
+        # An alias for each place: one tensor may stand at two, and one may be made from another in the graph around.
+        tensors = [
+            0.0 if i in given else t.view_as(t) if isinstance(t, torch.Tensor) else t for i, t in enumerate(tensors)
+        ]
         results = _plain(call.group, Operands(call.group, tensors), [drawn[place] for place in places])
     pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None and y.requires_grad]
     wanted = [i for i, need in enumerate(needs) if need and i not in given]
-    found = torch.autograd.grad(
-        [y for y, _ in pairs], [tensors[i] for i in wanted], [g for _, g in pairs], create_graph=True, allow_unused=True
-    )
     result: list[torch.Tensor | None] = [given.get(i) for i in range(len(tensors))]
+    if not wanted:
+        return result
+    found = torch.autograd.grad(
+        [y for y, _ in pairs],
+        [tensors[i] for i in wanted],
+        [g for _, g in pairs],
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+    )
     for place, gradient in zip(wanted, found, strict=True):
         result[place] = gradient
     return result

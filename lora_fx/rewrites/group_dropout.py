@@ -43,6 +43,11 @@ def drawn_as_dropout_does(x: torch.Tensor, p: float) -> torch.Tensor:
     return mask_of(torch.ops.aten.native_dropout(x, p, True)[1])
 
 
+def cut(numbers: torch.Tensor, p: float) -> torch.Tensor:
+    """The mask that int16 numbers, all equally likely, make at a rate; a rate next to 1 leaves the greatest number."""
+    return mask_of(numbers >= min(round(p * 2**16), 2**16 - 1) - 2**15)
+
+
 def scale_of(p: float) -> float:
     """By how much what is left is scaled up, so that the mean stays."""
     return 1 / (1 - p) if p < 1 else 0.0

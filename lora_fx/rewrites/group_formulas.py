@@ -13,13 +13,21 @@ from torch.nn import functional as F
 
 from ..arena import Joined
 from .factor_gradients import FactorGradients, packing_order, unpacked
-from .group_dropout import drawn_as_dropout_does, dropped, mask_of, scale_of
+from .group_dropout import cut, drawn_as_dropout_does, dropped, scale_of
 from .group_operands import Group, Lane, Linear, Needed, Operands
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """(…, n) as (rows, n)."""
     return x.flatten(0, -2) if x.ndim > 1 else x.reshape(1, x.shape[0])
+
+
+def _as_own(result: torch.Tensor, inputs: Sequence[Any] = ()) -> torch.Tensor:
+    """A result that is no view, which autograd would forbid to write into, unless it is a view of an input."""
+    if not result._is_view():
+        return result
+    bases = [t._base if t._is_view() else t for t in inputs if isinstance(t, torch.Tensor)]
+    return result if any(result._base is base for base in bases) else result.data
 
 
 @dataclass(frozen=True)
@@ -121,8 +129,10 @@ class GroupCall:
         results: list[torch.Tensor] = []
         for number in self._numbers:
             result = self._result(number, flat, operands, None if merged is None else merged[number], parts)
-            results += [result if x.ndim == 2 else result.reshape(*x.shape[:-1], result.shape[-1])]
-        return (*results, x) if self.group.gives_x else tuple(results), hidden, masks
+            results += [result if x.ndim == 2 else _as_own(result.reshape(*x.shape[:-1], result.shape[-1]))]
+        if self.group.gives_x:
+            return (*results, _as_own(x, operands.inputs)), hidden, masks
+        return tuple(results), hidden, masks
 
     @cached_property
     def _numbers(self) -> range:
@@ -173,7 +183,7 @@ class GroupCall:
         count = flat.numel()
         draw = torch.empty(-(-len(lanes) * count // 4), dtype=torch.int64, device=flat.device).random_(-(2**63), None)
         pieces = draw.view(torch.int16)[: len(lanes) * count].view(len(lanes), *flat.shape)
-        return [mask_of(piece >= round(lane.p * 2**16) - 2**15) for piece, lane in zip(pieces, lanes, strict=True)]
+        return [cut(piece, lane.p) for piece, lane in zip(pieces, lanes, strict=True)]
 
     def _narrowed(self, operands: Operands, x: torch.Tensor) -> Operands:
         """The operands with A and B in the dtype to compute in; packed ones (see `optimize`) are cast in one go."""
@@ -312,7 +322,7 @@ class GroupCall:
                     start = 0
                     for n, t in terms:
                         stop = start + operands.factors[n][t][0].shape[0]
-                        if needed.factors[n][t][0]:
+                        if needed.factors[n][t][0] and rows[n] is not None:
                             of_a[n, t] = da[start:stop]
                         start = stop
                 if needed.of_x and not is_merged:

@@ -9,13 +9,19 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+_RECORDING = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL)
+
 
 def needs_plain_ops() -> bool:
-    """Compilers fuse and save better from plain ops; torch.func and forward-mode AD know their formulas."""
+    """Compilers fuse and save better from plain ops; torch.func and forward-mode AD know their formulas.
+
+    What records ops (make_fx, AOTAutograd) is to see each parameter read, which a look at memory would hide from it.
+    """
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
+        or any(torch._C._get_dispatch_mode(mode) is not None for mode in _RECORDING)
     )
 
 
