@@ -534,7 +534,7 @@ def write_masks(graph: fx.Graph, found: Sequence[MaskNodes]) -> None:
             first = tuple(given.pop(name) for name in names[:3])
             options = {name: value for name, value in given.items() if name not in ("", "attn_mask", "is_causal")}
             with graph.inserting_before(user):
-                result = graph.call_function(attend, (verdict, *first), options)
+                result = graph.call_function(attend, (verdict, *first, is_plain), options)
             _describe(result, user)
             _replace(graph, user, result)
 

@@ -329,8 +329,8 @@ def _check_trained_once(gm: fx.GraphModule, plan: Plan) -> None:
         if both:
             raise AdapterError(
                 f"adapter {other.name!r} already trains {both[0]!r} in full (modules_to_save or bias), and a "
-                "tensor can have one such adapter only; leave it out of the second adapter's configuration, or give each a "
-                "graph of its own (exporters.add_adapter_inputs puts saved ones beside one base file)"
+                "tensor can have one such adapter only; leave it out of the second adapter's configuration, or give "
+                "each a graph of its own (exporters.add_adapter_inputs puts saved ones beside one base file)"
             )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,7 +45,6 @@ class Verdict:
     """What a mask (…, queries, keys) hides: nothing, all keys behind the query, or what it says."""
 
     mask: torch.Tensor
-    is_plain: bool
     hides_nothing: bool = False
     is_causal: bool = False
     numbers: torch.Tensor | None = None
@@ -60,22 +60,29 @@ class Verdict:
 def look_at(mask: torch.Tensor, is_plain: bool = False) -> Verdict:
     """One look for all layers; on a GPU the host waits for it."""
     if is_plain or not holds_values(mask) or mask.dim() < 2:
-        return Verdict(mask, is_plain)
+        return Verdict(mask)
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-        return Verdict(mask, is_plain)  # a replay would keep this call's verdict, and capturing forbids to wait for it
+        return Verdict(mask)  # a replay would keep this call's verdict, and capturing forbids to wait for it
     queries, keys = mask.shape[-2:]
     verdicts = [mask.all()]
     if queries == keys:
         ahead = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril_()
         verdicts.append((mask == ahead).all())
     hides_nothing, *rest = torch.stack(verdicts).tolist()
-    return Verdict(mask, is_plain, hides_nothing, any(rest))
+    return Verdict(mask, hides_nothing, any(rest))
 
 
-def attend(verdict: Verdict, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
+def attend(
+    verdict: Verdict,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_plain: bool = False,
+    **options: Any,
+) -> Any:
     """scaled_dot_product_attention with the mask of the verdict."""
     attention: Callable[..., Any] = torch.nn.functional.scaled_dot_product_attention
-    if verdict.is_plain or not holds_values(query):
+    if is_plain or not holds_values(query):
         return attention(query, key, value, verdict.mask, **options)
     if not _expands(verdict.mask.shape, (*query.shape[:-1], key.shape[-2])):
         return attention(query, key, value, verdict.mask, **options)  # an error, which a mask left out would hide
@@ -86,6 +93,7 @@ def attend(verdict: Verdict, query: torch.Tensor, key: torch.Tensor, value: torc
     return attention(query, key, value, verdict.for_queries(query.dtype), **options)
 
 
+@lru_cache(maxsize=64)
 def _expands(shape: Sequence[int], wanted: Sequence[int]) -> bool:
     """Whether a tensor of a shape can be expanded to another."""
     return len(shape) <= len(wanted) and all(

@@ -22,7 +22,7 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, -2) if x.ndim > 1 else x.reshape(1, x.shape[0])
 
 
-def _as_own(result: torch.Tensor, inputs: Sequence[Any] = ()) -> torch.Tensor:
+def _as_own(result: torch.Tensor, inputs: Sequence[Any]) -> torch.Tensor:
     """A result that is no view, which autograd would forbid to write into, unless it is a view of an input."""
     if not result._is_view():
         return result
@@ -129,7 +129,8 @@ class GroupCall:
         results: list[torch.Tensor] = []
         for number in self._numbers:
             result = self._result(number, flat, operands, None if merged is None else merged[number], parts)
-            results += [result if x.ndim == 2 else _as_own(result.reshape(*x.shape[:-1], result.shape[-1]))]
+            # What the group made is no view for autograd, which would forbid to write into it.
+            results += [result if x.ndim == 2 else result.reshape(*x.shape[:-1], result.shape[-1]).data]
         if self.group.gives_x:
             return (*results, _as_own(x, operands.inputs)), hidden, masks
         return tuple(results), hidden, masks
