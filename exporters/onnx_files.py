@@ -299,7 +299,10 @@ def says_damaged(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def told(*args: P.args, **kwargs: P.kwargs) -> T:
-        signature.bind(*args, **kwargs)  # a call that is wrong is no file that is damaged
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:  # a call that is wrong is no file that is damaged
+            raise TypeError(f"{function.__name__}(): {error}") from None
         try:
             return function(*args, **kwargs)
         except LoraFxError:

@@ -310,6 +310,8 @@ def test_export_and_verify(directories, exported, monkeypatch, capsys) -> None:
     base, folded = exported
     assert run(monkeypatch, "verify", folded, model, adapter, "--base", base, "--json") == 0
     assert json.loads(capsys.readouterr().out)
+    names = [value.name for value in onnx.load(folded, load_external_data=False).graph.input]
+    assert names == ["input_ids", "attention_mask", "token_type_ids"]  # what BERT's tokenizer gives
     assert run(monkeypatch, "verify", base, model, adapter, "--provider", "cpu") == 4  # not the adapted model
     assert "does not compute" in capsys.readouterr().err
     if not torch.cuda.is_available():

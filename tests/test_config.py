@@ -150,6 +150,8 @@ REFUSED = [
     ({"layers_to_transform": 1, "target_modules": ["q"], "layers_pattern": ["(?P<index>h)"]}, ["layers_pattern"]),
     ({"auto_mapping": {"class": b"x"}}, ["auto_mapping", "b'x'", "as JSON"]),
     ({"auto_mapping": [1]}, ["auto_mapping=[1]", "must be a dict"]),
+    ({"rank": 4}, ["no option 'rank' (given 4)", "Did you mean 'r'?"]),  # what other tools call it
+    ({"alpha": 4}, ["no option 'alpha' (given 4)", "Did you mean 'lora_alpha'?"]),
 ]
 
 

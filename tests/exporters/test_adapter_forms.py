@@ -319,6 +319,13 @@ def rewritten(file: Path, out: Path, change: Callable[[dict[str, np.ndarray]], d
     return out
 
 
+def test_a_file_without_rows_says_so(session: AdapterSession) -> None:
+    with pytest.raises(
+        AdapterError, match=r"holds no adapters for rows to choose from; exporters.export_onnx_batched writes"
+    ):
+        session.ids_of([ONE])
+
+
 def test_an_adapter_outlives_whoever_loaded_it(bert: Deployed, session: AdapterSession) -> None:
     """onnxruntime keeps a bare pointer, and answers with the base or with another adapter."""
     import gc

@@ -427,3 +427,8 @@ def test_a_large_weight_that_overflows_leaves_no_file(tmp_path: Path, monkeypatc
     with pytest.raises(ExportError, match=r"folding words makes values of .* that FLOAT16 cannot hold"):
         fold_into_onnx(base, adapter, tmp_path / "out.onnx")
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_wrong_call_is_no_damaged_file() -> None:
+    with pytest.raises(TypeError, match=r"^add_adapter_inputs\(\): too many positional arguments"):
+        add_adapter_inputs("base.onnx", "out.onnx", "a", "b")  # type: ignore[call-arg, arg-type]
