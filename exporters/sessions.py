@@ -140,8 +140,13 @@ def checked_file(path: str | os.PathLike[str]) -> Path:
                 f"the ONNX file {file} is away, since a fold in place was interrupted; unfold_onnx({str(file)!r}) puts "
                 "everything back as it was"
             )
-        what = "is a directory" if os.path.isdir(file) else "does not exist"
-        raise ExportError(f"the ONNX file {file} {what}; export_onnx(gm, {str(file)!r}) writes one")
+        if os.path.isdir(file):
+            found = sorted(str(each) for each in file.glob("*.onnx"))
+            inside = f"; it holds {some(found)}" if found else ""
+            raise ExportError(
+                f"{str(file)!r} is a directory, where an ONNX file is meant{inside}; give the path of the file"
+            )
+        raise ExportError(f"the ONNX file {file} does not exist; export_onnx(gm, {str(file)!r}) writes one")
     return file
 
 

@@ -413,6 +413,8 @@ def test_a_file_where_a_directory_is_meant_and_weights_that_are_cut_off_are_name
         assert refused("inspect", file) == wanted
     told = refused("fold", base, adapter / "adapter_config.json", tmp_path / "out")
     assert f"is a file; give the directory that it is in: {str(adapter)!r}" in told
+    wanted = f"error: {str(base)!r} is a directory, where an ONNX file is meant; give the path of the file"
+    assert refused("verify", base, base) == wanted
     cut = Path(shutil.copytree(base, tmp_path / "cut")) / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1])
     told = refused("inspect", cut.parent)
