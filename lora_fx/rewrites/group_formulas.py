@@ -109,12 +109,9 @@ class GroupCall:
         masks = self._draw(x, flat) if self.rates else []
         drawn = iter(masks) if masks else None
         hidden: list[torch.Tensor] = []
-        spare: torch.Tensor | None = None
         parts: dict[tuple[int, int], tuple[torch.Tensor, float]] = {}
         for lane in self.lanes:
-            own = flat
-            if drawn is not None and lane.p:
-                own = spare = dropped(flat, next(drawn), spare)
+            own = flat if drawn is None or not lane.p else dropped(flat, next(drawn))
             terms = lane.terms if merged is None else tuple([(n, t) for n, t in lane.terms if merged[n] is None])
             if not terms:
                 continue
@@ -301,12 +298,9 @@ class GroupCall:
         of_a: dict[tuple[int, int], torch.Tensor] = {}
         of_b: dict[tuple[int, int], torch.Tensor] = {}
         kept, drawn = iter(hidden), iter(masks)
-        spare: torch.Tensor | None = None
         for lane in self.lanes:
-            mask, own = None, flat
-            if lane.p:
-                mask = next(drawn)
-                own = spare = dropped(flat, mask, spare)
+            mask = next(drawn) if lane.p else None
+            own = flat if mask is None else dropped(flat, mask)
             for terms, is_merged in self._ways(lane, merged):
                 stacked = self._stack(operands, terms)
                 own = own if own.dtype == stacked.dtype else own.to(stacked.dtype)
@@ -412,7 +406,7 @@ class GroupCall:
         if mask is None and dx is not None and dx.dtype == dh.dtype:
             return dx.addmm_(dh, stacked, alpha=scaling)
         through = torch.addmm(stacked[:1], dh, stacked, beta=0, alpha=scaling)
-        through = through if mask is None else dropped(through, mask, through)
+        through = through if mask is None else dropped(through, mask)
         through = through if through.dtype == dtype else through.to(dtype)
         return through if dx is None else dx.add_(through)
 
