@@ -214,7 +214,9 @@ def _example(model: Any) -> dict[str, Any]:
         )
     ids = torch.randint(1, config.get_text_config().vocab_size, (2, 12), generator=generator)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in inspect.signature(model.forward).parameters:
+    if (getattr(config, "type_vocab_size", 0) or 0) > 1 and "token_type_ids" in inspect.signature(
+        model.forward
+    ).parameters:
         inputs["token_type_ids"] = (torch.arange(12) >= 7).long().expand(2, 12).clone()  # which tokenizers give, too
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids[:, :7].clone()

@@ -49,11 +49,12 @@ def function_of(group: Group) -> Callable[..., tuple[torch.Tensor, ...]]:
             # which autocast leaves alone
             return _plain(group, Operands(group, tensors), [Dropping(p) for p in rates])
         key = rates, narrow, device
-        if key not in calls:
+        try:
+            call = calls[key]
+        except KeyError:  # asked in one step: another thread may clear them
             if len(calls) >= _MOST_CALLS:
                 calls.clear()
-            calls[key] = GroupCall(group, *key)
-        call = calls[key]
+            call = calls[key] = GroupCall(group, *key)
         if torch.is_grad_enabled():
             results: tuple[torch.Tensor, ...] = _Group.apply(call, *tensors)  # type: ignore[attr-defined]
             return results
