@@ -30,6 +30,7 @@ from .rewrites import (
     rotation,
     shared_projection,
 )
+from .rewrites.chains import Chain
 from .rewrites.checkpointing import BlockNodes
 from .rewrites.group_call import function_of
 from .rewrites.group_operands import Group, Linear, Term
@@ -81,10 +82,10 @@ class Rewrites:
         groups = shared_projection.merge(groups) if self.share else groups
         groups = random_order.keep(groups, lowered) if self.dropout == "exact" else groups
         groups = recomputation.extend(groups, lowered, gm, written_values(lowered, gm)) if self.recompute else groups
-        functions: dict[str, Callable[..., torch.Tensor]] = {}
+        chains: dict[str, Chain] = {}
 
         def target_of(group: GroupNodes, gives_x: bool) -> Callable[..., Any]:
-            return function_of(self._described(group, gives_x, functions))
+            return function_of(self._described(group, gives_x, chains))
 
         write_groups(lowered, groups, target_of)
         if self.checkpoint:
@@ -92,7 +93,7 @@ class Rewrites:
         lowered.lint()
         return lowered
 
-    def _described(self, group: GroupNodes, gives_x: bool, functions: dict[str, Callable[..., torch.Tensor]]) -> Group:
+    def _described(self, group: GroupNodes, gives_x: bool, chains: dict[str, Chain]) -> Group:
         linears = tuple(
             Linear(
                 linear.base,
@@ -104,7 +105,7 @@ class Rewrites:
         return Group(
             linears,
             inputs=len(group.inputs) if group.chain else 1,
-            produce=_function_of(group, functions) if group.chain else None,
+            chain=_chain_of(group, chains) if group.chain else None,
             gives_x=gives_x,
             computes_narrow=self.narrow,
             dropout=self.dropout,
@@ -197,15 +198,16 @@ def _is_tensor(node: fx.Node) -> bool:
     return node.op == "get_attr" or isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _function_of(group: GroupNodes, functions: dict[str, Callable[..., torch.Tensor]]) -> Callable[..., torch.Tensor]:
-    """The chain as a function of its inputs; layers that are alike share one."""
+def _chain_of(group: GroupNodes, chains: dict[str, Chain]) -> Chain:
+    """What makes x of the group's inputs; layers that are alike share one."""
     graph = fx.Graph()
     nodes = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(group.inputs)}
+    for node, placeholder in nodes.items():
+        placeholder.meta["val"] = node.meta.get("val")
     for node in group.chain:
         nodes[node] = graph.node_copy(node, nodes.__getitem__)
         nodes[node].name = f"step_{len(nodes)}"
     graph.output(nodes[group.x])
-    source = graph.python_code("self").src
-    if source not in functions:
-        functions[source] = fx.GraphModule({}, graph).forward
-    return functions[source]
+    values = [node.meta.get("val") for node in graph.nodes]
+    kinds = [(value.dtype, value.shape) if isinstance(value, torch.Tensor) else None for value in values]
+    return chains.setdefault(f"{graph.python_code('self').src}{kinds}", Chain(graph))

@@ -72,7 +72,7 @@ def _are_mixed(group: Group, tensors: Sequence[Any]) -> bool:
 
 def _plain(group: Group, operands: Operands, dropouts: Sequence[Dropping]) -> tuple[torch.Tensor, ...]:
     """The same in the ops that `inject` writes; autograd differentiates it any number of times."""
-    x = group.produce(*operands.inputs) if group.produce else operands.inputs[0]
+    x = group.chain.forward(*operands.inputs) if group.chain else operands.inputs[0]
     results, dropping = [], iter(dropouts)
     for linear, base, bias, factors in zip(
         group.linears, operands.bases, operands.biases, operands.factors, strict=True
@@ -98,7 +98,7 @@ class _Group(_SingleLevelFunction):
         kept = [*tensors]
         for place in call.given:  # they are only added to, so backward needs none of their values
             kept[place] = None
-        if call.group.produce is not None:
+        if call.group.chain is not None:
             for place in range(call.group.inputs):
                 if not isinstance(kept[place], torch.Tensor):
                     ctx.numbers[place], kept[place] = kept[place], None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -44,13 +44,13 @@ class GroupCall:
 
     def produce(self, inputs: Sequence[Any]) -> torch.Tensor:
         """x, as the model makes it: under autocast, if it is on."""
-        if self.group.produce is None:
+        if self.group.chain is None:
             x: torch.Tensor = inputs[0]
             return x
         if self.narrow is None:
-            return self.group.produce(*inputs)
+            return self.group.chain.forward(*inputs)
         with self._autocast(enabled=True):
-            return self.group.produce(*inputs)
+            return self.group.chain.forward(*inputs)
 
     def _autocast(self, enabled: bool) -> Any:
         if self.narrow is None:
@@ -94,7 +94,7 @@ class GroupCall:
 
     def forward(self, operands: Operands) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor], list[torch.Tensor]]:
         """(results, h of each lane, the masks of those that have one)."""
-        x = operands.inputs[0] if self.group.produce is None else self.produce(operands.inputs)
+        x = operands.inputs[0] if self.group.chain is None else self.produce(operands.inputs)
         if self.narrow is None:
             return self._forward(x, operands)
         with self._autocast(enabled=False):
@@ -253,29 +253,41 @@ class GroupCall:
         if needed is None:
             needed = self._needed[needs] = Needed(group, needs)
         inputs = operands.inputs
-        if group.produce is None:
+        if group.chain is None:
             result, dx = self._of_linears(self._flat(inputs[0]), operands, hidden, masks, grads, needed)
             return [None if dx is None else shaped_as(inputs[0], dx), *result]
-        if needed.of_x:
-            with torch.enable_grad():
-                inputs = [
-                    t.detach().requires_grad_(need) if isinstance(t, torch.Tensor) else t
-                    for t, need in zip(inputs, needed.inputs, strict=True)
-                ]
-                x = self.produce(inputs)
-        else:
-            x = self.produce(inputs)
+        x, through = self._made_again(inputs, needed)
+        result, dx = [], None
+        if x is not None and group.linears:
+            result, dx = self._of_linears(self._flat(x), operands, hidden, masks, grads, needed)
+            dx = None if dx is None else shaped_as(x, dx)
         outer = grads[-1] if group.gives_x else None
-        result, dx = self._of_linears(self._flat(x.detach()), operands, hidden, masks, grads, needed)
-        dx = None if dx is None else shaped_as(x, dx)
         if outer is not None:
             dx = outer if dx is None else outer + dx
         of_inputs: list[torch.Tensor | None] = [None] * group.inputs
-        if needed.of_x and dx is not None:
-            found = torch.autograd.grad(x, [inputs[i] for i in needed.wanted], dx, allow_unused=True)
-            for place, gradient in zip(needed.wanted, found, strict=True):
+        if through is not None and dx is not None:
+            for place, gradient in zip(needed.wanted, through(dx), strict=True):
                 of_inputs[place] = gradient
         return [*of_inputs, *result]
+
+    def _made_again(
+        self, inputs: Sequence[Any], needed: Needed
+    ) -> tuple[torch.Tensor | None, Callable[[torch.Tensor], Sequence[torch.Tensor | None]] | None]:
+        """(x without a tape, what gives the gradients of the wanted inputs for its own): None for what nobody needs."""
+        if not needed.of_x:
+            return self.produce(inputs), None
+        derivative = needed.derivative
+        if derivative is not None and self.narrow is None and derivative.fits(inputs):
+            x, values = derivative.again(*inputs)
+            return x, lambda dx: derivative.back(dx, *values)
+        with torch.enable_grad():
+            leaves = [
+                t.detach().requires_grad_(need) if isinstance(t, torch.Tensor) else t
+                for t, need in zip(inputs, needed.inputs, strict=True)
+            ]
+            made = self.produce(leaves)
+        wanted = [leaves[place] for place in needed.wanted]
+        return made.detach(), lambda dx: torch.autograd.grad(made, wanted, dx, allow_unused=True)
 
     def _of_linears(
         self,

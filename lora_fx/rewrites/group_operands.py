@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
+
+from .chains import Chain, Derivative
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Group:
     Attributes:
         linears: see above; none for a chain of cheap ops alone.
         inputs: how many tensors x is made from.
-        produce: makes x from them; None: x is the only input.
+        chain: makes x from them; None: x is the only input.
         gives_x: whether x is a result too, behind those of the linears.
         computes_narrow: A and B are cast to x's dtype, rather than x to theirs.
         dropout: "exact" draws the masks that nn.Dropout would; "cut" cuts them from one draw; "shared" is one for all.
@@ -54,7 +56,7 @@ class Group:
 
     linears: tuple[Linear, ...]
     inputs: int = 1
-    produce: Callable[..., torch.Tensor] | None = field(default=None, compare=False)
+    chain: Chain | None = field(default=None, compare=False)
     gives_x: bool = False
     computes_narrow: bool = True
     dropout: str = "exact"
@@ -119,9 +121,10 @@ class Needed(Operands):
         of_x: whether x does.
         wanted: the places of those inputs that do.
         all_factors, some_base: whether each A and B does; whether a W, a bias or a given result does.
+        derivative: of the chain, for the wanted inputs; None where autograd is to find their gradients.
     """
 
-    __slots__ = ("all_factors", "of_x", "some_base", "wanted")
+    __slots__ = ("all_factors", "derivative", "of_x", "some_base", "wanted")
 
     def __init__(self, group: Group, needs: Sequence[bool]) -> None:
         super().__init__(group, needs)
@@ -129,3 +132,6 @@ class Needed(Operands):
         self.of_x = bool(self.wanted)
         self.all_factors = all(need for pairs in self.factors for pair in pairs for need in pair)
         self.some_base = any(self.bases) or any(self.biases)
+        self.derivative: Derivative | None = None
+        if group.chain is not None and self.of_x:
+            self.derivative = group.chain.derivative(self.wanted, gives_x=bool(group.linears))

@@ -87,6 +87,10 @@ class _Normalize(_SingleLevelFunction):
         h, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient will be differentiated itself
             return *torch.autograd.grad(h * _inverse(h, ctx.eps), h, gradient, create_graph=True), None, None
-        n = h * inverse
-        share = (gradient * n).mean(-1, keepdim=True)
-        return torch.addcmul(gradient, n, share, value=-1).mul_(inverse), None, None
+        return gradient_of_normalized(gradient, h * inverse, inverse), None, None
+
+
+def gradient_of_normalized(gradient: torch.Tensor, n: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """dh, by the formula above."""
+    share = (gradient * n).mean(-1, keepdim=True)
+    return torch.addcmul(gradient, n, share, value=-1).mul_(inverse)
