@@ -11,7 +11,7 @@ from torch import fx
 
 from .copying import copy_graph
 from .errors import ConfigError, GraphError
-from .graph import write_blocks, write_groups, write_masks, write_normalizations, write_rotations
+from .graph import write_blocks, write_direct_calls, write_groups, write_masks, write_normalizations, write_rotations
 from .graph_module import (
     LoraGraphModule,
     Lowering,
@@ -23,6 +23,7 @@ from .graph_module import (
 from .rewrites import (
     attention_masks,
     checkpointing,
+    direct_calls,
     fused_sums,
     normalization,
     random_order,
@@ -50,13 +51,14 @@ class Rewrites:
     narrow: bool = True
     masks: bool = True
     rotations: bool = True
+    direct: bool = True
     merge: bool = False
     checkpoint: bool = False
     dropout: Dropout = "exact"
     trains_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("fuse", "share", "recompute", "narrow", "masks", "rotations", "merge", "checkpoint"):
+        for name in ("fuse", "share", "recompute", "narrow", "masks", "rotations", "direct", "merge", "checkpoint"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.dropout not in ("exact", "cut", "shared"):
@@ -89,9 +91,36 @@ class Rewrites:
 
         write_groups(lowered, groups, target_of)
         if self.checkpoint:
-            write_blocks(lowered, checkpointing.find(lowered, written_values(lowered, gm)), _layer_of)
+            write_blocks(lowered, checkpointing.find(lowered, written_values(lowered, gm)), self._layer_of)
+        self._call_directly(lowered)
         lowered.lint()
         return lowered
+
+    def _call_directly(self, graph: fx.Graph) -> fx.Graph:
+        write_direct_calls(direct_calls.find(graph) if self.direct else {})
+        return graph
+
+    def _layer_of(self, block: BlockNodes) -> Callable[..., Any]:
+        graph = fx.Graph()
+        nodes = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(block.inputs)}
+        for node in block.nodes:
+            nodes[node] = graph.node_copy(node, nodes.__getitem__)
+        graph.output(tuple(nodes[node] for node in block.outputs))
+        return checkpointing.checkpointed(fx.GraphModule({}, self._call_directly(graph)).forward)
+
+    def _chain_of(self, group: GroupNodes, chains: dict[str, Chain]) -> Chain:
+        """What makes x of the group's inputs; layers that are alike share one."""
+        graph = fx.Graph()
+        nodes = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(group.inputs)}
+        for node, placeholder in nodes.items():
+            placeholder.meta["val"] = node.meta.get("val")
+        for node in group.chain:
+            nodes[node] = graph.node_copy(node, nodes.__getitem__)
+            nodes[node].name = f"step_{len(nodes)}"
+        graph.output(nodes[group.x])
+        values = [node.meta.get("val") for node in graph.nodes]
+        kinds = [(value.dtype, value.shape) if isinstance(value, torch.Tensor) else None for value in values]
+        return chains.setdefault(f"{graph.python_code('self').src}{kinds}", Chain(graph, self._call_directly))
 
     def _described(self, group: GroupNodes, gives_x: bool, chains: dict[str, Chain]) -> Group:
         linears = tuple(
@@ -105,7 +134,7 @@ class Rewrites:
         return Group(
             linears,
             inputs=len(group.inputs) if group.chain else 1,
-            chain=_chain_of(group, chains) if group.chain else None,
+            chain=self._chain_of(group, chains) if group.chain else None,
             gives_x=gives_x,
             computes_narrow=self.narrow,
             dropout=self.dropout,
@@ -126,6 +155,7 @@ def optimize(
     narrow: bool = True,
     masks: bool = True,
     rotations: bool = True,
+    direct: bool = True,
     merge: bool = False,
     checkpoint: bool = False,
     dropout: Dropout = "exact",
@@ -147,6 +177,8 @@ def optimize(
         masks: look at a boolean attention mask once in each step, and leave it out of every layer where it hides
             nothing or only what is ahead, so that attention takes its fastest kernel.
         rotations: rotary position embeddings in three kernels each way, in place of seven and more.
+        direct: call torch's functions (`torch.add`) in place of overloads of operators (`torch.ops.aten.add.Tensor`),
+            which take a microsecond more.
         merge: build W + scaling · B @ A in each step where tokens are so many that it takes fewer operations. It moves
             more memory, and wins on few machines.
         checkpoint: keep only what each layer reads, and run it again in the backward pass (those behind the first
@@ -159,7 +191,7 @@ def optimize(
         ConfigError: for an argument of another kind.
         GraphError: if `gm` has no adapter, or is folded or batched.
     """
-    rewrites = Rewrites(fuse, share, recompute, narrow, masks, rotations, merge, checkpoint, dropout)
+    rewrites = Rewrites(fuse, share, recompute, narrow, masks, rotations, direct, merge, checkpoint, dropout)
     gm = checked_graph_module(gm)
     check_editable(gm)
     if not record_of(gm).adapters:
@@ -185,29 +217,5 @@ def set_rewrites(gm: LoraGraphModule, rewrites: Rewrites = _BY_THEMSELVES) -> No
     record.lowering = rewrites
 
 
-def _layer_of(block: BlockNodes) -> Callable[..., Any]:
-    graph = fx.Graph()
-    nodes = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(block.inputs)}
-    for node in block.nodes:
-        nodes[node] = graph.node_copy(node, nodes.__getitem__)
-    graph.output(tuple(nodes[node] for node in block.outputs))
-    return checkpointing.checkpointed(fx.GraphModule({}, graph).forward)
-
-
 def _is_tensor(node: fx.Node) -> bool:
     return node.op == "get_attr" or isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def _chain_of(group: GroupNodes, chains: dict[str, Chain]) -> Chain:
-    """What makes x of the group's inputs; layers that are alike share one."""
-    graph = fx.Graph()
-    nodes = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(group.inputs)}
-    for node, placeholder in nodes.items():
-        placeholder.meta["val"] = node.meta.get("val")
-    for node in group.chain:
-        nodes[node] = graph.node_copy(node, nodes.__getitem__)
-        nodes[node].name = f"step_{len(nodes)}"
-    graph.output(nodes[group.x])
-    values = [node.meta.get("val") for node in graph.nodes]
-    kinds = [(value.dtype, value.shape) if isinstance(value, torch.Tensor) else None for value in values]
-    return chains.setdefault(f"{graph.python_code('self').src}{kinds}", Chain(graph))

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
 
+from ..copying import copy_graph
 from ..ops.use import operands_of
 from .normalization import gradient_of_normalized, normalize
 
@@ -48,14 +49,21 @@ class Derivative:
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """What makes x: its graph takes the inputs, and gives x."""
+    """What makes x.
+
+    Attributes:
+        graph: it takes the inputs, and gives x.
+        finish: what is done to a graph before it is compiled.
+    """
 
     graph: fx.Graph
+    finish: Callable[[fx.Graph], fx.Graph] = lambda graph: graph
+    _known: dict[Any, Derivative | None] = field(default_factory=dict)
 
     @cached_property
     def forward(self) -> Callable[..., torch.Tensor]:
         """inputs → x."""
-        return _compiled(self.graph)
+        return self._compiled(copy_graph(self.graph, {}))
 
     def derivative(self, wanted: Sequence[int], *, gives_x: bool = True) -> Derivative | None:
         """With the gradients of the inputs at some places; None if there is an op on the way without a formula here.
@@ -64,6 +72,12 @@ class Chain:
             wanted: the places.
             gives_x: whether x itself is needed in the backward pass.
         """
+        key = (*wanted, gives_x)
+        if key not in self._known:
+            self._known[key] = self._derivative(wanted, gives_x)
+        return self._known[key]
+
+    def _derivative(self, wanted: Sequence[int], gives_x: bool) -> Derivative | None:
         inputs = self.graph.find_nodes(op="placeholder")
         writer = _Writer(self.graph, {inputs[place] for place in wanted})
         try:
@@ -72,12 +86,11 @@ class Chain:
             return None
         values = [node.meta.get("val") for node in inputs]
         dtypes = tuple(value.dtype if isinstance(value, torch.Tensor) else None for value in values)
-        return Derivative(_compiled(again), _compiled(back), dtypes)
+        return Derivative(self._compiled(again), self._compiled(back), dtypes)
 
-
-def _compiled(graph: fx.Graph) -> Callable[..., Any]:
-    forward: Callable[..., Any] = fx.GraphModule({}, graph).forward
-    return forward
+    def _compiled(self, graph: fx.Graph) -> Callable[..., Any]:
+        forward: Callable[..., Any] = fx.GraphModule({}, self.finish(graph)).forward
+        return forward
 
 
 class _Writer:
