@@ -127,7 +127,6 @@ class _Writer:
             if rule is None:
                 raise NotImplementedError
             for operand, part in rule(self, node, gradient):
-                part = self._fitted(part, node, operand)
                 known = gradients.get(operand)
                 gradients[operand] = part if known is None else self.call(_aten.add.Tensor, known, part)
         self._again.output((self._copies[x] if gives_x else None, tuple(self._read)))
@@ -161,17 +160,17 @@ class _Writer:
             self._read[y] = self._read.pop(copy)
         return self._value(mean), self._value(inverse)
 
+    def fitted(self, part: fx.Node, node: fx.Node, operand: Any) -> fx.Node:
+        """A gradient in the shape and dtype of what it belongs to, which the op may have spread or cast."""
+        if _is_alike(node.meta.get("val"), operand.meta.get("val")):
+            return part
+        return self.call(_shaped_as, part, self.value(operand))
+
     def _value(self, node: fx.Node) -> fx.Node:
         if node not in self._read:
             with self._back.inserting_after(self._back.find_nodes(op="placeholder")[-1]):
                 self._read[node] = self._back.placeholder(f"value_{len(self._read)}")
         return self._read[node]
-
-    def _fitted(self, part: fx.Node, node: fx.Node, operand: fx.Node) -> fx.Node:
-        """A gradient in the shape and dtype of what it belongs to, which the op may have spread or cast."""
-        if _is_alike(node.meta.get("val"), operand.meta.get("val")):
-            return part
-        return self.call(_shaped_as, part, self.value(operand))
 
 
 def _is_alike(one: Any, other: Any) -> bool:
@@ -190,18 +189,24 @@ def _shaped_as(gradient: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
     return gradient.sum_to_size(operand.shape).to(operand.dtype)
 
 
+def _reshaped_as(gradient: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
+    return gradient.reshape(operand.shape)
+
+
 def _of_mul(writer: _Writer, node: fx.Node, gradient: fx.Node) -> _Gradients:
     one, other = node.args
     for operand, factor in ((one, other), (other, one)):
         if writer.carries(operand):
-            yield operand, writer.call(_aten.mul.Tensor, gradient, writer.value(factor))  # type: ignore[misc]
+            part = writer.call(_aten.mul.Tensor, gradient, writer.value(factor))
+            yield operand, writer.fitted(part, node, operand)  # type: ignore[misc]
 
 
 def _of_div(writer: _Writer, node: fx.Node, gradient: fx.Node) -> _Gradients:
     over, under = node.args
     if writer.carries(under):
         raise NotImplementedError
-    yield over, writer.call(_aten.div.Tensor, gradient, writer.value(under))  # type: ignore[misc]
+    part = writer.call(_aten.div.Tensor, gradient, writer.value(under))
+    yield over, writer.fitted(part, node, over)  # type: ignore[misc]
 
 
 def _of_add(writer: _Writer, node: fx.Node, gradient: fx.Node) -> _Gradients:
@@ -209,7 +214,7 @@ def _of_add(writer: _Writer, node: fx.Node, gradient: fx.Node) -> _Gradients:
         raise NotImplementedError
     for operand in node.args:
         if writer.carries(operand):
-            yield operand, gradient  # type: ignore[misc]
+            yield operand, writer.fitted(gradient, node, operand)  # type: ignore[misc]
 
 
 def _of_sub(writer: _Writer, node: fx.Node, gradient: fx.Node) -> _Gradients:
@@ -217,9 +222,10 @@ def _of_sub(writer: _Writer, node: fx.Node, gradient: fx.Node) -> _Gradients:
         raise NotImplementedError
     one, other = node.args
     if writer.carries(one):
-        yield one, gradient  # type: ignore[misc]
+        yield one, writer.fitted(gradient, node, one)  # type: ignore[misc]
     if writer.carries(other):
-        yield other, writer.call(_aten.neg.default, gradient)  # type: ignore[misc]
+        part = writer.call(_aten.neg.default, gradient)
+        yield other, writer.fitted(part, node, other)  # type: ignore[misc]
 
 
 def _of_power(writer: _Writer, node: fx.Node, gradient: fx.Node) -> _Gradients:
@@ -236,7 +242,12 @@ def _of_cast(writer: _Writer, node: fx.Node, gradient: fx.Node) -> _Gradients:
     value, own = node.meta.get("val"), node.all_input_nodes[0].meta.get("val")
     if not isinstance(value, torch.Tensor) or not isinstance(own, torch.Tensor) or value.device != own.device:
         raise NotImplementedError
-    yield node.all_input_nodes[0], gradient  # which is fitted to the dtype
+    yield node.all_input_nodes[0], writer.fitted(gradient, node, node.all_input_nodes[0])
+
+
+def _of_view(writer: _Writer, node: fx.Node, gradient: fx.Node) -> _Gradients:
+    operand = node.args[0]
+    yield operand, writer.call(_reshaped_as, gradient, writer.value(operand))  # type: ignore[misc]
 
 
 def _of_negation(writer: _Writer, node: fx.Node, gradient: fx.Node) -> _Gradients:
@@ -298,6 +309,9 @@ _RULES: dict[Any, Callable[[_Writer, fx.Node, fx.Node], _Gradients]] = {
     _aten.to.dtype: _of_cast,
     _aten.to.dtype_layout: _of_cast,
     _aten.alias.default: _of_add,
+    _aten.view.default: _of_view,
+    _aten.reshape.default: _of_view,
+    _aten.unsqueeze.default: _of_view,
     _aten.silu.default: _elementwise(_aten.silu_backward.default, reads_result=False),
     _aten.gelu.default: _elementwise(_aten.gelu_backward.default, reads_result=False),
     _aten.mish.default: _elementwise(_aten.mish_backward.default, reads_result=False),

@@ -1,0 +1,247 @@
+"""Chains that are made again: their derivatives are autograd's. Functions in place of overloads: they run the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from test_optimization import GPT2, LLAMA, adapted
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_fx
+from lora_fx.rewrites import direct_calls
+from lora_fx.rewrites.chains import Chain
+from lora_fx.rewrites.group_call import function_of
+from lora_fx.rewrites.group_operands import Group, Linear, Term
+
+aten = torch.ops.aten
+ROWS, WIDTH = 5, 8
+
+
+def chain_of(function: Callable[..., torch.Tensor], *inputs: Any) -> Chain:
+    """What torch.export makes of a function, as a chain."""
+
+    class Module(nn.Module):
+        def forward(self, *args: Any) -> torch.Tensor:
+            return function(*args)
+
+    exported = torch.export.export(Module(), inputs).graph
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in exported.nodes:
+        if node.op == "output":
+            graph.output(copies[node.args[0][0]])
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return Chain(graph)
+
+
+def values(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def gelu_as_gpt2_writes_it(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+SQUARE = (ROWS, WIDTH)
+FORMULAS: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[int, ...]]]] = {
+    "silu": (lambda a, b: F.silu(a) * b, [SQUARE, SQUARE]),
+    "gelu": (F.gelu, [SQUARE]),
+    "gelu of tanh": (lambda a: F.gelu(a, approximate="tanh"), [SQUARE]),
+    "gelu by hand": (gelu_as_gpt2_writes_it, [SQUARE]),
+    "relu squared": (lambda a: F.relu(a) ** 2, [SQUARE]),
+    "mish": (F.mish, [SQUARE]),
+    "hardswish": (F.hardswish, [SQUARE]),
+    "sigmoid": (lambda a: a * torch.sigmoid(1.702 * a), [SQUARE]),
+    "exp": (lambda a, b: torch.exp(-a) - b, [SQUARE, SQUARE]),
+    "difference": (lambda a, b: a - b * 2.0, [SQUARE, SQUARE]),
+    "quotient": (lambda a: (a + 1.0) / 3.0, [SQUARE]),
+    "twice the same": (lambda a: a * a + a, [SQUARE]),
+    "spread": (lambda a, b: a * b + b, [SQUARE, (1, WIDTH)]),
+    "spread from fewer dimensions": (lambda a, b: b - a * b, [SQUARE, (WIDTH,)]),
+    "layer_norm": (lambda a, w, b: F.layer_norm(a, (WIDTH,), w, b, 1e-6) * 2.0, [SQUARE, (WIDTH,), (WIDTH,)]),
+    "layer_norm alone": (lambda a: F.layer_norm(a, (WIDTH,)), [SQUARE]),
+    "layer_norm of a sum": (lambda a, b: F.gelu(F.layer_norm(a + b, (WIDTH,))), [SQUARE, SQUARE]),
+    "view": (lambda a, b: F.gelu(a).view(WIDTH, ROWS).unsqueeze(0).reshape(b.shape) * b, [SQUARE, SQUARE]),
+    "cast": (lambda a, b: (a.float() * 2.0).to(a.dtype) * b, [SQUARE, SQUARE]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_derivative_is_what_autograd_finds(name: str, dtype: torch.dtype) -> None:
+    function, shapes = FORMULAS[name]
+    inputs = values(*shapes, dtype=dtype)
+    wanted = [place for place, shape in enumerate(shapes) if not (name == "layer_norm" and shape == (WIDTH,))]
+    chain = chain_of(function, *inputs)
+    leaves = [t.clone().requires_grad_(place in wanted) for place, t in enumerate(inputs)]
+    x = function(*leaves)
+    gradient = values(tuple(x.shape), dtype=x.dtype)[0].flip(0)
+    expected = torch.autograd.grad(x, [leaves[place] for place in wanted], gradient)
+    derivative = chain.derivative(wanted)
+    assert derivative is not None
+    assert derivative.fits(inputs)
+    again, kept = derivative.again(*inputs)
+    found = derivative.back(gradient, *kept)
+    assert torch.equal(again, x)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        torch.testing.assert_close(one, other, rtol=8 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    unread, kept = chain.derivative(wanted, gives_x=False).again(*inputs)  # type: ignore[union-attr]
+    assert unread is None
+    assert all(torch.equal(a, b) for a, b in zip(found, derivative.back(gradient, *kept), strict=True))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [F.softplus, F.elu, lambda a: 1.0 / a, lambda a: a.mean(-1, keepdim=True) * a, lambda a: a * a.detach()],
+    ids=["softplus", "elu", "reciprocal", "mean", "detach"],
+)
+def test_what_has_no_formula_is_left_to_autograd(function: Callable[..., torch.Tensor]) -> None:
+    assert chain_of(function, *values(SQUARE)).derivative([0]) is None
+
+
+def test_norm_weights_that_are_trained_are_left_to_autograd() -> None:
+    chain = chain_of(lambda a, w: F.layer_norm(a, (WIDTH,), w), *values(SQUARE, (WIDTH,)))
+    assert chain.derivative([0]) is not None
+    assert chain.derivative([0, 1]) is None
+
+
+def test_a_chain_in_another_dtype_than_it_was_traced_in() -> None:
+    """Parameters may be cast after the trace: then the formulas do not apply, and autograd finds the same."""
+    chain = chain_of(lambda a, b: F.silu(a) * b, *values(SQUARE, SQUARE, dtype=torch.float32))
+    group = function_of(Group((Linear("linear", False, (Term(2.0),)),), inputs=2, chain=chain))
+    one, other, weight, a, b = values(SQUARE, SQUARE, (4, WIDTH), (2, WIDTH), (4, 2))
+    derivative = chain.derivative([0, 1])
+    assert derivative is not None
+    assert not derivative.fits([one, other])
+    leaves = [t.requires_grad_() for t in (one, other, a, b)]
+    (y,) = group(False, one, other, weight, a, b)
+    x = F.silu(one) * other
+    expected = F.linear(x, weight) + F.linear(F.linear(x, a), b) * 2.0
+    torch.testing.assert_close(y, expected)
+    for found, wanted in zip(
+        torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("case", [LLAMA, GPT2], ids=str)
+def test_no_chain_of_a_decoder_asks_autograd(case: zoo.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimized = lora_fx.optimize(adapted(case, torch.float32))
+    loss = zoo.loss_of(optimized, case.arguments(torch.float32))
+
+    def asked(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("autograd was asked")
+
+    monkeypatch.setattr(torch.autograd, "grad", asked)
+    loss.backward()
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if not isinstance(a, torch.Tensor)]
+        self.calls.append((func, plain))
+        return func(*args, **(kwargs or {}))
+
+
+X, Y = values((2, 4, 6), (2, 4, 6), dtype=torch.float32)
+M, N = values((4, 6), (6, 4), dtype=torch.float32)
+MASK = torch.arange(48).view(2, 4, 6) % 3 == 0
+EXAMPLES: dict[Any, list[tuple[Any, ...]]] = {
+    aten.add.Tensor: [(X, Y), (X, 2), (X, 0.5)],
+    aten.addmm.default: [(values((4,))[0].float(), M, N)],
+    aten.bmm.default: [(X, Y.mT)],
+    aten.cat.default: [([X, Y], -1), ([X, Y],)],
+    aten.contiguous.default: [(X.mT,)],
+    aten.conv2d.default: [(values((1, 2, 5, 5))[0], values((3, 2, 3, 3))[0], None, [2, 2], [1, 1], [1, 1], 1)],
+    aten.cos.default: [(X,)],
+    aten.div.Tensor: [(X, Y), (X, 3)],
+    aten.dropout.default: [(X, 0.5, False), (X, 0.5, True)],
+    aten.embedding.default: [(M, torch.tensor([1, 3])), (M, torch.tensor([1, 3]), 0)],
+    aten.exp.default: [(X,)],
+    aten.expand.default: [(X[:, :1], [2, 4, -1])],
+    aten.flatten.using_ints: [(X, 1), (X, 0, 1), (X,)],
+    aten.gelu.default: [(X,)],
+    aten.layer_norm.default: [(X, [6], M[0], M[1], 1e-6), (X, [6])],
+    aten.linear.default: [(X, M), (X, M, M[:, 0])],
+    aten.masked_fill.Scalar: [(X, MASK, -1.0)],
+    aten.matmul.default: [(X, Y.mT), (X, N)],
+    aten.mean.dim: [(X, [-1], True), (X, [0, 1])],
+    aten.mm.default: [(M, N)],
+    aten.mul.Tensor: [(X, Y), (X, 2.5)],
+    aten.neg.default: [(X,)],
+    aten.permute.default: [(X, [2, 0, 1])],
+    aten.pow.Tensor_Scalar: [(X, 2), (X.abs(), 0.5)],
+    aten.relu.default: [(X,)],
+    aten.reshape.default: [(X, [8, -1]), (X.mT, [8, 6])],
+    aten.rsqrt.default: [(X.abs(),)],
+    aten.scaled_dot_product_attention.default: [(X, Y, X), (X, Y, X, None, 0.0, True)],
+    aten.select.int: [(X, 1, 2)],
+    aten.sigmoid.default: [(X,)],
+    aten.silu.default: [(X,)],
+    aten.sin.default: [(X,)],
+    aten.softmax.int: [(X, -1), (X.bfloat16(), -1, torch.float32)],
+    aten.sqrt.default: [(X.abs(),)],
+    aten.squeeze.dim: [(X[:, :1], 1), (X, 0)],
+    aten.sub.Tensor: [(X, Y), (X, 2)],
+    aten.sum.dim_IntList: [(X, [-1], True), (X, [0])],
+    aten.t.default: [(M,)],
+    aten.tanh.default: [(X,)],
+    aten.to.dtype: [(X, torch.bfloat16), (X, torch.float32), (X, torch.float64, False, True)],
+    aten.transpose.int: [(X, 1, 2)],
+    aten.type_as.default: [(X, Y.double()), (X, Y)],
+    aten.unsqueeze.default: [(X, 1)],
+    aten.view.default: [(X, [2, -1, 3])],
+    aten.where.self: [(MASK, X, Y)],
+}
+
+
+def recorded(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[torch.Tensor, list[tuple[Any, ...]]]:
+    torch.manual_seed(0)
+    recorder = Recorder()
+    with recorder:
+        result = function(*args)
+    return result, recorder.calls
+
+
+@pytest.mark.parametrize("overload", direct_calls.FUNCTIONS, ids=str)
+def test_a_function_runs_what_its_overload_runs(overload: Any) -> None:
+    for args in EXAMPLES[overload]:
+        expected, wanted = recorded(overload, args)
+        found, calls = recorded(direct_calls.FUNCTIONS[overload], args)
+        assert calls == wanted
+        assert found.dtype == expected.dtype
+        assert found.stride() == expected.stride()
+        assert found._is_view() == expected._is_view()
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("case", [LLAMA, GPT2], ids=str)
+def test_overloads_that_have_a_function_are_not_called(case: zoo.Case) -> None:
+    plain = adapted(case)
+    assert not [name for name in overloads_in(lora_fx.optimize(plain).code) if name in FUNCTION_NAMES]
+    assert [name for name in overloads_in(lora_fx.optimize(plain, direct=False).code) if name in FUNCTION_NAMES]
+    checkpointed = lora_fx.optimize(plain, checkpoint=True)
+    assert not [name for name in overloads_in(checkpointed.code) if name in FUNCTION_NAMES]
+
+
+FUNCTION_NAMES = {str(overload) for overload in direct_calls.FUNCTIONS}
+
+
+def overloads_in(code: str) -> list[str]:
+    return re.findall(r"torch\.ops\.(aten\.\w+\.\w+)\((?![^)\n]* = )", code)
