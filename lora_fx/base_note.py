@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16"
 UNREADABLE = f"the note on the base model ({KEY}) cannot be read"
 
 
+@lru_cache(maxsize=64)
 def places_of(size: int, count: int) -> NDArray[np.int64]:
-    """Where up to `count` of `size` values stand, from the first to the last, evenly spread."""
+    """Where up to `count` of `size` values stand, from the first to the last, evenly spread; not to be written to."""
     return np.rint(np.linspace(0, max(size - 1, 0), min(count, size))).astype(np.int64)
 
 
