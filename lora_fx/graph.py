@@ -631,7 +631,7 @@ def rename_reads(gm: LoraGraphModule, attribute: str, new: str) -> None:
 
 
 def finish(gm: LoraGraphModule) -> None:
-    """Check every view and compile the shown one; call it when the edits of one pass are done."""
+    """Check every view, and have the shown one compiled; call it when the edits of one pass are done."""
     for graph in record_of(gm).views.values():
         graph.owning_module = gm
         graph.lint()
@@ -639,7 +639,7 @@ def finish(gm: LoraGraphModule) -> None:
         if isinstance(module, fx.GraphModule) and module is not gm:
             module.graph.lint()
             module.recompile()
-    gm.recompile()
+    gm.recompile_later()
 
 
 def write_float_linears(gm: LoraGraphModule, floats: dict[str, nn.Module]) -> None:

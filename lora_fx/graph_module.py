@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -220,18 +222,20 @@ class LoraGraphModule(fx.GraphModule):
         """Exchange the shown view; a view keeps its compiled forward, so torch.compile meets it again."""
         self._let_wrappers_follow()
         cache: dict[fx.Graph, dict[str, Any]] = self.__dict__.setdefault("_compiled_views", {})
-        cache[self._graph] = self._compiled()
-        graph = record_of(self).views[mode]
-        if graph not in cache:
-            self.graph = graph
-            return
-        self._graph = graph
-        self._install(cache[graph])
+        if not self._is_pending:
+            cache[self._graph] = self._compiled()
+        self._graph = record_of(self).views[mode]
+        self._graph.owning_module = self
+        if self._graph in cache:
+            self._install(cache[self._graph])
+        else:
+            self._compile_later()
 
     def kept_views(self) -> Selection:
         """The views with what they are compiled to, for `show_views` to come back to."""
         cache: dict[fx.Graph, dict[str, Any]] = self.__dict__.get("_compiled_views", {})
-        return Selection(dict(record_of(self).views), {**cache, self._graph: self._compiled()})
+        shown = {} if self._is_pending else {self._graph: self._compiled()}
+        return Selection(dict(record_of(self).views), cache | shown)
 
     def show_views(self, selection: Selection) -> None:
         """Exchange all views; those that were compiled keep what torch.compile knows them by."""
@@ -244,7 +248,7 @@ class LoraGraphModule(fx.GraphModule):
         if graph in selection.compiled:
             self._install(selection.compiled[graph])
         else:
-            self.recompile()
+            self._compile_later()
 
     def _compiled(self) -> dict[str, Any]:
         """What the shown graph was compiled to."""
@@ -261,6 +265,8 @@ class LoraGraphModule(fx.GraphModule):
 
         It holds the function of the view that was shown when it came; that function becomes a call of the shown one's.
         """
+        if self._is_pending:  # nobody has met its forward yet
+            return
         held, wrapper = type(self).forward, self.__dict__.get("forward")
         if wrapper is self.__dict__.get(WRAPPER) or not isinstance(held, types.FunctionType):
             return
@@ -342,12 +348,57 @@ class LoraGraphModule(fx.GraphModule):
         yield from record_of(self).wide.values()
         yield from (m.graph for m in self.modules() if isinstance(m, fx.GraphModule) and m is not self)
 
-    def recompile(self) -> Any:
-        """Compile the shown graph anew; needed after editing it by hand, as for any GraphModule."""
-        if _UNCOMPILED.get():
-            return None
+    def recompile_later(self) -> None:
+        """`recompile`, when the graph is called, or its code asked for: a pass may be the first of several."""
         self._let_wrappers_follow()
         self.__dict__.pop("_compiled_views", None)
+        self._compile_later()
+
+    def _compile_later(self) -> None:
+        record = record_of(self)
+        # A lowering may refuse the graph; and torch.compile may hold a module whose forward was asked for.
+        is_known = "forward" in unsharded_class(self).__dict__ and not self._is_pending
+        if record.lowering is not None or is_known or _UNCOMPILED.get():
+            self._compile()
+            return
+        record.views[self.training if self.training in record.views else None] = self._graph
+        for name in _COMPILED:
+            self.__dict__.pop(name, None)
+        convention = getattr(self._graph._codegen, "pytree_info", None)
+        if convention is not None:
+            self._in_spec, self._out_spec = convention.in_spec, convention.out_spec
+        unsharded_class(self).forward = PendingForward(self)  # type: ignore[assignment]
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`nn.Module.compile`, which traces how `forward` is asked for."""
+        _ = type(self).forward
+        super().compile(*args, **kwargs)
+
+    @property
+    def _is_pending(self) -> bool:
+        """Whether the shown graph is still to be compiled."""
+        return isinstance(unsharded_class(self).__dict__.get("forward"), PendingForward)
+
+    @property
+    def _code(self) -> str:
+        """Where fx keeps the shown graph's code."""
+        _ = type(self).forward  # which compiles it
+        code: str = self.__dict__["_code"]
+        return code
+
+    @_code.setter
+    def _code(self, code: str) -> None:
+        self.__dict__["_code"] = code
+
+    def recompile(self) -> Any:
+        """Compile the shown graph anew; needed after editing it by hand, as for any GraphModule."""
+        self._let_wrappers_follow()
+        self.__dict__.pop("_compiled_views", None)
+        return self._compile()
+
+    def _compile(self) -> Any:
+        if _UNCOMPILED.get():
+            return None
         record = self.__dict__.get("meta", {}).get(_META_KEY)
         if record is None:
             with read_at_once(self, self._graph):
@@ -397,8 +448,29 @@ class LoraGraphModule(fx.GraphModule):
         for graph in (*record_of(result).views.values(), *record_of(result).wide.values()):
             graph.owning_module = result
         _lay_out_moved(result, _places(self))
-        result.recompile()
+        result.recompile_later()
         return result
+
+
+class PendingForward:
+    """The `forward` of a class whose graph module is to be compiled when somebody asks for it."""
+
+    _lock: ClassVar[threading.RLock] = threading.RLock()
+
+    def __init__(self, gm: LoraGraphModule) -> None:
+        self._gm = weakref.ref(gm)
+
+    def __get__(self, instance: LoraGraphModule | None, owner: type) -> Any:
+        gm = self._gm() if instance is None else instance
+        with self._lock:
+            if gm is not None and unsharded_class(gm).__dict__.get("forward") is self:
+                unsharded_class(gm).forward = nn.Module.forward  # which is exchanged
+                try:
+                    gm._compile()
+                except BaseException:
+                    unsharded_class(gm).forward = self
+                    raise
+        return getattr(owner if instance is None else instance, "forward")  # noqa: B009
 
 
 def _call_shown_forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -120,7 +120,10 @@ class Rewrites:
         graph.output(nodes[group.x])
         values = [node.meta.get("val") for node in graph.nodes]
         kinds = [(value.dtype, value.shape) if isinstance(value, torch.Tensor) else None for value in values]
-        return chains.setdefault(f"{graph.python_code('self').src}{kinds}", Chain(graph, self._call_directly))
+        key = f"{graph.python_code('self').src}{kinds}"
+        if key not in chains:
+            chains[key] = Chain(graph, self._call_directly)
+        return chains[key]
 
     def _described(self, group: GroupNodes, gives_x: bool, chains: dict[str, Chain]) -> Group:
         linears = tuple(

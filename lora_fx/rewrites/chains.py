@@ -11,7 +11,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,23 +46,22 @@ class Derivative:
         return True
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Chain:
     """What makes x.
 
     Attributes:
         graph: it takes the inputs, and gives x.
         finish: what is done to a graph before it is compiled.
+        forward: inputs → x.
     """
 
     graph: fx.Graph
     finish: Callable[[fx.Graph], fx.Graph] = lambda graph: graph
     _known: dict[Any, Derivative | None] = field(default_factory=dict)
 
-    @cached_property
-    def forward(self) -> Callable[..., torch.Tensor]:
-        """inputs → x."""
-        return self._compiled(copy_graph(self.graph, {}))
+    def __post_init__(self) -> None:
+        self.forward: Callable[..., torch.Tensor] = self._compiled(copy_graph(self.graph, {}))
 
     def derivative(self, wanted: Sequence[int], *, gives_x: bool = True) -> Derivative | None:
         """With the gradients of the inputs at some places; None if there is an op on the way without a formula here.
