@@ -441,12 +441,6 @@ def write_rotations(graph: fx.Graph, found: Sequence[RotationNodes]) -> None:
             _replace(graph, node, result)
 
 
-def write_direct_calls(functions: Mapping[fx.Node, Callable[..., Any]]) -> None:
-    """Let each node call its function, on the arguments that it has."""
-    for node, function in functions.items():
-        node.target = function
-
-
 def write_blocks(
     graph: fx.Graph, blocks: Sequence[BlockNodes], target_of: Callable[[BlockNodes], Callable[..., Any]]
 ) -> None:

@@ -28,10 +28,11 @@ from .arena import lay_out
 from .attributes import get_attribute, get_parameter, holds_values, set_attribute
 from .copying import WRAPPER, copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, share_tensors
 from .errors import GraphError, warn
+from .generated_code import code_to_run
 from .literals import find_dtype_literal, move_literals
 from .ops.use import operands_of
 from .sharding import check_not_sharded, settle, unsharded_class, whole
-from .tensor_reads import read, read_at_once
+from .tensor_reads import read
 
 if TYPE_CHECKING:
     from .injection import Adapter
@@ -401,7 +402,7 @@ class LoraGraphModule(fx.GraphModule):
             return None
         record = self.__dict__.get("meta", {}).get(_META_KEY)
         if record is None:
-            with read_at_once(self, self._graph):
+            with code_to_run(self, self._graph):
                 return super().recompile()
         mode = self.training if self.training in record.views else None
         record.views[mode] = self._graph
@@ -419,7 +420,7 @@ class LoraGraphModule(fx.GraphModule):
         self._graph = graph if lowering is None else lowering(self, graph)
         self.__class__ = own  # fx writes its ways of calling into a class that it made, not into fully_shard's
         try:
-            with read_at_once(self, self._graph):
+            with code_to_run(self, self._graph):
                 code = super().recompile()
         finally:
             self._graph, self.__class__ = graph, kind

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from .copying import copy_graph
+from .direct_calls import call_directly
 from .errors import ConfigError, GraphError
-from .graph import write_blocks, write_direct_calls, write_groups, write_masks, write_normalizations, write_rotations
+from .graph import write_blocks, write_groups, write_masks, write_normalizations, write_rotations
 from .graph_module import (
     LoraGraphModule,
     Lowering,
@@ -23,7 +24,6 @@ from .graph_module import (
 from .rewrites import (
     attention_masks,
     checkpointing,
-    direct_calls,
     fused_sums,
     normalization,
     random_order,
@@ -51,14 +51,13 @@ class Rewrites:
     narrow: bool = True
     masks: bool = True
     rotations: bool = True
-    direct: bool = True
     merge: bool = False
     checkpoint: bool = False
     dropout: Dropout = "exact"
     trains_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("fuse", "share", "recompute", "narrow", "masks", "rotations", "direct", "merge", "checkpoint"):
+        for name in ("fuse", "share", "recompute", "narrow", "masks", "rotations", "merge", "checkpoint"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.dropout not in ("exact", "cut", "shared"):
@@ -92,13 +91,8 @@ class Rewrites:
         write_groups(lowered, groups, target_of)
         if self.checkpoint:
             write_blocks(lowered, checkpointing.find(lowered, written_values(lowered, gm)), self._layer_of)
-        self._call_directly(lowered)
         lowered.lint()
         return lowered
-
-    def _call_directly(self, graph: fx.Graph) -> fx.Graph:
-        write_direct_calls(direct_calls.find(graph) if self.direct else {})
-        return graph
 
     def _layer_of(self, block: BlockNodes) -> Callable[..., Any]:
         graph = fx.Graph()
@@ -106,7 +100,7 @@ class Rewrites:
         for node in block.nodes:
             nodes[node] = graph.node_copy(node, nodes.__getitem__)
         graph.output(tuple(nodes[node] for node in block.outputs))
-        return checkpointing.checkpointed(fx.GraphModule({}, self._call_directly(graph)).forward)
+        return checkpointing.checkpointed(fx.GraphModule({}, call_directly(graph)).forward)
 
     def _chain_of(self, group: GroupNodes, chains: dict[str, Chain]) -> Chain:
         """What makes x of the group's inputs; layers that are alike share one."""
@@ -122,7 +116,7 @@ class Rewrites:
         kinds = [(value.dtype, value.shape) if isinstance(value, torch.Tensor) else None for value in values]
         key = f"{graph.python_code('self').src}{kinds}"
         if key not in chains:
-            chains[key] = Chain(graph, self._call_directly)
+            chains[key] = Chain(graph)
         return chains[key]
 
     def _described(self, group: GroupNodes, gives_x: bool, chains: dict[str, Chain]) -> Group:
@@ -158,7 +152,6 @@ def optimize(
     narrow: bool = True,
     masks: bool = True,
     rotations: bool = True,
-    direct: bool = True,
     merge: bool = False,
     checkpoint: bool = False,
     dropout: Dropout = "exact",
@@ -180,8 +173,6 @@ def optimize(
         masks: look at a boolean attention mask once in each step, and leave it out of every layer where it hides
             nothing or only what is ahead, so that attention takes its fastest kernel.
         rotations: rotary position embeddings in three kernels each way, in place of seven and more.
-        direct: call torch's functions (`torch.add`) in place of overloads of operators (`torch.ops.aten.add.Tensor`),
-            which take a microsecond more.
         merge: build W + scaling · B @ A in each step where tokens are so many that it takes fewer operations. It moves
             more memory, and wins on few machines.
         checkpoint: keep only what each layer reads, and run it again in the backward pass (those behind the first
@@ -194,7 +185,7 @@ def optimize(
         ConfigError: for an argument of another kind.
         GraphError: if `gm` has no adapter, or is folded or batched.
     """
-    rewrites = Rewrites(fuse, share, recompute, narrow, masks, rotations, direct, merge, checkpoint, dropout)
+    rewrites = Rewrites(fuse, share, recompute, narrow, masks, rotations, merge, checkpoint, dropout)
     gm = checked_graph_module(gm)
     check_editable(gm)
     if not record_of(gm).adapters:

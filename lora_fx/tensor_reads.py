@@ -1,15 +1,13 @@
 """How a compiled graph reads its tensors: all in one go, out of the dictionaries that modules keep them in.
 
 fx writes `self.model.embed.weight` for each parameter, and each dot calls `nn.Module.__getattr__`: with adapters, that
-is more calls than there are kernels. The code that runs asks once instead; `gm.code`, which people read, stays fx's.
+is more calls than there are kernels. The code that runs (see `generated_code.py`) asks once instead.
 Where each tensor lies is remembered with the way to it, and looked up again if a module on the way was exchanged.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +19,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 PLACES = "_tensor_places"
 
 _VARIABLE = "_tensors_of_self"
-_COUNTER = re.compile(r"# COUNTER: (\d+)\n")  # what fx writes before each node, and takes out again
-_READ = re.compile(rf"= {_VARIABLE}\[(\d+)\]")
+COUNTER = re.compile(r"# COUNTER: (\d+)\n")  # what fx writes before each node, and takes out again
 
 
 @dataclass(frozen=True)
@@ -104,26 +101,7 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or is_fx_symbolic_tracing() or torch._C._get_tracing_state() is not None
 
 
-@contextmanager
-def read_at_once(gm: fx.GraphModule, graph: fx.Graph) -> Iterator[None]:
-    """What `gm.recompile()` compiles in here reads the tensors of `graph` by one call of `gm._tensors_of`."""
-    nodes = _nodes_to_bind(gm, graph)
-    plain: list[str] = []
-
-    def transform(before: Callable[[list[str]], list[str]] | None) -> Callable[[list[str]], list[str]]:
-        return lambda body: _with_one_read(before(body) if before else body, nodes, plain)
-
-    if not nodes:
-        yield
-        return
-    with graph.on_generate_code(transform):
-        yield
-    if plain:
-        code = gm._code.replace(_header(nodes), "", 1)
-        gm._code = _READ.sub(lambda found: f"= {plain[int(found[1])]}", code)
-
-
-def _nodes_to_bind(gm: fx.GraphModule, graph: fx.Graph) -> dict[int, str]:
+def nodes_to_bind(gm: fx.GraphModule, graph: fx.Graph) -> dict[int, str]:
     """{number of the node: name} of all tensors that are read; none if a module that is called may exchange them."""
     found = {}
     for number, node in enumerate(graph.nodes):
@@ -148,22 +126,18 @@ def _header(nodes: dict[int, str]) -> str:
     return f"{_VARIABLE} = self._tensors_of({tuple(nodes.values())!r}); "
 
 
-def _with_one_read(body: list[str], nodes: dict[int, str], plain: list[str]) -> list[str]:
-    """fx's lines with each read out of one list; `plain` gets what stood there. As it was, if fx writes otherwise."""
+def with_one_read(body: list[str], nodes: dict[int, str]) -> list[str]:
+    """fx's lines with these reads out of one list, by `gm._tensors_of`; as they were, if fx writes otherwise."""
     lines, number = list(body), -1
     places = {number: place for place, number in enumerate(nodes)}
     for at, line in enumerate(body):
-        counted = _COUNTER.fullmatch(line)
+        counted = COUNTER.fullmatch(line)
         number = int(counted[1]) if counted else number
         if counted or number not in places:
             continue
-        name, is_read, source = line.partition(" = ")
+        name, is_read, _ = line.partition(" = ")
         place = places.pop(number)
-        if not is_read or place != len(plain):
-            break
-        plain.append(source)
+        if not is_read or place != len(nodes) - len(places) - 1:
+            return list(body)
         lines[at] = f"{'' if place else _header(nodes)}{name} = {_VARIABLE}[{place}]"
-    if not places:
-        return lines
-    plain.clear()
-    return list(body)
+    return list(body) if places else lines

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import re
+import dis
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import zoo
-from test_optimization import GPT2, LLAMA, adapted
+from test_optimization import BERT, GPT2, LLAMA, adapted
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from zoo import STACK
 
 import lora_fx
-from lora_fx.rewrites import direct_calls
+from lora_fx import direct_calls
+from lora_fx.graph_module import record_of
 from lora_fx.rewrites.chains import Chain
 from lora_fx.rewrites.group_call import function_of
 from lora_fx.rewrites.group_operands import Group, Linear, Term
@@ -223,7 +226,7 @@ def recorded(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[torch
 def test_a_function_runs_what_its_overload_runs(overload: Any) -> None:
     for args in EXAMPLES[overload]:
         expected, wanted = recorded(overload, args)
-        found, calls = recorded(direct_calls.FUNCTIONS[overload], args)
+        found, calls = recorded(direct_calls.function_for(overload), args)
         assert calls == wanted
         assert found.dtype == expected.dtype
         assert found.stride() == expected.stride()
@@ -231,17 +234,57 @@ def test_a_function_runs_what_its_overload_runs(overload: Any) -> None:
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("case", [LLAMA, GPT2], ids=str)
-def test_overloads_that_have_a_function_are_not_called(case: zoo.Case) -> None:
-    plain = adapted(case)
-    assert not [name for name in overloads_in(lora_fx.optimize(plain).code) if name in FUNCTION_NAMES]
-    assert [name for name in overloads_in(lora_fx.optimize(plain, direct=False).code) if name in FUNCTION_NAMES]
-    checkpointed = lora_fx.optimize(plain, checkpoint=True)
-    assert not [name for name in overloads_in(checkpointed.code) if name in FUNCTION_NAMES]
+@pytest.mark.parametrize("case", [LLAMA, GPT2, BERT], ids=str)
+def test_the_code_that_runs_calls_functions_and_the_code_to_read_is_that_of_fx(case: zoo.Case) -> None:
+    plain = adapted(case, torch.float32)
+    for gm in (plain, lora_fx.optimize(plain)):
+        assert gm.code == as_fx_writes_it(gm)
+        names = {"view", "transpose", "linear"} - ({"linear"} if gm is not plain else set())
+        assert names <= {*type(gm).forward.__code__.co_names}
+        assert not names & called_as_overloads(gm)
 
 
-FUNCTION_NAMES = {str(overload) for overload in direct_calls.FUNCTIONS}
+def as_fx_writes_it(gm: Any) -> str:
+    """Of the graph that is compiled."""
+    lowering = record_of(gm).lowering
+    return (gm.graph if lowering is None else lowering(gm, gm.graph)).python_code("self").src
 
 
-def overloads_in(code: str) -> list[str]:
-    return re.findall(r"torch\.ops\.(aten\.\w+\.\w+)\((?![^)\n]* = )", code)
+def called_as_overloads(gm: Any) -> set[str]:
+    """The operators that the code which runs calls as torch.ops.aten.NAME."""
+    steps = [(i.opname, i.argval) for i in dis.get_instructions(type(gm).forward)]
+    return {
+        name
+        for (_, first), (kind, name) in itertools.pairwise(steps)
+        if first == "aten" and kind in ("LOAD_ATTR", "LOAD_METHOD")
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "written"),
+    [
+        ("y = torch.ops.aten.add.Tensor(x, 2)", "y = torch.add(x, 2)"),
+        ("y = torch.ops.aten.view.default(x, [a, -1])", "y = x.view([a, -1])"),
+        ("y = torch.ops.aten.contiguous.default(x)", "y = x.contiguous()"),
+        ("y : torch.Tensor = torch.ops.aten.linear.default(x, w)", "y : torch.Tensor = torch._C._nn.linear(x, w)"),
+        ("y = torch.ops.aten.add.Tensor(x, z, alpha = 2)", None),
+        ("y = torch.ops.aten.erf.default(x)", None),
+        ("y = something_else(torch.ops.aten.add.Tensor(x, 2))", None),
+    ],
+)
+def test_lines_that_are_not_fxs_stay(line: str, written: str | None) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    overload = aten.view.default if "view" in line else aten.contiguous.default if "contiguous" in line else None
+    overload = overload or (aten.linear.default if "linear" in line else aten.add.Tensor)
+    overload = aten.erf.default if "erf" in line else overload
+    graph.call_function(overload, (x,), {"alpha": 2} if "alpha" in line else {})
+    body = ["# COUNTER: 0\n", "# COUNTER: 1\n", line, ";  x = None\n"]
+    assert direct_calls.with_direct_calls(body, graph) == [*body[:2], written or line, body[3]]
+
+
+def test_a_graph_is_traced_symbolically_as_it_runs() -> None:
+    plain = adapted(STACK, torch.float32).eval()
+    again = fx.symbolic_trace(plain)
+    arguments = STACK.arguments(torch.float32)
+    assert zoo.distance(zoo.run(again, arguments), zoo.run(plain, arguments)) == 0

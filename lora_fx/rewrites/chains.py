@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from ..copying import copy_graph
+from ..direct_calls import call_directly
 from ..ops.use import operands_of
 from .normalization import gradient_of_normalized, normalize
 
@@ -52,16 +53,14 @@ class Chain:
 
     Attributes:
         graph: it takes the inputs, and gives x.
-        finish: what is done to a graph before it is compiled.
         forward: inputs → x.
     """
 
     graph: fx.Graph
-    finish: Callable[[fx.Graph], fx.Graph] = lambda graph: graph
     _known: dict[Any, Derivative | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.forward: Callable[..., torch.Tensor] = self._compiled(copy_graph(self.graph, {}))
+        self.forward: Callable[..., torch.Tensor] = _compiled(copy_graph(self.graph, {}))
 
     def derivative(self, wanted: Sequence[int], *, gives_x: bool = True) -> Derivative | None:
         """With the gradients of the inputs at some places; None if there is an op on the way without a formula here.
@@ -84,11 +83,12 @@ class Chain:
             return None
         values = [node.meta.get("val") for node in inputs]
         dtypes = tuple(value.dtype if isinstance(value, torch.Tensor) else None for value in values)
-        return Derivative(self._compiled(again), self._compiled(back), dtypes)
+        return Derivative(_compiled(again), _compiled(back), dtypes)
 
-    def _compiled(self, graph: fx.Graph) -> Callable[..., Any]:
-        forward: Callable[..., Any] = fx.GraphModule({}, self.finish(graph)).forward
-        return forward
+
+def _compiled(graph: fx.Graph) -> Callable[..., Any]:
+    forward: Callable[..., Any] = fx.GraphModule({}, call_directly(graph)).forward
+    return forward
 
 
 class _Writer:
