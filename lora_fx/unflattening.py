@@ -24,6 +24,8 @@ from torch import fx, nn
 from .applications import bodies_of, body_module, module_stack
 from .attributes import get_attribute, get_parameter, set_attribute
 from .blocks import Block
+from .copying import copy_graph
+from .direct_calls import call_directly
 from .errors import ConfigError, GraphError, TargetError, closest
 from .graph_module import (
     ROLE,
@@ -343,7 +345,7 @@ class _Writer:
         code = part.graph.python_code("self")
         key = (code.src, *((name, id(value)) for name, value in sorted(code.globals.items())))
         if key not in self._calls:
-            compiled = fx.GraphModule(self._gm.get_submodule(part.block), part.graph)
+            compiled = fx.GraphModule(self._gm.get_submodule(part.block), call_directly(copy_graph(part.graph, {})))
             self._calls[key] = _call_of(type(compiled).forward, part.graph)
             part.graph.owning_module = None  # which holds the parameters of now
         return self._calls[key]

@@ -45,7 +45,7 @@ class FactorGradients:
     def of(cls, given: Operands, narrowed: Operands, needed: Needed) -> FactorGradients:
         """For a call that was given `given`, and computed with `narrowed`, whose factors may be cast ones."""
         if narrowed is given or not any(given.factors) or not needed.all_factors:
-            return cls(None, [])
+            return _APART
         first = narrowed.factors[next(i for i, pairs in enumerate(given.factors) if pairs)][0][0]
         size = sum(t.numel() for pairs in given.factors for pair in pairs for t in pair)
         flat = first.new_zeros(size)  # a linear whose result nobody used leaves zeros
@@ -83,3 +83,6 @@ class FactorGradients:
         dtype = next(t.dtype for pairs in given.factors for pair in pairs for t in pair)
         wide = unpacked(self.flat.to(dtype), given.factors)
         return {(n, t): wide[n][t][0] for n, t in of_a}, {(n, t): wide[n][t][1] for n, t in of_b}
+
+
+_APART = FactorGradients(None, [])

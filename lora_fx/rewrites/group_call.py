@@ -115,8 +115,10 @@ class _Group(_SingleLevelFunction):
         end = len(saved) - ctx.masks
         hidden, masks = [*saved[count:end]], [*saved[end:]]
         needs = ctx.needs_input_grad[1:]
-        # The gradient will be differentiated itself, or is several side by side, as is_grads_batched has them.
-        if torch.is_grad_enabled() or any(_is_batched(g) for g in grads if g is not None):
+        is_plain = torch.is_grad_enabled()  # the gradient will be differentiated itself,
+        for g in grads:  # or is several side by side, as is_grads_batched has them
+            is_plain = is_plain or (g is not None and _is_batched(g))
+        if is_plain:
             return None, *_differentiable(call, tensors, masks, grads, needs)
         return None, *call.backward(Operands(call.group, tensors), hidden, masks, grads, needs)
 

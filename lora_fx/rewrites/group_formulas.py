@@ -94,9 +94,10 @@ class GroupCall:
 
     def forward(self, operands: Operands) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor], list[torch.Tensor]]:
         """(results, h of each lane, the masks of those that have one)."""
-        x = operands.inputs[0] if self.group.chain is None else self.produce(operands.inputs)
         if self.narrow is None:
-            return self._forward(x, operands)
+            chain, inputs = self.group.chain, operands.inputs
+            return self._forward(inputs[0] if chain is None else chain.forward(*inputs), operands)
+        x = self.produce(operands.inputs)
         with self._autocast(enabled=False):
             return self._forward(x, operands)
 
@@ -317,12 +318,12 @@ class GroupCall:
                 stacked = self._stack(operands, terms)
                 own = own if own.dtype == stacked.dtype else own.to(stacked.dtype)
                 h = own @ stacked.t() if is_merged else next(kept)
-                scalings = [lane.scalings[term] for term in terms]
-                dh = self._of_terms(rows, operands, terms, h, scalings, needed, room, of_b)
-                scaling = scalings[0]
-                if len({*scalings}) > 1:
+                dh = self._of_terms(rows, operands, terms, h, lane, needed, room, of_b)
+                scaling = lane.scaling
+                if scaling is None:
                     sizes = [operands.factors[n][t][0].shape[0] for n, t in terms]
-                    dh = dh * torch.repeat_interleave(dh.new_tensor(scalings), torch.tensor(sizes, device=dh.device))
+                    scalings = dh.new_tensor([lane.scalings[term] for term in terms])
+                    dh = dh * torch.repeat_interleave(scalings, torch.tensor(sizes, device=dh.device))
                     scaling = 1.0
                 if needed.all_factors or any(needed.factors[n][t][0] for n, t in terms):
                     da = torch.addmm(stacked, dh.t(), own, beta=0, alpha=scaling, out=room.of_a(terms))
@@ -378,7 +379,7 @@ class GroupCall:
         operands: Operands,
         terms: Sequence[tuple[int, int]],
         h: torch.Tensor,
-        scalings: Sequence[float],
+        lane: Lane,
         needed: Needed,
         room: FactorGradients,
         of_b: dict[tuple[int, int], torch.Tensor],
@@ -387,7 +388,7 @@ class GroupCall:
         several = len(terms) > 1
         dh = h.new_empty(h.shape) if several else h
         start = 0
-        for (number, place), scaling in zip(terms, scalings, strict=True):
+        for number, place in terms:
             b = operands.factors[number][place][1]
             stop = start + b.shape[1]
             g = rows[number]
@@ -402,7 +403,9 @@ class GroupCall:
                     dh = g @ b
                 if needed.factors[number][place][1]:
                     out = room.of_b((number, place))
-                    of_b[number, place] = torch.addmm(b, g.t(), h[:, start:stop], beta=0, alpha=scaling, out=out)
+                    of_b[number, place] = torch.addmm(
+                        b, g.t(), h[:, start:stop], beta=0, alpha=lane.scalings[number, place], out=out
+                    )
             start = stop
         return dh
 

@@ -83,6 +83,11 @@ class Lane:
     p: float = 0.0
     scalings: dict[tuple[int, int], float] = field(default_factory=dict, compare=False)
 
+    @cached_property
+    def scaling(self) -> float | None:
+        """The one of all terms; None if they differ."""
+        return self.scalings[self.terms[0]] if len({*self.scalings.values()}) == 1 else None
+
 
 class Operands:
     """The tensors of a call, told apart: those that x is made from; W, bias, and (A, B) of each term, by linear."""
