@@ -50,7 +50,7 @@ def check(workload: Workload, gm: Any) -> str:
 
 
 def inject_times(workload: Workload, gm: Any, rounds: int) -> Times:
-    """lora_fx.inject, PEFT's get_peft_model, and the floor, interleaved."""
+    """lora_fx.inject, without and with the code that its first call writes; PEFT's get_peft_model; the floor."""
     import peft
 
     config = lora_fx.LoraConfig(**workload.fields())
@@ -59,6 +59,9 @@ def inject_times(workload: Workload, gm: Any, rounds: int) -> Times:
         {
             "lora_fx": Variant(
                 lambda graph: lora_fx.inject(graph, config), prepare=lambda: workloads.without_code_of_copies(gm)
+            ),
+            "lora_fx, code": Variant(
+                lambda graph: lora_fx.inject(graph, config).code, prepare=lambda: workloads.without_code_of_copies(gm)
             ),
             "PEFT": Variant(lambda model: peft.get_peft_model(model, peft_config), prepare=workload.make),
             "floor": Variant(lambda model: _only_a_and_b(model, workload), prepare=workload.make),
@@ -114,6 +117,7 @@ def _over_sites(sizes: tuple[int, ...], rounds: int) -> Table:
                 1e3 * ours,
                 1e3 * theirs,
                 ours / theirs,
+                times.ratio("lora_fx, code", "PEFT"),
                 1e3 * ours / sites,
                 1e3 * theirs / sites,
                 1e3 * times.median("floor") / sites,
@@ -133,6 +137,7 @@ def _over_sites(sizes: tuple[int, ...], rounds: int) -> Table:
             "lora_fx ms",
             "PEFT ms",
             "lora_fx / PEFT",
+            "with its code",
             "lora_fx ms/site",
             "PEFT ms/site",
             "floor ms/site",
@@ -144,6 +149,7 @@ def _over_sites(sizes: tuple[int, ...], rounds: int) -> Table:
         (
             f"checked first, at every size: {said}",
             f"fitted exponent over sites (1 is linear): {fits}",
+            "with its code: and what the graph's first call does, which passes in a row do once",
             "floor: making and initialising A and B alone. Visits and calls are exact counts",
             "inject needs a traced graph; PEFT needs none. Tracing (train and eval graph) stands in its own column",
         ),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from test_optimization import BERT, GPT2, LLAMA, adapted
+from test_optimization import BERT, GPT2, LLAMA, adapted, gradients
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +22,7 @@ from lora_fx.graph_module import record_of
 from lora_fx.rewrites.chains import Chain
 from lora_fx.rewrites.group_call import function_of
 from lora_fx.rewrites.group_operands import Group, Linear, Term
+from lora_fx.rewrites.straight_group import StraightGroup
 
 aten = torch.ops.aten
 ROWS, WIDTH = 5, 8
@@ -288,3 +289,49 @@ def test_a_graph_is_traced_symbolically_as_it_runs() -> None:
     again = fx.symbolic_trace(plain)
     arguments = STACK.arguments(torch.float32)
     assert zoo.distance(zoo.run(again, arguments), zoo.run(plain, arguments)) == 0
+
+
+# Straight groups -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [LLAMA, GPT2, BERT, STACK], ids=str)
+def test_a_straight_group_computes_what_any_group_does(case: zoo.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = adapted(case)
+    calls: list[str] = []
+    for way in ("forward", "backward"):
+        real = getattr(StraightGroup, way)
+        monkeypatch.setattr(StraightGroup, way, lambda *args, real=real, way=way: calls.append(way) or real(*args))
+    loss, straight = gradients(lora_fx.optimize(plain), case.arguments(torch.float64))
+    assert calls.count("forward") == calls.count("backward") > 0
+    monkeypatch.setattr(StraightGroup, "of", lambda *args: None)
+    again, general = gradients(lora_fx.optimize(plain), case.arguments(torch.float64))
+    assert torch.equal(loss, again)
+    assert straight.keys() == general.keys()
+    assert all(torch.equal(straight[name], general[name]) for name in straight)
+
+
+@pytest.mark.parametrize("change", ["none", "another dtype", "an unused result", "frozen B", "another rank"])
+def test_what_is_not_as_usual_is_left_to_any_group(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(tuple(Linear("linear", False, (Term(2.0),)) for _ in range(2)))
+    x, w1, w2, a1, b1, a2, b2 = values(
+        SQUARE, (4, WIDTH), (6, WIDTH), (2, WIDTH), (4, 2), (3, WIDTH), (6, 3), dtype=torch.float64
+    )
+    called = function_of(group)
+    narrow = (lambda t: t.float()) if change == "another dtype" else lambda t: t
+    for turn in range(2):  # the second in the same call, which remembers what the first was like
+        if turn and change == "another rank":
+            a1, b1, a2, b2 = a2, values((4, 3))[0], a1, values((6, 2))[0]
+        leaves = [narrow(t).clone().requires_grad_() for t in (a1, b1, a2, b2)]
+        leaves[1].requires_grad_(change != "frozen B")
+        own = x.clone().requires_grad_()
+        y, z = called(False, own, w1, *leaves[:2], w2, *leaves[2:])
+        p, q, r, s = (leaf.double() for leaf in leaves)
+        wanted = [F.linear(own, w1) + own @ p.t() @ q.t() * 2.0, F.linear(own, w2) + own @ r.t() @ s.t() * 2.0]
+        pairs = [(y, wanted[0]), (z, wanted[1])][: 1 if change == "an unused result" else 2]
+        inputs = [leaf for leaf in (own, *leaves) if leaf.requires_grad]
+        found = torch.autograd.grad([one.sum() for one, _ in pairs], inputs, allow_unused=True)
+        expected = torch.autograd.grad([other.sum() for _, other in pairs], inputs, allow_unused=True)
+        for one, other in zip(found, expected, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or torch.allclose(one, other, rtol=1e-5)
+        torch.testing.assert_close(y, wanted[0], rtol=1e-6, atol=1e-6)

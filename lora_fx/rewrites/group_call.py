@@ -58,7 +58,7 @@ def function_of(group: Group) -> Callable[..., tuple[torch.Tensor, ...]]:
         if torch.is_grad_enabled():
             results: tuple[torch.Tensor, ...] = _Group.apply(call, *tensors)  # type: ignore[attr-defined]
             return results
-        return call.forward(Operands(group, tensors))[0]
+        return call.forward(tensors)[0]
 
     lora_group.__qualname__ = lora_group.__name__
     return lora_group
@@ -92,7 +92,7 @@ class _Group(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, call: GroupCall, *tensors: Any) -> tuple[torch.Tensor, ...]:
-        results, hidden, masks = call.forward(Operands(call.group, tensors))
+        results, hidden, masks = call.forward(tensors)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.masks, ctx.numbers = call, len(masks) if masks else 0, {}
         kept = [*tensors]
@@ -120,7 +120,7 @@ class _Group(_SingleLevelFunction):
             is_plain = is_plain or (g is not None and _is_batched(g))
         if is_plain:
             return None, *_differentiable(call, tensors, masks, grads, needs)
-        return None, *call.backward(Operands(call.group, tensors), hidden, masks, grads, needs)
+        return None, *call.backward(tensors, hidden, masks, grads, needs)
 
 
 def _differentiable(

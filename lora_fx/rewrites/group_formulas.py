@@ -15,6 +15,7 @@ from ..arena import Joined
 from .factor_gradients import FactorGradients, packing_order, unpacked
 from .group_dropout import cut, drawn_as_dropout_does, dropped, scale_of
 from .group_operands import Group, Lane, Linear, Needed, Operands
+from .straight_group import StraightGroup
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -92,14 +93,27 @@ class GroupCall:
             for lane in lanes
         ]
 
-    def forward(self, operands: Operands) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor], list[torch.Tensor]]:
+    @cached_property
+    def _straight(self) -> StraightGroup | None:
+        return None if self.narrow is not None else StraightGroup.of(self.group, self.lanes)
+
+    def forward(
+        self, tensors: Sequence[Any]
+    ) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """(results, h of each lane, the masks of those that have one)."""
-        if self.narrow is None:
-            chain, inputs = self.group.chain, operands.inputs
-            return self._forward(inputs[0] if chain is None else chain.forward(*inputs), operands)
-        x = self.produce(operands.inputs)
-        with self._autocast(enabled=False):
-            return self._forward(x, operands)
+        group = self.group
+        if self.narrow is not None:
+            x = self.produce(tensors[: group.inputs])
+            with self._autocast(enabled=False):
+                return self._forward(x, Operands(group, tensors))
+        x = tensors[0] if group.chain is None else group.chain.forward(*tensors[: group.inputs])
+        made = None if self._straight is None else self._straight.forward(x, tensors)
+        if made is None:
+            return self._forward(x, Operands(group, tensors))
+        results, h = made
+        if group.gives_x:
+            results += [_as_own(x, tensors[: group.inputs])]
+        return tuple(results), (h,), ()
 
     def _forward(
         self, x: torch.Tensor, operands: Operands
@@ -242,26 +256,26 @@ class GroupCall:
 
     def backward(
         self,
-        operands: Operands,
+        tensors: Sequence[Any],
         hidden: list[torch.Tensor],
         masks: list[torch.Tensor],
         grads: Sequence[torch.Tensor | None],
         needs: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
-        """Gradients of all operands that need one, in the order of the call's tensors."""
+        """Gradients of all tensors that need one, in the order of the call's."""
         group = self.group
         needed = self._needed.get(needs)
         if needed is None:
             needed = self._needed[needs] = Needed(group, needs)
-        inputs = operands.inputs
-        if group.chain is None:
-            result, dx = self._of_linears(self._flat(inputs[0]), operands, hidden, masks, grads, needed)
-            return [None if dx is None else shaped_as(inputs[0], dx), *result]
-        x, through = self._made_again(inputs, needed)
-        result, dx = [], None
+        inputs = tensors[: group.inputs]
+        x, through = (inputs[0], None) if group.chain is None else self._made_again(inputs, needed)
+        result: list[torch.Tensor | None] = []
+        dx = None
         if x is not None and group.linears:
-            result, dx = self._of_linears(self._flat(x), operands, hidden, masks, grads, needed)
+            result, dx = self._of_call(x, tensors, hidden, masks, grads, needed)
             dx = None if dx is None else shaped_as(x, dx)
+        if group.chain is None:
+            return [dx, *result]
         outer = grads[-1] if group.gives_x else None
         if outer is not None:
             dx = outer if dx is None else outer + dx
@@ -270,6 +284,23 @@ class GroupCall:
             for place, gradient in zip(needed.wanted, through(dx), strict=True):
                 of_inputs[place] = gradient
         return [*of_inputs, *result]
+
+    def _of_call(
+        self,
+        x: torch.Tensor,
+        tensors: Sequence[Any],
+        hidden: list[torch.Tensor],
+        masks: list[torch.Tensor],
+        grads: Sequence[torch.Tensor | None],
+        needed: Needed,
+    ) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
+        """(gradients of the linears' tensors, gradient of x in rows, if it needs one)."""
+        if self._straight is not None:
+            made = self._straight.backward(x, tensors, hidden[0], grads, needed)
+            if made is not None:
+                found, dx = made
+                return found[self.group.inputs :], dx
+        return self._of_linears(self._flat(x), Operands(self.group, tensors), hidden, masks, grads, needed)
 
     def _made_again(
         self, inputs: Sequence[Any], needed: Needed
