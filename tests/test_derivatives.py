@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import itertools
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,11 @@ def values(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
+def layer_norm_by_itself(a: torch.Tensor) -> torch.Tensor:
+    n = F.layer_norm(a, (WIDTH,))
+    return F.silu(n) * n
+
+
 def gelu_as_gpt2_writes_it(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
 
@@ -74,6 +80,7 @@ FORMULAS: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[int, ...]]]] =
     "layer_norm": (lambda a, w, b: F.layer_norm(a, (WIDTH,), w, b, 1e-6) * 2.0, [SQUARE, (WIDTH,), (WIDTH,)]),
     "layer_norm alone": (lambda a: F.layer_norm(a, (WIDTH,)), [SQUARE]),
     "layer_norm of a sum": (lambda a, b: F.gelu(F.layer_norm(a + b, (WIDTH,))), [SQUARE, SQUARE]),
+    "layer_norm times its own": (layer_norm_by_itself, [SQUARE]),
     "view": (lambda a, b: F.gelu(a).view(WIDTH, ROWS).unsqueeze(0).reshape(b.shape) * b, [SQUARE, SQUARE]),
     "cast": (lambda a, b: (a.float() * 2.0).to(a.dtype) * b, [SQUARE, SQUARE]),
 }
@@ -104,6 +111,47 @@ def test_a_derivative_is_what_autograd_finds(name: str, dtype: torch.dtype) -> N
     unread, kept = chain.derivative(wanted, gives_x=False).again(*inputs)  # type: ignore[union-attr]
     assert unread is None
     assert all(torch.equal(a, b) for a, b in zip(found, derivative.back(gradient, *kept), strict=True))
+
+
+UNARY: list[Callable[..., torch.Tensor]] = [
+    F.silu, F.gelu, torch.tanh, torch.sigmoid, F.relu, torch.neg, F.mish, F.hardswish, lambda t: t**2, lambda t: t**3.0,
+    lambda t: F.layer_norm(t, (WIDTH,)), lambda t: t * 0.5, lambda t: (t + 1.0) / 2.0, lambda t: torch.exp(-t * t),
+    lambda t: t.float().double(), lambda t: t.view(WIDTH, ROWS).reshape(ROWS, WIDTH),
+]  # fmt: skip
+BINARY: list[Callable[..., torch.Tensor]] = [torch.add, torch.mul, torch.sub]
+
+
+def at_random(seed: int) -> Callable[..., torch.Tensor]:
+    """A function of three inputs, the last of one row, in which values are read again and again."""
+
+    def function(*inputs: torch.Tensor) -> torch.Tensor:
+        dice = random.Random(seed)
+        known = list(inputs)
+        for _ in range(dice.randint(2, 9)):
+            of = dice.choice(UNARY + 4 * BINARY)
+            whole = [t for t in known if t.shape == SQUARE]
+            known.append(of(dice.choice(whole), dice.choice(known)) if of in BINARY else of(dice.choice(whole)))
+        return known[-1]
+
+    return function
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_chains_at_random(seed: int) -> None:
+    function, inputs = at_random(seed), values(SQUARE, SQUARE, (1, WIDTH))
+    wanted = random.Random(-seed).sample(range(3), k=random.Random(seed).randint(1, 3))
+    leaves = [t.clone().requires_grad_(place in wanted) for place, t in enumerate(inputs)]
+    derivative = chain_of(function, *inputs).derivative(wanted)
+    assert derivative is not None
+    x, (gradient,) = function(*leaves), values(SQUARE)
+    again, kept = derivative.again(*inputs)
+    assert torch.equal(again, x)
+    if not x.requires_grad:
+        return
+    expected = torch.autograd.grad(x, [leaves[place] for place in wanted], gradient, allow_unused=True)
+    for one, other in zip(derivative.back(gradient, *kept), expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -154,8 +154,7 @@ class _Writer:
             y, mean, inverse = (self._again.call_function(operator.getitem, (call, place)) for place in range(3))
         copy.replace_all_uses_with(y)
         self._copies[node] = y
-        if copy in self._read:
-            self._read[y] = self._read.pop(copy)
+        self._read = {y if read is copy else read: placeholder for read, placeholder in self._read.items()}
         return self._value(mean), self._value(inverse)
 
     def fitted(self, part: fx.Node, node: fx.Node, operand: Any) -> fx.Node:
