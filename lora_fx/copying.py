@@ -7,6 +7,8 @@ which buffers are persistent and every hook, and takes a third of a pass's time.
 from __future__ import annotations
 
 import copy
+import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,20 @@ from .sharding import MARK, unsharded_class
 from .tensor_reads import PLACES
 
 Memo = dict[int, Any]
+
+
+class _Code:
+    """While code is written, the graph has a way of writing that is not its own, and that a copy must not take over."""
+
+    def __init__(self) -> None:
+        self.renew()
+        os.register_at_fork(after_in_child=self.renew)  # the thread that holds it is not in the child
+
+    def renew(self) -> None:
+        self.lock = threading.RLock()
+
+
+CODE = _Code()
 
 # Under which a graph module keeps what replaced its `forward` on the instance, when views follow it.
 WRAPPER = "_wrapper_of_forward"
@@ -74,7 +90,8 @@ def copy_graph(graph: fx.Graph, memo: Memo) -> fx.Graph:
         if node.kwargs:
             twin.kwargs = fx.map_arg(node.kwargs, nodes.__getitem__)
         twin.meta.update(node.meta)
-    result._codegen = copy.copy(graph._codegen)
+    with CODE.lock:
+        result._codegen = copy.copy(graph._codegen)
     memo[id(graph)] = result
     return result
 

@@ -99,7 +99,16 @@ def with_direct_calls(body: list[str], graph: fx.Graph) -> list[str]:
 
 
 def _has_function(node: fx.Node) -> bool:
-    return node.op == "call_function" and not node.kwargs and node.target in FUNCTIONS
+    """Whether it calls an overload as torch.export does: what a schema takes beside that, a function may refuse."""
+    if node.op != "call_function" or node.kwargs or node.target not in FUNCTIONS:
+        return False
+    if node.target is _aten.to.dtype:
+        return len(node.args) == 2 and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], torch.dtype)
+    if node.target is _aten.dropout.default and not isinstance(node.args[2], bool):
+        return False
+    if node.target is _aten.select.int and any(isinstance(argument, bool) for argument in node.args):
+        return False
+    return isinstance(node.args[0], (fx.Node, list, tuple))
 
 
 def _written_directly(line: str, overload: Any) -> str:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import fx
+from torch.fx.experimental import _config as fx_config
 
+from .copying import CODE
 from .direct_calls import with_direct_calls
 from .tensor_reads import COUNTER, nodes_to_bind, with_one_read
 
@@ -31,13 +33,15 @@ def code_to_run(gm: fx.GraphModule, graph: fx.Graph) -> Iterator[None]:
 
         return transformed
 
-    with graph.on_generate_code(transform):
+    with CODE.lock, graph.on_generate_code(transform):
         yield
     if not written:
         return
     plain, run = written
-    is_as_expected = gm._code.endswith(run)
-    gm._code = gm._code.removesuffix(run) + plain if is_as_expected else graph.python_code("self").src
+    if gm._code.endswith(run):
+        gm._code = gm._code.removesuffix(run) + plain
+    else:  # fx has put something of its own in
+        gm._code = graph.python_code("self", record_func=fx_config.enrich_profiler_metadata).src
 
 
 def _joined(body: list[str]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
+import itertools
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from .arena import lay_out
 from .attributes import get_attribute, get_parameter, holds_values, set_attribute
-from .copying import WRAPPER, copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, share_tensors
+from .copying import CODE, WRAPPER, copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, share_tensors
 from .errors import GraphError, warn
 from .generated_code import code_to_run
 from .literals import find_dtype_literal, move_literals
@@ -43,7 +43,8 @@ _META_KEY = "lora_fx"
 ROLE = "lora_fx"
 
 # What GraphModule.recompile leaves on the instance; together with the class's `forward` it is one view.
-_COMPILED = ("_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec")
+_COMPILED = ("_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "_shown_code")
+_numbers = itertools.count()
 
 # How many compiled graphs a graph module and its copies remember.
 _KNOWN_GRAPHS = 16
@@ -191,6 +192,7 @@ class LoraGraphModule(fx.GraphModule):
     """A `torch.fx.GraphModule` whose `.train()` and `.eval()` show the graph of that mode."""
 
     meta: dict[str, Any]
+    _shown_code: str = ""
 
     def train(self, mode: bool = True) -> LoraGraphModule:
         """Set the mode of all submodules and show the graph that was traced in it.
@@ -358,7 +360,7 @@ class LoraGraphModule(fx.GraphModule):
     def _compile_later(self) -> None:
         record = record_of(self)
         # A lowering may refuse the graph; and torch.compile may hold a module whose forward was asked for.
-        is_known = "forward" in unsharded_class(self).__dict__ and not self._is_pending
+        is_known = not self._is_pending and _forward_of(type(self)) is not nn.Module.forward
         if record.lowering is not None or is_known or _UNCOMPILED.get():
             self._compile()
             return
@@ -378,14 +380,17 @@ class LoraGraphModule(fx.GraphModule):
     @property
     def _is_pending(self) -> bool:
         """Whether the shown graph is still to be compiled."""
-        return isinstance(unsharded_class(self).__dict__.get("forward"), PendingForward)
+        return isinstance(_forward_of(type(self)), PendingForward)
 
     @property
     def _code(self) -> str:
         """Where fx keeps the shown graph's code."""
-        _ = type(self).forward  # which compiles it
-        code: str = self.__dict__["_code"]
-        return code
+        if "_code" not in self.__dict__ and self._is_pending:
+            _ = type(self).forward  # which compiles it
+        if "_code" in self.__dict__:
+            code: str = self.__dict__["_code"]
+            return code
+        return self._graph.python_code("self").src  # somebody put a forward of theirs in its place
 
     @_code.setter
     def _code(self, code: str) -> None:
@@ -400,6 +405,7 @@ class LoraGraphModule(fx.GraphModule):
     def _compile(self) -> Any:
         if _UNCOMPILED.get():
             return None
+        self._shown_code = shown = f"code {next(_numbers)}"
         record = self.__dict__.get("meta", {}).get(_META_KEY)
         if record is None:
             with code_to_run(self, self._graph):
@@ -413,9 +419,9 @@ class LoraGraphModule(fx.GraphModule):
         known = next((made for graph, way, made in record.compiled if way == lowering and graph == written), None)
         if known is not None:
             # A code object of its own: torch.compile counts what it compiled by these.
-            forward = known["forward"]
-            code_of_copy = types.FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
-            return self._install(known | {"forward": code_of_copy})
+            of = known["forward"]
+            own_forward = types.FunctionType(of.__code__.replace(), of.__globals__, of.__name__, of.__defaults__)
+            return self._install(known | {"forward": own_forward, "_shown_code": shown})
         graph, kind, own = self._graph, type(self), cast("type[LoraGraphModule]", unsharded_class(self))
         self._graph = graph if lowering is None else lowering(self, graph)
         self.__class__ = own  # fx writes its ways of calling into a class that it made, not into fully_shard's
@@ -429,7 +435,13 @@ class LoraGraphModule(fx.GraphModule):
         return code
 
     def _tensors_of(self, names: tuple[str, ...]) -> list[Any]:
-        """What the compiled code reads its tensors with."""
+        """What the compiled code reads its tensors with.
+
+        torch.compile looks at which code is shown, too: where the graph is a part of what it compiles, it would go on
+        with that of another mode, or of other adapters.
+        """
+        if torch.compiler.is_compiling():
+            len(self._shown_code)
         return read(self, names)
 
     def __reduce__(self) -> Any:
@@ -456,22 +468,29 @@ class LoraGraphModule(fx.GraphModule):
 class PendingForward:
     """The `forward` of a class whose graph module is to be compiled when somebody asks for it."""
 
-    _lock: ClassVar[threading.RLock] = threading.RLock()
-
     def __init__(self, gm: LoraGraphModule) -> None:
         self._gm = weakref.ref(gm)
 
     def __get__(self, instance: LoraGraphModule | None, owner: type) -> Any:
         gm = self._gm() if instance is None else instance
-        with self._lock:
-            if gm is not None and unsharded_class(gm).__dict__.get("forward") is self:
-                unsharded_class(gm).forward = nn.Module.forward  # which is exchanged
+        if gm is None:
+            return nn.Module.forward
+        with CODE.lock:  # a second thread waits here, and finds it compiled
+            if _forward_of(type(gm)) is self:
                 try:
                     gm._compile()
-                except BaseException:
-                    unsharded_class(gm).forward = self
-                    raise
-        return getattr(owner if instance is None else instance, "forward")  # noqa: B009
+                except AttributeError as error:  # which Python would take for a missing `forward`
+                    raise GraphError(
+                        f"the graph reads what is no longer there ({error}); put that back, or take the nodes that "
+                        "read it out of gm.graph"
+                    ) from error
+        forward = _forward_of(type(gm))
+        return nn.Module.forward if forward is self else forward.__get__(instance, owner)
+
+
+def _forward_of(kind: type) -> Any:
+    """What stands in a class, or the first of its bases that has one, as `forward`, without asking for it."""
+    return next(base.__dict__["forward"] for base in kind.__mro__ if "forward" in base.__dict__)
 
 
 def _call_shown_forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -80,6 +80,11 @@ FORMULAS: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[int, ...]]]] =
     "layer_norm": (lambda a, w, b: F.layer_norm(a, (WIDTH,), w, b, 1e-6) * 2.0, [SQUARE, (WIDTH,), (WIDTH,)]),
     "layer_norm alone": (lambda a: F.layer_norm(a, (WIDTH,)), [SQUARE]),
     "layer_norm of a sum": (lambda a, b: F.gelu(F.layer_norm(a + b, (WIDTH,))), [SQUARE, SQUARE]),
+    "layer_norm of four arguments": (lambda a, b: torch.layer_norm(a, (WIDTH,), b) * 2.0, [SQUARE, (WIDTH,)]),
+    "gated layer_norm": (lambda a, b: F.layer_norm(a, (WIDTH,)) * (1 + torch.tanh(b)) + b, [SQUARE, SQUARE]),
+    "layer_norm twice": (lambda a: F.layer_norm(F.layer_norm(a, (WIDTH,)), (WIDTH,)) * a, [SQUARE]),
+    "through truth": (lambda a, b: F.relu(a).bool().to(b.dtype) * b + a, [SQUARE, SQUARE]),
+    "through integers": (lambda a, b: (3 * a).int().to(b.dtype) * b * a, [SQUARE, SQUARE]),
     "layer_norm times its own": (layer_norm_by_itself, [SQUARE]),
     "view": (lambda a, b: F.gelu(a).view(WIDTH, ROWS).unsqueeze(0).reshape(b.shape) * b, [SQUARE, SQUARE]),
     "cast": (lambda a, b: (a.float() * 2.0).to(a.dtype) * b, [SQUARE, SQUARE]),
@@ -91,7 +96,7 @@ FORMULAS: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[int, ...]]]] =
 def test_a_derivative_is_what_autograd_finds(name: str, dtype: torch.dtype) -> None:
     function, shapes = FORMULAS[name]
     inputs = values(*shapes, dtype=dtype)
-    wanted = [place for place, shape in enumerate(shapes) if not (name == "layer_norm" and shape == (WIDTH,))]
+    wanted = [place for place, shape in enumerate(shapes) if not ("layer_norm" in name and shape == (WIDTH,))]
     chain = chain_of(function, *inputs)
     leaves = [t.clone().requires_grad_(place in wanted) for place, t in enumerate(inputs)]
     x = function(*leaves)
@@ -161,6 +166,14 @@ def test_chains_at_random(seed: int) -> None:
 )
 def test_what_has_no_formula_is_left_to_autograd(function: Callable[..., torch.Tensor]) -> None:
     assert chain_of(function, *values(SQUARE)).derivative([0]) is None
+
+
+def test_complex_chains_are_left_to_autograd() -> None:
+    turned = torch.polar(torch.ones(ROWS, WIDTH // 2), torch.arange(ROWS * WIDTH / 2).view(ROWS, -1)).to(
+        torch.complex128
+    )
+    inputs = torch.view_as_complex(values((ROWS, WIDTH // 2, 2))[0]), turned
+    assert chain_of(torch.mul, *inputs).derivative([0]) is None
 
 
 def test_norm_weights_that_are_trained_are_left_to_autograd() -> None:
@@ -254,7 +267,7 @@ EXAMPLES: dict[Any, list[tuple[Any, ...]]] = {
     aten.sum.dim_IntList: [(X, [-1], True), (X, [0])],
     aten.t.default: [(M,)],
     aten.tanh.default: [(X,)],
-    aten.to.dtype: [(X, torch.bfloat16), (X, torch.float32), (X, torch.float64, False, True)],
+    aten.to.dtype: [(X, torch.bfloat16), (X, torch.float32)],
     aten.transpose.int: [(X, 1, 2)],
     aten.type_as.default: [(X, Y.double()), (X, Y)],
     aten.unsqueeze.default: [(X, 1)],
@@ -318,6 +331,7 @@ def called_as_overloads(gm: Any) -> set[str]:
         ("y : torch.Tensor = torch.ops.aten.linear.default(x, w)", "y : torch.Tensor = torch._C._nn.linear(x, w)"),
         ("y = torch.ops.aten.add.Tensor(x, z, alpha = 2)", None),
         ("y = torch.ops.aten.erf.default(x)", None),
+        ("y = torch.ops.aten.to.dtype(x, torch.float64, False, False, torch.contiguous_format)", None),
         ("y = something_else(torch.ops.aten.add.Tensor(x, 2))", None),
     ],
 )
@@ -326,8 +340,9 @@ def test_lines_that_are_not_fxs_stay(line: str, written: str | None) -> None:
     x = graph.placeholder("x")
     overload = aten.view.default if "view" in line else aten.contiguous.default if "contiguous" in line else None
     overload = overload or (aten.linear.default if "linear" in line else aten.add.Tensor)
-    overload = aten.erf.default if "erf" in line else overload
-    graph.call_function(overload, (x,), {"alpha": 2} if "alpha" in line else {})
+    overload = aten.erf.default if "erf" in line else aten.to.dtype if "to.dtype" in line else overload
+    arguments = (x, torch.float64, False, False, torch.contiguous_format) if "to.dtype" in line else (x,)
+    graph.call_function(overload, arguments, {"alpha": 2} if "alpha" in line else {})
     body = ["# COUNTER: 0\n", "# COUNTER: 1\n", line, ";  x = None\n"]
     assert direct_calls.with_direct_calls(body, graph) == [*body[:2], written or line, body[3]]
 

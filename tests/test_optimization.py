@@ -466,6 +466,21 @@ def test_packed_adapters_stay_parameters() -> None:
     assert_alike(plain, optimized, arguments, 1e-4)
 
 
+@pytest.mark.parametrize("case", [LLAMA, GPT2, STACK], ids=str)
+def test_a_backward_pass_under_autocast_alone(case: zoo.Case) -> None:
+    plain = adapted(case, torch.float32)
+    found = []
+    for gm in (plain, lora_fx.optimize(plain)):
+        gm.zero_grad(set_to_none=True)
+        torch.manual_seed(5)
+        loss = loss_of(gm, case.arguments(torch.float32))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss.backward()
+        found.append({name: p.grad for name, p in gm.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        assert float((gradient - found[1][name]).norm()) <= 0.05 * float(gradient.norm()), name
+
+
 @pytest.mark.parametrize("case", [LLAMA, STACK], ids=str)
 def test_compiled_in_one_graph(case: zoo.Case) -> None:
     plain = adapted(case, torch.float32)

@@ -76,14 +76,25 @@ class Chain:
 
     def _derivative(self, wanted: Sequence[int], gives_x: bool) -> Derivative | None:
         inputs = self.graph.find_nodes(op="placeholder")
+        if any(dtype is not None and dtype.is_complex for dtype in map(_dtype_of, self.graph.nodes)):
+            return None  # whose formulas are others
         writer = _Writer(self.graph, {inputs[place] for place in wanted})
         try:
             again, back = writer.write([inputs[place] for place in wanted], gives_x=gives_x)
         except NotImplementedError:
             return None
-        values = [node.meta.get("val") for node in inputs]
-        dtypes = tuple(value.dtype if isinstance(value, torch.Tensor) else None for value in values)
-        return Derivative(_compiled(again), _compiled(back), dtypes)
+        return Derivative(_compiled(again), _compiled(back), tuple(map(_dtype_of, inputs)))
+
+
+def _dtype_of(node: fx.Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def _is_real(node: fx.Node) -> bool:
+    """Whether a gradient may go through its result, which is no integer and no truth value."""
+    dtype = _dtype_of(node)
+    return dtype is None or dtype.is_floating_point
 
 
 def _compiled(graph: fx.Graph) -> Callable[..., Any]:
@@ -106,7 +117,7 @@ class _Writer:
         self._read: dict[fx.Node, fx.Node] = {}  # nodes of `again` as `back` reads them
         self._carries = set(wanted)
         for node in chain.nodes:
-            if any(operand in self._carries for operand in operands_of(node)):
+            if any(operand in self._carries for operand in operands_of(node)) and _is_real(node):
                 self._carries.add(node)
 
     def write(self, wanted: Sequence[fx.Node], *, gives_x: bool) -> tuple[fx.Graph, fx.Graph]:
@@ -272,8 +283,8 @@ def _layer_norm_operands(node: fx.Node) -> tuple[Any, Any, Any, Any, Any]:
     """(x, normalized_shape, weight, bias, eps)."""
     if node.kwargs or any(isinstance(size, fx.Node) for size in node.args[1]):  # type: ignore[union-attr]
         raise NotImplementedError
-    x, shape, weight, bias, eps = (*node.args[:5], None, None, 1e-5)[:5] if len(node.args) < 5 else node.args[:5]
-    return x, shape, weight, bias, eps
+    given = dict(zip(("x", "shape", "weight", "bias", "eps"), node.args, strict=False))
+    return given["x"], given["shape"], given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
 
 
 def _elementwise(of: Callable[..., Any], *, reads_result: bool) -> Callable[[_Writer, fx.Node, fx.Node], _Gradients]:

@@ -120,6 +120,9 @@ class _Group(_SingleLevelFunction):
             is_plain = is_plain or (g is not None and _is_batched(g))
         if is_plain:
             return None, *_differentiable(call, tensors, masks, grads, needs)
+        if call.device != "meta" and torch.is_autocast_enabled(call.device):  # dtypes are those of the forward pass
+            with torch.autocast(call.device, enabled=False):
+                return None, *call.backward(tensors, hidden, masks, grads, needs)
         return None, *call.backward(tensors, hidden, masks, grads, needs)
 
 
