@@ -122,6 +122,7 @@ def test_a_copy_that_is_made_while_the_code_is_written_is_whole() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 and later warn of threads
 def test_a_child_process_does_not_wait_for_a_thread_that_it_has_not() -> None:
     gm, other = deep(), adapted()
     with CODE.lock:  # as a thread that writes code has it
