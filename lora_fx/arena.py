@@ -105,6 +105,11 @@ class Joined:
             self._found = vector, len(tensors), [(t.data_ptr(), t.shape, t.dtype) for t in tensors]
         return vector
 
+    def stacked(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Matrices of as many columns one below the other: their memory, or a copy."""
+        vector = self(matrices)
+        return torch.cat([*matrices]) if vector is None else vector.view(-1, matrices[0].shape[1])
+
 
 def _whole_of(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor that all of a memory is, if `lay_out` gave the tensor a part of one; the tensor itself otherwise."""

@@ -90,34 +90,9 @@ class Rewrites:
 
         write_groups(lowered, groups, target_of)
         if self.checkpoint:
-            write_blocks(lowered, checkpointing.find(lowered, written_values(lowered, gm)), self._layer_of)
+            write_blocks(lowered, checkpointing.find(lowered, written_values(lowered, gm)), _layer_of)
         lowered.lint()
         return lowered
-
-    def _layer_of(self, block: BlockNodes) -> Callable[..., Any]:
-        graph = fx.Graph()
-        nodes = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(block.inputs)}
-        for node in block.nodes:
-            nodes[node] = graph.node_copy(node, nodes.__getitem__)
-        graph.output(tuple(nodes[node] for node in block.outputs))
-        return checkpointing.checkpointed(fx.GraphModule({}, call_directly(graph)).forward)
-
-    def _chain_of(self, group: GroupNodes, chains: dict[str, Chain]) -> Chain:
-        """What makes x of the group's inputs; layers that are alike share one."""
-        graph = fx.Graph()
-        nodes = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(group.inputs)}
-        for node, placeholder in nodes.items():
-            placeholder.meta["val"] = node.meta.get("val")
-        for node in group.chain:
-            nodes[node] = graph.node_copy(node, nodes.__getitem__)
-            nodes[node].name = f"step_{len(nodes)}"
-        graph.output(nodes[group.x])
-        values = [node.meta.get("val") for node in graph.nodes]
-        kinds = [(value.dtype, value.shape) if isinstance(value, torch.Tensor) else None for value in values]
-        key = f"{graph.python_code('self').src}{kinds}"
-        if key not in chains:
-            chains[key] = Chain(graph)
-        return chains[key]
 
     def _described(self, group: GroupNodes, gives_x: bool, chains: dict[str, Chain]) -> Group:
         linears = tuple(
@@ -131,7 +106,7 @@ class Rewrites:
         return Group(
             linears,
             inputs=len(group.inputs) if group.chain else 1,
-            chain=self._chain_of(group, chains) if group.chain else None,
+            chain=_chain_of(group, chains) if group.chain else None,
             gives_x=gives_x,
             computes_narrow=self.narrow,
             dropout=self.dropout,
@@ -209,6 +184,33 @@ def set_rewrites(gm: LoraGraphModule, rewrites: Rewrites = _BY_THEMSELVES) -> No
             "that it was made from: lora_fx.inject(gm, config)"
         )
     record.lowering = rewrites
+
+
+def _layer_of(block: BlockNodes) -> Callable[..., Any]:
+    graph = fx.Graph()
+    nodes = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(block.inputs)}
+    for node in block.nodes:
+        nodes[node] = graph.node_copy(node, nodes.__getitem__)
+    graph.output(tuple(nodes[node] for node in block.outputs))
+    return checkpointing.checkpointed(fx.GraphModule({}, call_directly(graph)).forward)
+
+
+def _chain_of(group: GroupNodes, chains: dict[str, Chain]) -> Chain:
+    """What makes x of the group's inputs; layers that are alike share one."""
+    graph = fx.Graph()
+    nodes = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(group.inputs)}
+    for node, placeholder in nodes.items():
+        placeholder.meta["val"] = node.meta.get("val")
+    for node in group.chain:
+        nodes[node] = graph.node_copy(node, nodes.__getitem__)
+        nodes[node].name = f"step_{len(nodes)}"
+    graph.output(nodes[group.x])
+    values = [node.meta.get("val") for node in graph.nodes]
+    kinds = [(value.dtype, value.shape) if isinstance(value, torch.Tensor) else None for value in values]
+    key = f"{graph.python_code('self').src}{kinds}"
+    if key not in chains:
+        chains[key] = Chain(graph)
+    return chains[key]
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -211,6 +211,7 @@ def test_no_chain_of_a_decoder_asks_autograd(case: zoo.Case, monkeypatch: pytest
 
     monkeypatch.setattr(torch.autograd, "grad", asked)
     loss.backward()
+    assert all(parameter.grad is not None for parameter in lora_fx.lora_parameters(optimized))
 
 
 class Recorder(TorchDispatchMode):

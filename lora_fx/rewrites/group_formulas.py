@@ -224,9 +224,7 @@ class GroupCall:
         if len(terms) == 1:
             number, place = terms[0]
             return operands.factors[number][place][0]
-        factors = [operands.factors[number][place][0] for number, place in terms]
-        piece = self._joined(factors)
-        return torch.cat(factors) if piece is None else piece.view(-1, factors[0].shape[1])
+        return self._joined.stacked([operands.factors[number][place][0] for number, place in terms])
 
     def _merged(self, flat: torch.Tensor, operands: Operands) -> list[torch.Tensor | None]:
         """W + s · B A of each linear for which that takes fewer operations; None for the others.

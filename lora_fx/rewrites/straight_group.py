@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from ..arena import Joined
-from .group_operands import Group, Lane, Needed
+from .group_operands import Group, Lane, Needed, Operands
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,13 @@ class StraightGroup:
         scaling = lanes[0].scaling
         if scaling is None:
             return None
-        linears, at = [], group.inputs
-        for linear in group.linears:
-            a = at + 1 + linear.has_bias
-            linears.append(Adapted(at, at + 1 if linear.has_bias else None, a, a + 1, linear.base == "product"))
-            at += linear.operands
+        places: Any = Operands(group, range(group.operands))
+        linears = [
+            Adapted(weight, bias, a, b, linear.base == "product")
+            for linear, weight, bias, ((a, b),) in zip(
+                group.linears, places.bases, places.biases, places.factors, strict=True
+            )
+        ]
         return cls(tuple(linears), scaling, group.operands)
 
     def forward(self, x: torch.Tensor, tensors: Sequence[Any]) -> tuple[list[torch.Tensor], torch.Tensor] | None:
@@ -131,6 +133,4 @@ class StraightGroup:
         if len(self.linears) == 1:
             only: torch.Tensor = tensors[self.linears[0].a]
             return only
-        factors = [tensors[each.a] for each in self.linears]
-        piece = self._joined(factors)
-        return torch.cat(factors) if piece is None else piece.view(-1, factors[0].shape[1])
+        return self._joined.stacked([tensors[each.a] for each in self.linears])
