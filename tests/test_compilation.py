@@ -128,7 +128,9 @@ def test_a_child_process_does_not_wait_for_a_thread_that_it_has_not() -> None:
     with CODE.lock:  # as a thread that writes code has it
         child = multiprocessing.get_context("fork").Process(target=lambda: in_threads(lambda: other.code))
         child.start()
-    child.join(60)
+    child.join(20)
+    child.kill()  # or else Python would wait for it at its end
+    child.join()
     assert child.exitcode == 0
     assert gm(X) is not None
 

@@ -374,7 +374,9 @@ def test_a_straight_group_computes_what_any_group_does(case: zoo.Case, monkeypat
     assert all(torch.equal(straight[name], general[name]) for name in straight)
 
 
-@pytest.mark.parametrize("change", ["none", "another dtype", "an unused result", "frozen B", "another rank"])
+@pytest.mark.parametrize(
+    "change", ["none", "another dtype", "A of another dtype", "an unused result", "frozen B", "another rank"]
+)
 def test_what_is_not_as_usual_is_left_to_any_group(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     group = Group(tuple(Linear("linear", False, (Term(2.0),)) for _ in range(2)))
     x, w1, w2, a1, b1, a2, b2 = values(
@@ -386,6 +388,8 @@ def test_what_is_not_as_usual_is_left_to_any_group(change: str, monkeypatch: pyt
         if turn and change == "another rank":
             a1, b1, a2, b2 = a2, values((4, 3))[0], a1, values((6, 2))[0]
         leaves = [narrow(t).clone().requires_grad_() for t in (a1, b1, a2, b2)]
+        if change == "A of another dtype":
+            leaves[::2] = [leaf.detach().float().requires_grad_() for leaf in leaves[::2]]
         leaves[1].requires_grad_(change != "frozen B")
         own = x.clone().requires_grad_()
         y, z = called(False, own, w1, *leaves[:2], w2, *leaves[2:])
