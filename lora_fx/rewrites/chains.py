@@ -19,6 +19,7 @@ from torch import fx
 
 from ..copying import copy_graph
 from ..direct_calls import call_directly
+from ..errors import LoraFxError
 from ..ops.use import operands_of
 from .normalization import gradient_of_normalized, normalize
 
@@ -26,8 +27,8 @@ _aten = torch.ops.aten
 _Gradients = Iterator[tuple[fx.Node, fx.Node]]
 
 
-class _NoFormula(Exception):
-    """An op, or a form of its arguments, whose derivative does not stand here."""
+class _NoFormula(LoraFxError):
+    """An op, or a form of its arguments, whose derivative does not stand here; it never leaves this module."""
 
 
 @dataclass(frozen=True)
