@@ -1,6 +1,6 @@
 """W + Σ scaling · B @ A for one weight, in one pass over its rows, rounded once; and what that did to it.
 
-The rows go through the cache in blocks of 1 MiB: each is read, added to, rounded and measured while it is there.
+The rows go through the cache in blocks of 1 or 2 MiB: each is read, added to, rounded and measured while it is there.
 (PEFT's `merge` writes the whole delta to memory, scales it there, and adds it: three passes more.)
 """
 
@@ -14,8 +14,9 @@ from typing import ClassVar
 
 import torch
 
-# float32 numbers of one block. A GPU has no use for small ones, and each would cost it a launch.
-_BLOCK, _GPU_BLOCK = 1 << 18, 1 << 28
+# float32 numbers of one block, and four times those of float64, which takes buffers in float32 beside it. A GPU has no
+# use for small ones, and each would cost it a launch.
+_BLOCK, _GPU_BLOCK = 1 << 19, 1 << 28
 
 # Losses below this share of the delta are told by their upper bound instead of being measured.
 _NEGLIGIBLE = 1e-3
@@ -298,6 +299,8 @@ class Merging:
             near = self._buffer[: len(total)].copy_(total)
             total = _to_odd(total, near) if self._is_exact else near
         rounded.copy_(total)
+        if near is not block and block.is_contiguous():  # widened where the sum was, rather than in new memory
+            rounded = _front_of(block, torch.float32).copy_(rounded)
         self.lost += _squares(near.sub_(rounded))
 
     def merged(self, dtype: torch.dtype, accumulate: torch.dtype, delta_norm: float | None) -> Merged:
@@ -314,6 +317,12 @@ class Merging:
         is_finite = math.isfinite(weight_norm) and math.isfinite(norm) and math.isfinite(lost)
         kept = _share_kept(lost, delta_norm, _finest(dtype) * weight_norm)
         return Merged(weight_norm, delta_norm, kept, is_finite)
+
+
+def _front_of(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The first part of a block's memory as one of its shape in a narrower dtype."""
+    flat = block.view(-1).view(dtype)
+    return flat[: block.numel()].view(block.shape)
 
 
 def _to_odd(total: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
@@ -350,7 +359,7 @@ def blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slic
 def block_ranges(shape: tuple[int, ...], dtype: torch.dtype, *, is_gpu: bool = False) -> Iterator[tuple[int, slice]]:
     """(matrix, its rows) of the blocks in which weights (n, rows, columns) are merged in `dtype`, wherever they lie."""
     count, rows, columns = shape
-    elements = (_GPU_BLOCK if is_gpu else _BLOCK) * 4 // dtype.itemsize
+    elements = (_GPU_BLOCK if is_gpu else _BLOCK) // (dtype.itemsize // 4) ** 2
     most = max(1, elements // max(1, columns))
     # Blocks of about one size: kernels for a few rows left over sum in an order of their own, and lose digits.
     step = max(1, -(-rows // -(-rows // most))) if rows else 1

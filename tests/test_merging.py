@@ -213,7 +213,7 @@ def test_norms_tell_that_a_sum_is_finite_only_if_they_can() -> None:
 @pytest.mark.parametrize("rows", [1, 2, 9, 10, 11, 100])
 @pytest.mark.parametrize("most", [1, 3, 10])
 def test_blocks_cover_each_row_once_and_are_of_one_size(rows: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "_BLOCK", 2 * most * 5)  # in float32 numbers, of which a float64 takes two
+    monkeypatch.setattr(merging, "_BLOCK", 4 * most * 5)  # in float32 numbers: one of float64 counts as four
     weight = torch.arange(rows * 5.0).reshape(1, rows, 5)
     found = [(slice(at.start, at.stop), block.clone()) for _, at, block in merging.blocks(weight, torch.float64)]
     assert torch.equal(torch.cat([block for _, block in found]), weight[0].double())
