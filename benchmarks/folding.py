@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,10 +171,11 @@ def _ways(subject: Subject) -> dict[str, Variant]:
     }
 
 
-def fold_times(subject: Subject, rounds: int) -> Times:
-    """All ways and the floor, interleaved."""
+def fold_times(subject: Subject, rounds: int, names: Sequence[str] = ()) -> Times:
+    """All ways, or those that are named, and the floor, interleaved."""
     floor = Variant(_addmm_only, prepare=lambda: _weights(subject))
-    return interleave({**_ways(subject), "floor: addmm only": floor}, rounds)
+    ways = {name: way for name, way in _ways(subject).items() if not names or name in names}
+    return interleave({**ways, "floor: addmm only": floor}, rounds)
 
 
 def _weights(subject: Subject) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]]:

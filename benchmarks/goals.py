@@ -73,8 +73,13 @@ def _counted(quick: bool) -> Table:
     visits = [injection.inject_visits(each, workloads.traced(each))[0] / each.sites for each in (few, many)]
     goal(17, f"graph nodes visited per site, {many.sites} sites / {few.sites} sites", 1.05, visits[1] / visits[0])
     for dtype, most in ((torch.float32, 0.0), (torch.bfloat16, 4.0)):
-        peak = _fold_peak(workloads.llama(2, hidden, 16, dtype=dtype)) / 2**20
-        goal(20, f"extra memory of a fold for good, MiB, {str(dtype).removeprefix('torch.')}", most, peak)
+        peaks = [_fold_peak(workloads.llama(2, size, 16, dtype=dtype)) / 2**20 for size in (hidden, 2 * hidden)]
+        what = f"extra memory of a fold for good, MiB, {str(dtype).removeprefix('torch.')}"
+        goal(20, what, most, peaks[0])
+        if dtype is torch.float32:
+            goal(20, f"{what}: what weights of twice the width add", most, peaks[1] - peaks[0])
+        else:
+            goal(20, f"{what}, twice the width", most, peaks[1])
     step = optimizer.step_table(workloads.llama(layers, 64, 8), 1)
     goal(26, "kernels of an optimizer's step, 168 tensors", 4, step.rows[-1][1])
     return Table(
@@ -90,7 +95,7 @@ def _counted(quick: bool) -> Table:
 
 def _timed(quick: bool, rounds: int | None) -> Table:
     """Ratios of medians, in one process, interleaved; each subject checks its results before it times them."""
-    rounds = rounds or (3 if quick else 15)
+    rounds = rounds or (3 if quick else 25)
     layers, hidden, wide = (2, 128, 128) if quick else (12, 768, 2048)
     rows: list[tuple[Any, ...]] = []
 
@@ -113,12 +118,13 @@ def _timed(quick: bool, rounds: int | None) -> Table:
     shapes = [(layers, hidden, torch.float32, 0.40), (2, wide, torch.float32, 0.15), (2, wide, torch.bfloat16, 0.12)]
     for depth, size, dtype, most in shapes:
         subject = folding.make_subject(workloads.llama(depth, size, 16, dtype=dtype))
-        times = folding.fold_times(subject, min(rounds, 7))
-        name, floor = "lora_fx.fold inplace, irreversible", times.ratio("floor: addmm only", "PEFT merge_and_unload")
+        name, theirs = "lora_fx.fold inplace, irreversible", "PEFT merge_and_unload"
+        times = folding.fold_times(subject, rounds, (name, theirs))
+        floor = times.ratio("floor: addmm only", theirs)
         what = (
             f"fold for good / merge_and_unload, width {size}, {str(dtype).removeprefix('torch.')} (floor {floor:.2f})"
         )
-        goal(19, what, most, times.ratio(name, "PEFT merge_and_unload"))
+        goal(19, what, most, times.ratio(name, theirs))
     swap = adapters.swap_table(llama, rounds)
     goal(24, "swap / set_peft_model_state_dict", 0.08, _cell(swap, "lora_fx, finite=True", 2))
     goal(24, "swap, ms", 2.5, _cell(swap, "lora_fx, finite=True", 1))
