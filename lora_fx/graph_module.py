@@ -13,7 +13,7 @@ import gc
 import itertools
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -22,17 +22,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.nn import functional as F
 
+from .adoption import adopt, over_own_tensors, restore_what_fx_drops
 from .arena import lay_out
-from .attributes import get_attribute, get_parameter, holds_values, set_attribute
+from .attributes import get_parameter, holds_values
 from .copying import CODE, WRAPPER, copy_graph, copy_graph_module, copy_hooks, quiet_deepcopy, share_tensors
-from .errors import GraphError, warn
+from .errors import GraphError
 from .generated_code import code_to_run
 from .literals import find_dtype_literal, move_literals
-from .ops.use import operands_of
+from .mode_literals import check_literal_mode, warn_of_mixed_modes
 from .sharding import check_not_sharded, settle, unsharded_class, whole
 from .tensor_reads import read
+from .written_graphs import Written, as_traced, as_written
 
 if TYPE_CHECKING:
     from .injection import Adapter
@@ -83,14 +84,6 @@ class TraceRecord:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TraceRecord:
         return self  # frozen, and nobody writes into the examples
-
-
-@dataclass(frozen=True)
-class Written:
-    """A graph as values: its calling convention, and (name, op, target, type, args, kwargs) of each node."""
-
-    convention: tuple[Any, ...]
-    nodes: list[tuple[Any, ...]]
 
 
 class Lowering(Protocol):
@@ -209,9 +202,9 @@ class LoraGraphModule(fx.GraphModule):
                 f"({record.untraceable[mode]}). Trace it in the mode you need, or mend the model"
             )
         if record.trace is None:
-            _check_literal_mode(self.graph, mode)
+            check_literal_mode(self.graph, mode)
         if mode in record.mixed and mode != self.training:
-            _warn_of_mixed_modes(record.mixed[mode], mode)
+            warn_of_mixed_modes(record.mixed[mode], mode)
         super().train(mode)
         if mode in record.views and self._graph is not record.views[mode]:
             self._show(mode)
@@ -325,15 +318,15 @@ class LoraGraphModule(fx.GraphModule):
                 f"them follow the parameters to {new} is gone. Convert the model and trace it again: "
                 f"lora_fx.trace(model.to({new}), args); adapters take their own with inject(..., adapter_dtype=...)"
             )
-        if {mode: _as_traced(graph) for mode, graph in record.views.items()} != record.traced:
+        if {mode: as_traced(graph, ROLE) for mode, graph in record.views.items()} != record.traced:
             raise GraphError(
                 "the graph was edited since it was traced, by hand or by a fold that untied a weight, and its dtypes "
                 f"({node.format_node()}) can only follow as a new trace has them. Convert the model first: "
                 f"lora_fx.trace(model.to({new}), args)"
             )
         for mode, view in views.items():
-            record.views[mode] = _over_own_tensors(self, view, suffix=f"{new}_{mode}")
-        record.traced = {mode: _as_traced(graph) for mode, graph in record.views.items()}
+            record.views[mode] = over_own_tensors(self, view, suffix=f"{new}_{mode}")
+        record.traced = {mode: as_traced(graph, ROLE) for mode, graph in record.views.items()}
         self._graph = record.views[self.training if self.training in views else None]
         if record.reinsert is not None:
             record.reinsert(self)
@@ -343,7 +336,7 @@ class LoraGraphModule(fx.GraphModule):
         """Go back to the views that compute in the parameters' own dtype, as they were; `recompile` is the caller's."""
         record = record_of(self)
         record.views, record.wide = dict(record.wide), {}
-        record.traced = {mode: _as_traced(graph) for mode, graph in record.views.items()}
+        record.traced = {mode: as_traced(graph, ROLE) for mode, graph in record.views.items()}
         self._graph = record.views[self.training if self.training in record.views else None]
 
     def _all_graphs(self) -> Iterator[fx.Graph]:
@@ -412,7 +405,7 @@ class LoraGraphModule(fx.GraphModule):
                 return super().recompile()
         mode = self.training if self.training in record.views else None
         record.views[mode] = self._graph
-        written, lowering = _as_written(self._graph), record.lowering
+        written, lowering = as_written(self._graph), record.lowering
         is_training = mode is not False and any(ROLE in node.meta for node in self._graph.nodes)
         if lowering is not None and lowering.trains_only and not is_training:
             lowering = None
@@ -575,14 +568,14 @@ def make_graph_module(
     gm = LoraGraphModule(source, source.graph, class_name="LoraGraphModule")
     record = GraphRecord(trace=trace, views={shown: gm.graph})
     if not _UNCOMPILED.get():
-        record.compiled.append((_as_written(gm.graph), None, gm._compiled()))
+        record.compiled.append((as_written(gm.graph), None, gm._compiled()))
     gm.meta.update(copy.copy(source.meta))
     gm.meta[_META_KEY] = record
-    _restore_what_fx_drops(source, gm)
+    restore_what_fx_drops(source, gm)
     for mode, other in views.items():
         if mode != shown:
-            record.views[mode] = _adopt(gm, other, suffix="train" if mode else "eval")
-    record.traced = {mode: _as_traced(graph) for mode, graph in record.views.items()}
+            record.views[mode] = adopt(gm, other, suffix="train" if mode else "eval")
+    record.traced = {mode: as_traced(graph, ROLE) for mode, graph in record.views.items()}
     nn.Module.train(gm, training)
     return gm
 
@@ -627,7 +620,7 @@ def _copy_over(gm: fx.GraphModule, tensor_of: Callable[[nn.Parameter], torch.Ten
 
 def _from_foreign(original: fx.GraphModule, clone: fx.GraphModule) -> LoraGraphModule:
     """A LoraGraphModule of one view, in the modes that the user's graph module and its parts are in."""
-    _restore_what_fx_drops(original, clone)
+    restore_what_fx_drops(original, clone)
     flags = {name: module.training for name, module in original.named_modules()}
     gm = make_graph_module({None: clone}, training=original.training, trace=None)
     for name, module in gm.named_modules():
@@ -644,114 +637,6 @@ def copy_modules(views: dict[bool | None, fx.GraphModule]) -> dict[bool | None, 
         return {mode: copy.deepcopy(gm, memo) for mode, gm in views.items()}
 
 
-_aten = torch.ops.aten
-
-# Ops that torch.export writes the mode into: the positions of the probability, if any, and of the flag.
-_MODE_FLAGS: dict[Any, tuple[int | None, int]] = {
-    _aten.dropout.default: (1, 2),
-    _aten.feature_dropout.default: (1, 2),
-    _aten.alpha_dropout.default: (1, 2),
-    _aten.batch_norm.default: (None, 5),
-    **dict.fromkeys(
-        (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout), (1, 2)
-    ),
-    F.batch_norm: (None, 5),
-    torch.dropout: (1, 2),
-    torch.dropout_: (1, 2),
-}
-
-
-def _warn_of_mixed_modes(names: tuple[str, ...], mode: bool) -> None:
-    own, other = ("train", "eval") if mode else ("eval", "train")
-    warn(
-        f"the model was traced in {own} mode with {', '.join(map(repr, names[:3]))}{', …' if names[3:] else ''} "
-        f"in {other} mode, and the graph keeps that. If you want what model.{own}() sets, call it before tracing"
-    )
-
-
-def _as_written(graph: fx.Graph) -> Written:
-    """All that the code of a graph is generated from, to be compared by value."""
-    nodes = [
-        (node.name, node.op, node.target, node.type, _as_value(node.args), _as_value(node.kwargs))
-        for node in graph.nodes
-    ]
-    codegen = graph._codegen
-    return Written((type(codegen), getattr(codegen, "pytree_info", None), codegen._body_transformer), nodes)
-
-
-def _as_traced(graph: fx.Graph) -> Written:
-    """The graph without what passes inserted: as it was traced, if nothing else was edited."""
-    own = {node for node in graph.nodes if ROLE in node.meta}
-
-    def base(node: fx.Node) -> fx.Node:
-        while node in own and node.meta[ROLE].is_sum:
-            node = node.args[0]  # type: ignore[assignment]
-        return node
-
-    nodes = []
-    for node in graph.nodes:
-        if node not in own:
-            operands = [base(operand) for operand in operands_of(node)]
-            names = tuple(operand.name for operand in operands if operand not in own)
-            literals = _as_value(fx.node.map_aggregate((node.args, node.kwargs), _without_nodes_and_devices))
-            is_call = isinstance(node.target, torch._ops.HigherOrderOperator)  # adapters add operands
-            nodes.append((node.name, node.op, node.target, names, None if is_call else literals))
-    return Written((), nodes)
-
-
-def _without_nodes_and_devices(leaf: Any) -> Any:
-    return None if isinstance(leaf, (fx.Node, torch.device)) else leaf
-
-
-_PLAIN = {int, bool, str, type(None)}
-
-
-def _as_value(argument: Any) -> Any:
-    """An argument so that 1, 1.0 and True differ, 0.0 and −0.0, a tuple and a named one, and orders of keys."""
-    kind = type(argument)
-    if kind is fx.Node:
-        return kind, argument.name
-    if kind in _PLAIN:  # most of them
-        return kind, argument
-    if isinstance(argument, (tuple, list)):
-        return type(argument), tuple(_as_value(item) for item in argument)
-    if isinstance(argument, Mapping):
-        return type(argument), tuple((key, _as_value(value)) for key, value in argument.items())
-    if isinstance(argument, slice):
-        return slice, _as_value((argument.start, argument.stop, argument.step))
-    return type(argument), repr(argument) if isinstance(argument, (float, complex)) else argument
-
-
-def _check_literal_mode(graph: fx.Graph, mode: bool) -> None:
-    """A graph that the user exported has one mode for good; LoRA's own dropout still follows `train`."""
-    for node in graph.nodes:
-        probability, flag = _MODE_FLAGS.get(node.target, (None, 0))
-        given = _argument(node, flag, ("training", "train"))
-        if not flag or given is None or (probability is not None and not _argument(node, probability, ("p",))):
-            continue
-        if given == mode:
-            continue
-        if not mode:
-            raise GraphError(
-                f"this graph was exported in train mode, and {node.name} stays in it for good; export the model "
-                "in eval mode, or use lora_fx.trace(model, args), which keeps both"
-            )
-        warn(
-            f"this graph was exported in eval mode: {node.name} and whatever else depends on the mode stay as "
-            "they are in training. lora_fx.trace(model, args) keeps both modes"
-        )
-        return
-
-
-def _argument(node: fx.Node, position: int, names: tuple[str, ...]) -> Any:
-    """What a call is given there, by position or by name, as symbolic_trace writes it."""
-    return (
-        node.args[position]
-        if len(node.args) > position
-        else next((v for k, v in node.kwargs.items() if k in names), None)
-    )
-
-
 @contextmanager
 def paused_gc() -> Iterator[None]:
     """No garbage collection meanwhile.
@@ -766,73 +651,3 @@ def paused_gc() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _restore_what_fx_drops(source: nn.Module, target: nn.Module) -> None:
-    """fx registers every tensor it copies as a persistent buffer; keep state_dict's keys the source's."""
-    for name, module in source.named_modules():
-        twin = target.get_submodule(name) if _has_submodule(target, name) else None
-        if twin is not None:
-            twin._non_persistent_buffers_set = module._non_persistent_buffers_set & set(twin._buffers)
-            hidden = {n for n in twin._buffers if isinstance(module.__dict__.get(n), torch.Tensor)}
-            twin._non_persistent_buffers_set |= hidden  # a plain tensor attribute was in no state_dict
-
-
-def _has_submodule(root: nn.Module, name: str) -> bool:
-    return name == "" or isinstance(get_attribute(root, name), nn.Module)
-
-
-def _adopt(gm: LoraGraphModule, other: fx.GraphModule, *, suffix: str) -> fx.Graph:
-    """Bring the graph of `other` over to `gm`; what has the same name but another value is renamed."""
-    graph = copy_graph(other.graph, {})
-    renamed: dict[str, str] = {}
-    for node in graph.nodes:
-        if node.op not in ("get_attr", "call_module"):
-            continue
-        target = str(node.target)
-        if target not in renamed:
-            renamed[target] = _adopt_attribute(gm, other, target, suffix)
-        node.target = renamed[target]
-    graph.owning_module = gm
-    return graph
-
-
-def _over_own_tensors(gm: LoraGraphModule, other: fx.GraphModule, *, suffix: str) -> fx.Graph:
-    """The graph of `other`, a trace of the same model in another dtype, over the tensors of `gm`.
-
-    What is no tensor of the model (constants, sub-graphs, guards) comes along under a name of its own.
-    """
-    graph = copy_graph(other.graph, {})
-    tensors = {*dict(gm.named_parameters(remove_duplicate=False)), *dict(gm.named_buffers(remove_duplicate=False))}
-    for node in graph.nodes:
-        target = str(node.target)
-        if node.op not in ("get_attr", "call_module") or target in tensors:
-            continue
-        node.target = f"{target}_{suffix.removeprefix('torch.')}"
-        set_attribute(gm, node.target, get_attribute(other, target), persistent=False)
-    graph.owning_module = gm
-    return graph
-
-
-def _adopt_attribute(gm: LoraGraphModule, other: fx.GraphModule, target: str, suffix: str) -> str:
-    value, existing = get_attribute(other, target), get_attribute(gm, target)
-    if existing is not None and _is_same(existing, value):
-        return target
-    name = target if existing is None else f"{target}_{suffix}"
-    if get_attribute(gm, name) is not None:
-        raise GraphError(f"the traced graphs clash on the attribute {name!r}; rename it in the model")
-    owner = other.get_submodule(target.rpartition(".")[0])
-    persistent = target.rpartition(".")[2] not in owner._non_persistent_buffers_set
-    set_attribute(gm, name, value, persistent=persistent and target in other.state_dict())
-    return name
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    """The same object, or constants of the same value. A sub-graph is never shared: views edit their own."""
-    if a is b:
-        return True
-    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
-        return False
-    if isinstance(a, nn.Parameter) or isinstance(b, nn.Parameter):
-        return False
-    return a.dtype == b.dtype and a.shape == b.shape and a.device == b.device and torch.equal(a, b)
