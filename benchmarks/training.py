@@ -209,8 +209,15 @@ def _dora_table(workload: Workload) -> Table:
     """DoRA: PEFT builds W + s · B @ A to take its norms; here they come from products of rank r."""
     peft_model, _, injected = workloads.adapted_alike(workload, use_dora=True)
     said = check(peft_model, injected, workload)
+    _check_optimized(injected, workload)
     plain_peft, _, plain = workloads.adapted_alike(workload)
-    models = {"PEFT, DoRA": peft_model, "lora_fx, DoRA": injected, "PEFT, plain": plain_peft, "lora_fx, plain": plain}
+    models = {
+        "PEFT, DoRA": peft_model,
+        "lora_fx, DoRA": injected,
+        "lora_fx, DoRA, optimize()": lora_fx.optimize(injected),
+        "PEFT, plain": plain_peft,
+        "lora_fx, plain": plain,
+    }
     counts = {name: count_step(model.train(), lora_step(model, workload)) for name, model in models.items()}
     first = counts["PEFT, DoRA"]
     rows = [

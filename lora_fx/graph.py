@@ -28,6 +28,7 @@ from .paths import BatchedPath, LowRankPath, Role, RowsPath
 from .rewrites.attention_masks import MaskNodes, attend, look_at
 from .rewrites.checkpointing import BlockNodes
 from .rewrites.groups import GroupNodes, is_assertion
+from .rewrites.isolation import BiasNodes, MagnitudeNodes
 from .rewrites.normalization import NormalizationNodes, inverse_rms, normalize
 from .rewrites.plain_ops import asks, needs_plain_ops
 from .rewrites.rotation import RotationNodes, rotate
@@ -409,6 +410,63 @@ def write_groups(
     for node in graph.find_nodes(op="get_attr"):
         if not node.users:  # to read it takes longer than anything else in Python here
             graph.erase_node(node)
+
+
+def write_magnitudes(graph: fx.Graph, found: Sequence[MagnitudeNodes]) -> None:
+    """gain · (own + scaling · Δ) + bias, where own + scaling · Δ is marked as the adapter's sum."""
+    written: dict[fx.Node, fx.Node] = {}  # one may read another's result
+    for each in found:
+        dialect, op = dialect_of(each.op), each.op
+        with graph.inserting_before(each.total):
+            if each.bare is not None:
+                target, operands = each.bare
+                op = graph.call_function(target, tuple(written.get(node, node) for node in operands))
+                _describe(op, each.op)
+            inner = _plain_sum(op, each.scaled, each.total)
+            result = graph.call_function(dialect.mul, (inner, each.gains))
+            if each.bias is not None:
+                result = graph.call_function(dialect.add, (result, each.bias))
+            result = graph.call_function(dialect.cast_like, (result, inner))
+        _describe(result, each.op)
+        written[each.total] = result
+        _replace_sum(graph, each.total, result, each.inside)
+        if each.bare is not None:
+            _replace(graph, each.op, op)
+
+
+def write_biases(graph: fx.Graph, found: Sequence[BiasNodes]) -> None:
+    """(base + scaling · Δ) + scaling · bias, where base + scaling · Δ is marked as the adapter's sum."""
+    written: dict[fx.Node, fx.Node] = {}  # one may add to another's result
+    for each in found:
+        base = written.get(each.base, each.base)
+        dialect = dialect_of(base)
+        with graph.inserting_before(each.total):
+            scaled = graph.call_function(dialect.mul, (each.up, each.scaling))
+            scaled.meta[ROLE] = Role(each.total.meta[ROLE].adapter)
+            inner = _plain_sum(base, scaled, each.total)
+            added = graph.call_function(dialect.mul, (each.bias, each.scaling))
+            result = graph.call_function(dialect.add, (inner, added))  # the wider dtype of both, of gradients, too
+            result = graph.call_function(dialect.cast_like, (result, inner))
+        _describe(result, base)
+        written[each.total] = result
+        _replace_sum(graph, each.total, result, each.inside)
+
+
+def _plain_sum(base: fx.Node, scaled: fx.Node, total: fx.Node) -> fx.Node:
+    """base + scaled, in the base's dtype, with the mark that `total` has."""
+    dialect, role = dialect_of(base), total.meta[ROLE]
+    delta = base.graph.call_function(dialect.cast_like, (scaled, base))
+    delta.meta[ROLE] = Role(role.adapter)
+    inner = base.graph.call_function(dialect.add, (base, delta))
+    inner.meta[ROLE] = role
+    _describe(inner, base)
+    return inner
+
+
+def _replace_sum(graph: fx.Graph, total: fx.Node, result: fx.Node, inside: Sequence[fx.Node]) -> None:
+    _replace(graph, total, result)
+    for node in inside:
+        graph.erase_node(node)
 
 
 def write_normalizations(graph: fx.Graph, found: Sequence[NormalizationNodes]) -> None:

@@ -12,7 +12,15 @@ from torch import fx
 from .copying import copy_graph
 from .direct_calls import call_directly
 from .errors import ConfigError, GraphError
-from .graph import write_blocks, write_groups, write_masks, write_normalizations, write_rotations
+from .graph import (
+    write_biases,
+    write_blocks,
+    write_groups,
+    write_magnitudes,
+    write_masks,
+    write_normalizations,
+    write_rotations,
+)
 from .graph_module import (
     LoraGraphModule,
     Lowering,
@@ -25,6 +33,7 @@ from .rewrites import (
     attention_masks,
     checkpointing,
     fused_sums,
+    isolation,
     normalization,
     random_order,
     recomputation,
@@ -51,13 +60,15 @@ class Rewrites:
     narrow: bool = True
     masks: bool = True
     rotations: bool = True
+    isolate: bool = True
     merge: bool = False
     checkpoint: bool = False
     dropout: Dropout = "exact"
     trains_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("fuse", "share", "recompute", "narrow", "masks", "rotations", "merge", "checkpoint"):
+        names = ("fuse", "share", "recompute", "narrow", "masks", "rotations", "isolate", "merge", "checkpoint")
+        for name in names:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.dropout not in ("exact", "cut", "shared"):
@@ -79,6 +90,9 @@ class Rewrites:
         write_normalizations(lowered, normalization.find(lowered, written) if self.recompute else ())
         write_masks(lowered, attention_masks.find(lowered, written) if self.masks else ())
         write_rotations(lowered, rotation.find(lowered, written_values(lowered, gm)) if self.rotations else ())
+        if self.isolate:
+            write_magnitudes(lowered, isolation.find_magnitudes(lowered, written_values(lowered, gm)))
+            write_biases(lowered, isolation.find_biases(lowered, written_values(lowered, gm)))
         groups = fused_sums.find(lowered, gm, written_values(lowered, gm)) if self.fuse else []
         groups = shared_projection.merge(groups) if self.share else groups
         groups = random_order.keep(groups, lowered) if self.dropout == "exact" else groups
@@ -127,6 +141,7 @@ def optimize(
     narrow: bool = True,
     masks: bool = True,
     rotations: bool = True,
+    isolate: bool = True,
     merge: bool = False,
     checkpoint: bool = False,
     dropout: Dropout = "exact",
@@ -148,6 +163,7 @@ def optimize(
         masks: look at a boolean attention mask once in each step, and leave it out of every layer where it hides
             nothing or only what is ahead, so that attention takes its fastest kernel.
         rotations: rotary position embeddings in three kernels each way, in place of seven and more.
+        isolate: the magnitudes of DoRA, and lora_bias, behind a sum that the others then find as they find any.
         merge: build W + scaling · B @ A in each step where tokens are so many that it takes fewer operations. It moves
             more memory, and wins on few machines.
         checkpoint: keep only what each layer reads, and run it again in the backward pass (those behind the first
@@ -160,7 +176,7 @@ def optimize(
         ConfigError: for an argument of another kind.
         GraphError: if `gm` has no adapter, or is folded or batched.
     """
-    rewrites = Rewrites(fuse, share, recompute, narrow, masks, rotations, merge, checkpoint, dropout)
+    rewrites = Rewrites(fuse, share, recompute, narrow, masks, rotations, isolate, merge, checkpoint, dropout)
     gm = checked_graph_module(gm)
     check_editable(gm)
     if not record_of(gm).adapters:

@@ -105,7 +105,7 @@ def test_values_and_gradients_are_those_of_the_plain_graph(case: zoo.Case, devic
         assert optimized.code == plain.code
 
 
-@pytest.mark.parametrize("off", ["fuse", "share", "recompute", "masks", "narrow", "rotations"])
+@pytest.mark.parametrize("off", ["fuse", "share", "recompute", "masks", "narrow", "rotations", "isolate"])
 @pytest.mark.parametrize("case", [LLAMA, GPT2, STACK], ids=str)
 def test_each_rewrite_can_be_left_out(case: zoo.Case, off: str) -> None:
     plain = adapted(case)

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from ..attributes import get_attribute
 from ..graph_module import ROLE
 from ..ops.use import Dialect, dialect_of, operands_of
-from ..paths import Role
-from .groups import GroupNodes, LinearNodes, TermNodes
+from .groups import GroupNodes, LinearNodes, TermNodes, calls, is_sum
 
 _aten = torch.ops.aten
 
@@ -27,23 +26,18 @@ def find(graph: fx.Graph, module: nn.Module, written: set[fx.Node]) -> list[Grou
     """A group for each adapted linear whose LoRA nodes are those of the before-condition."""
     found = []
     for node in graph.nodes:
-        if _is_sum(node) and not any(_is_sum(user) and user.args[0] is node for user in node.users):
+        if is_sum(node) and not any(is_sum(user) and user.args[0] is node for user in node.users):
             group = _group(node, module, written)
             if group is not None:
                 found.append(group)
     return found
 
 
-def _is_sum(node: fx.Node) -> bool:
-    role = node.meta.get(ROLE)
-    return isinstance(role, Role) and role.is_sum and not role.is_on_weight
-
-
 def _group(total: fx.Node, module: nn.Module, written: set[fx.Node]) -> GroupNodes | None:
     terms: list[TermNodes] = []
     inside: list[fx.Node] = []
     node, x = total, None
-    while _is_sum(node):
+    while is_sum(node):
         base, delta = node.args[:2]
         if not isinstance(base, fx.Node) or not isinstance(delta, fx.Node):
             return None
@@ -68,18 +62,18 @@ def _term(
 ) -> tuple[fx.Node, TermNodes, list[fx.Node]] | None:
     """(x, the term, the nodes that make `delta` out of x), or None."""
     inside = [delta]
-    if _calls(delta, dialect.cast_like, 2) and delta.args[1] is base:
+    if calls(delta, dialect.cast_like, 2) and delta.args[1] is base:
         delta = delta.args[0]
         inside.append(delta)
-    if not _calls(delta, dialect.mul, 2) or not isinstance(delta.args[1], (int, float)):
+    if not calls(delta, dialect.mul, 2) or not isinstance(delta.args[1], (int, float)):
         return None
     scaling, up = float(delta.args[1]), delta.args[0]
     down: Any
     own: Any
-    if not _calls(up, dialect.linear, 2) or not _is_read(up.args[1]):
+    if not calls(up, dialect.linear, 2) or not _is_read(up.args[1]):
         return None
     down, b = up.args
-    if not _calls(down, dialect.linear, 2) or not _is_read(down.args[1]):
+    if not calls(down, dialect.linear, 2) or not _is_read(down.args[1]):
         return None
     own, a = down.args
     inside += [up, down]
@@ -91,21 +85,12 @@ def _term(
             return None
         inside.append(own)
         own = own.args[0]
-    if _calls(own, dialect.cast_like, 2) and own.args[1] is a and own.meta.get(ROLE) == delta.meta.get(ROLE):
+    if calls(own, dialect.cast_like, 2) and own.args[1] is a and own.meta.get(ROLE) == delta.meta.get(ROLE):
         inside.append(own)
         own = own.args[0]
     if not isinstance(own, fx.Node) or any(len(node.users) != 1 for node in inside):
         return None
     return own, TermNodes(a, b, scaling, dropout), inside
-
-
-def _calls(node: object, function: object, count: int) -> bool:
-    return (
-        isinstance(node, fx.Node)
-        and node.op == "call_function"
-        and node.target is function
-        and (len(node.args) == count)
-    )
 
 
 def _is_read(node: object) -> bool:

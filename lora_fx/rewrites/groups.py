@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from ..graph_module import ROLE
+from ..paths import Role
+
 
 @dataclass(frozen=True)
 class TermNodes:
@@ -84,6 +87,22 @@ class GroupNodes:
 def is_assertion(node: fx.Node) -> bool:
     """What torch.export writes to say of which dtype a value was: no reader of it."""
     return node.target is torch.ops.aten._assert_tensor_metadata.default
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Whether it adds an adapter to the result of an op."""
+    role = node.meta.get(ROLE)
+    return isinstance(role, Role) and role.is_sum and not role.is_on_weight
+
+
+def calls(node: object, function: object, count: int) -> bool:
+    """Whether it is a call of the function with so many arguments."""
+    return (
+        isinstance(node, fx.Node)
+        and node.op == "call_function"
+        and node.target is function
+        and (len(node.args) == count)
+    )
 
 
 def readers(node: fx.Node) -> list[fx.Node]:
