@@ -59,6 +59,16 @@ def test_values_and_gradients_are_those_of_the_plain_graph(case: zoo.Case, optio
 
 
 @pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", ["mlp", "mlp_no_bias", "functional", "stack"])
+def test_graphs_of_symbolic_trace(name: str, option: str) -> None:
+    case = BY_NAME[name]
+    assert "symbolic" in case.tracers
+    plain = injected(case, traced(case, "symbolic", torch.float64), **OPTIONS[option])
+    plain = with_values(randomise(plain)).train()
+    assert_alike(plain, lora_fx.optimize(plain), case.arguments(torch.float64), bound(case))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("case", [LLAMA, GPT2, STACK], ids=str)
 def test_it_takes_fewer_kernels(case: zoo.Case, option: str) -> None:
     """Than the plain sums, of linears with and without a bias of their own, and as (in, out)."""
