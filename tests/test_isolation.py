@@ -168,3 +168,19 @@ def test_compiled_in_one_graph(option: str) -> None:
     assert abs(float(loss - again)) <= bound(STACK) * float(loss)
     for name, gradient in wanted.items():
         assert torch.allclose(gradient, found[f"_orig_mod.{name}"], rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_layers_that_run_again(option: str) -> None:
+    plain = trained(LLAMA, option)
+    arguments = LLAMA.arguments(torch.float64)
+    assert_alike(plain, lora_fx.optimize(plain, checkpoint=True), arguments, bound(LLAMA))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_tree_of_blocks(option: str) -> None:
+    plain = trained(LLAMA, option)
+    tree = lora_fx.unflatten(lora_fx.optimize(plain)).train()
+    arguments = LLAMA.arguments(torch.float64)
+    assert kernels(tree, arguments) == kernels(lora_fx.optimize(plain), arguments)
+    assert_alike(plain, tree, arguments, bound(LLAMA))
