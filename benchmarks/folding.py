@@ -158,6 +158,12 @@ def _ways(subject: Subject) -> dict[str, Variant]:
     def fresh() -> Any:
         return workloads.unmerged_copy(subject.peft_model)
 
+    narrow = {
+        "lora_fx.fold inplace, irreversible, accumulate=float32": Variant(
+            lambda gm: lora_fx.fold(gm, inplace=True, reversible=False, accumulate=torch.float32),
+            prepare=lambda: copy.deepcopy(subject.injected),
+        )
+    }
     return {
         "PEFT merge_and_unload": Variant(_merge, prepare=fresh),
         "PEFT safe_merge": Variant(lambda model: _merge(model, safe_merge=True), prepare=fresh),
@@ -168,6 +174,7 @@ def _ways(subject: Subject) -> dict[str, Variant]:
             lambda gm: lora_fx.fold(gm, inplace=True, reversible=False),
             prepare=lambda: copy.deepcopy(subject.injected),
         ),
+        **(narrow if next(subject.injected.parameters()).dtype.itemsize == 2 else {}),
     }
 
 
