@@ -16,7 +16,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from ..graph_module import ROLE
-from ..ops.use import Dialect, dialect_of
+from ..ops.use import Dialect, dialect_of, operands_of
 from .groups import calls, is_sum, readers
 
 _aten = torch.ops.aten
@@ -76,7 +76,9 @@ class BiasNodes:
 def find_magnitudes(graph: fx.Graph, written: set[fx.Node]) -> list[MagnitudeNodes]:
     """Every place of the first before-condition."""
     found = [each for node in graph.nodes if is_sum(node) and (each := _magnitude(node)) is not None]
-    return [n for n in found if not written.intersection((n.total, n.op, n.scaled, n.gains, *n.inside))]
+    return [
+        n for n in found if not written.intersection((n.total, n.op, *operands_of(n.op), n.scaled, n.gains, *n.inside))
+    ]
 
 
 def find_biases(graph: fx.Graph, written: set[fx.Node]) -> list[BiasNodes]:
