@@ -150,8 +150,8 @@ def optimize(
 
     It computes what `gm` computes, within rounding, and so are its gradients. `gm.graph`, and all that reads it (fold,
     save_adapter, export, a second inject), stay as they are: the rewrites are made on a copy when the graph is
-    compiled, in train mode only, and again whenever adapters change. What a rewrite does not recognise stays plain.
-    Under torch.compile the plain operations are compiled, which inductor does better with.
+    compiled, in train mode only (of a graph that serves both modes, in both), and again whenever adapters change. What a
+    rewrite does not recognise stays plain. Under torch.compile the plain operations are compiled, which inductor does better with.
 
     Args:
         gm: an injected graph; it is untouched, tensors are shared.
@@ -163,7 +163,8 @@ def optimize(
         masks: look at a boolean attention mask once in each step, and leave it out of every layer where it hides
             nothing or only what is ahead, so that attention takes its fastest kernel.
         rotations: rotary position embeddings in three kernels each way, in place of seven and more.
-        isolate: the magnitudes of DoRA, and lora_bias, behind a sum that the others then find as they find any.
+        isolate: the magnitudes of DoRA, and lora_bias, behind a sum that the others then find as they find any; on a
+            base of 16 bits with float32 adapters, DoRA on bfloat16 alone.
         merge: build W + scaling · B @ A in each step where tokens are so many that it takes fewer operations. It moves
             more memory, and wins on few machines.
         checkpoint: keep only what each layer reads, and run it again in the backward pass (those behind the first

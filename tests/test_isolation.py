@@ -131,6 +131,42 @@ def test_a_base_of_16_bits_loses_no_more_than_the_plain_graph(option: str, adapt
     assert errors[id(isolated)] <= 1.5**2 * errors[id(plain)]
 
 
+@pytest.mark.parametrize(
+    ("option", "dtype", "numbers"),
+    [
+        (
+            "magnitudes",
+            torch.float16,
+            {"x": 5000.0, "lora_A": 1.0, "lora_B": 1.0},
+        ),  # own + Δ is 80,000, times a gain of ½
+        ("biases", torch.float16, {"x": 5000.0, "lora_A": 1.0, "lora_B": 1.0, "bias": -39000.0}),
+        ("biases", torch.bfloat16, {"x": 1.0, "lora_A": 1.0, "lora_B": 128.0, "bias": -1024.0}),  # Δ is 1024
+    ],
+)
+def test_what_needs_the_wider_dtype_of_the_adapters_keeps_it(
+    option: str, dtype: torch.dtype, numbers: dict[str, float]
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4)).to(dtype)
+    torch.nn.init.ones_(model[0].weight)
+    x = torch.full((2, 8), numbers["x"], dtype=dtype)
+    plain = lora_fx.inject(
+        lora_fx.trace(model, (x,)), {"r": 1, "lora_alpha": 1, "target_modules": ["0"], **OPTIONS[option]}
+    )
+    for name, parameter in plain.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            key = "bias" if name.endswith("bias") else name.split(".")[1]
+            torch.nn.init.constant_(parameter, numbers[key])
+    results = []
+    for gm in (plain.train(), lora_fx.optimize(plain).train()):
+        gm.zero_grad(set_to_none=True)
+        y = gm(x)
+        (y.float() * 1e-4).sum().backward()
+        results.append([y, *(p.grad for p in gm.parameters() if p.grad is not None)])
+    for wanted, found in zip(*results, strict=True):
+        assert torch.isfinite(wanted).all()
+        assert torch.allclose(wanted.float(), found.float(), rtol=4 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_under_autocast(option: str) -> None:
     plain = trained(STACK, option, torch.float32)

@@ -1,7 +1,9 @@
 """DoRA's and lora_bias' sums as plain sums, which the other rewrites know, with what is more about them behind.
 
 Before: `op + (gain · (own + scaling · Δ) − own)`, where `own` is the op without its bias; or
-`op + scaling · (Δ + bias)`. Nothing else reads what lies between, nor the op.
+`op + scaling · (Δ + bias)`. Nothing else reads what lies between, nor the op. What is summed in a wider dtype than
+the op's must not lose by being summed in that: `own + scaling · Δ` may leave the range of float16, where its product
+with the gain does not (bfloat16 has the range); and Δ may cancel with the bias of B.
 After: `gain · (own + scaling · Δ) + bias`, of an op that has no bias; or `(op + scaling · Δ) + scaling · bias`.
 """
 
@@ -77,7 +79,7 @@ def find_magnitudes(graph: fx.Graph, written: set[fx.Node]) -> list[MagnitudeNod
     """Every place of the first before-condition."""
     found = [each for node in graph.nodes if is_sum(node) and (each := _magnitude(node)) is not None]
     return [
-        n for n in found if not written.intersection((n.total, n.op, *operands_of(n.op), n.scaled, n.gains, *n.inside))
+        n for n in found if not written.intersection((n.total, *operands_of(n.op), n.scaled, n.gains, *n.inside, n.op))
     ]
 
 
@@ -113,7 +115,7 @@ def _magnitude(total: fx.Node) -> MagnitudeNodes | None:
         if bare is None:
             return None
         made += [own] if own is not op else []
-    if own is not op and not (calls(own, dialect.cast_like, 2) and own.args[0] is op):
+    if own is not op and not (calls(own, dialect.cast_like, 2) and own.args[0] is op and _has_range(op)):
         return None
     expected = {*inside, *made, total}
     if any(user not in expected for node in (op, *made) for user in readers(node)):
@@ -146,9 +148,26 @@ def _bias(total: fx.Node) -> BiasNodes | None:
     if not calls(together, dialect.add, 2) or any(len(node.users) != 1 for node in (delta, scaled, together)):
         return None
     up, bias = _operands(together)
-    if not calls(up, dialect.linear, 2) or not isinstance(bias, fx.Node):
+    if not calls(up, dialect.linear, 2) or not isinstance(bias, fx.Node) or _is_wider(up, dialect):
         return None
     return BiasNodes(total, base, up, bias, float(scaled.args[1]), (delta, scaled, together))
+
+
+def _has_range(op: fx.Node) -> bool:
+    """Whether what is finite in float32 is so in the op's dtype, but for the last few numbers before infinity."""
+    value = op.meta.get("val")
+    return isinstance(value, torch.Tensor) and torch.finfo(value.dtype).max >= torch.finfo(torch.bfloat16).max
+
+
+def _is_wider(up: fx.Node, dialect: Dialect) -> bool:
+    """Whether x is cast before A, so that Δ has another dtype than the op's result."""
+    down: Any = up.args[0]
+    if not calls(down, dialect.linear, 2):
+        return True  # not to be told
+    own, a = _operands(down)
+    if isinstance(own, fx.Node) and own.op == "call_module":  # dropout
+        own = own.args[0]
+    return calls(own, dialect.cast_like, 2) and own.args[1] is a
 
 
 def _operands(node: fx.Node) -> tuple[Any, Any]:
