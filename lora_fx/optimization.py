@@ -150,8 +150,9 @@ def optimize(
 
     It computes what `gm` computes, within rounding, and so are its gradients. `gm.graph`, and all that reads it (fold,
     save_adapter, export, a second inject), stay as they are: the rewrites are made on a copy when the graph is
-    compiled, in train mode only (of a graph that serves both modes, in both), and again whenever adapters change. What a
-    rewrite does not recognise stays plain. Under torch.compile the plain operations are compiled, which inductor does better with.
+    compiled, in train mode only (of a graph that serves both modes, in both), and again whenever adapters change. What
+    a rewrite does not recognise stays plain. Under torch.compile the plain operations are compiled, which inductor does
+    better with.
 
     Args:
         gm: an injected graph; it is untouched, tensors are shared.

@@ -35,6 +35,7 @@ class PlannedSite:
         shares_with: path of the planned site whose A and B serve this one too, because both apply the
             same tied weight; None for a site with its own.
         by_parameter: target_parameters means it, rather than target_modules.
+        beside: how many numbers use_dora or lora_bias has beside A and B: one for each output.
     """
 
     site: Site
@@ -43,12 +44,15 @@ class PlannedSite:
     scaling: float
     shares_with: str | None = None
     by_parameter: bool = False
+    beside: int = 0
 
     @property
     def parameters(self) -> int:
-        """How many numbers A and B add."""
+        """How many numbers the adapter adds here."""
+        if self.shares_with:
+            return 0
         layout = self.site.layout
-        return 0 if self.shares_with else math.prod(layout.a_shape(self.r)) + math.prod(layout.b_shape(self.r))
+        return math.prod(layout.a_shape(self.r)) + math.prod(layout.b_shape(self.r)) + self.beside
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,10 @@ class Plan(Shown):
         """How many numbers the adapters add."""
         return sum(target.parameters for target in self.targets)
 
+    @property
+    def _variant(self) -> str:
+        return " with DoRA" if self.config.use_dora else " with lora_bias" if self.config.lora_bias else ""
+
     def cost(self, *, devices: int = 1, adapter_bytes: int = 4, optimizer_bytes: int = 8) -> PlanCost:
         """What training costs, from shapes alone; the weights may be on the meta device.
 
@@ -128,7 +136,7 @@ class Plan(Shown):
         rows = [_target_row(target) for target in self.targets]
         header = ("site", "op", "in → out", "r", "scaling", "parameters", "remarks")
         blocks: list[str | Table] = [
-            f"{counted(len(rows), 'site')} to adapt, {counted(self.parameters, 'parameter')}",
+            f"{counted(len(rows), 'site')} to adapt{self._variant}, {counted(self.parameters, 'parameter')}",
             Table(header, rows),
         ]
         if self.trained:
@@ -228,7 +236,9 @@ def _planned(site: Site, config: LoraConfig) -> PlannedSite:
         )
     if reason := _why_no_variant(site, config):
         raise TargetError(f"{site.path!r} cannot be adapted: {reason}. Leave it out with exclude_modules")
-    return PlannedSite(site, r, alpha, scaling_of(alpha, r, use_rslora=config.use_rslora), by_parameter=by_parameter)
+    scaling = scaling_of(alpha, r, use_rslora=config.use_rslora)
+    beside = site.layout.out_features if config.use_dora or config.lora_bias else 0
+    return PlannedSite(site, r, alpha, scaling, by_parameter=by_parameter, beside=beside)
 
 
 def scaling_at(site: Site, config: LoraConfig) -> float:

@@ -284,6 +284,18 @@ def test_modules_to_save_means_dotted_suffixes() -> None:
     assert injected(STACK, traced(STACK), targets=["up"], modules_to_save=["body.layers.0.norm"])
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("name", ["mlp", "tied_head", "products", "mixed", "llama", "gpt2"])
+def test_it_counts_what_is_trained(name: str, options: dict[str, Any]) -> None:
+    """A and B, each shared pair once, and with them the magnitudes or the biases of B."""
+    case = BY_NAME[name]
+    gm = traced(case)
+    plan = lora_fx.make_plan(gm, {"r": 3, "target_modules": case.targeted, **options})
+    assert plan.parameters == lora_fx.trainable_parameters(lora_fx.inject(gm, plan))[0]
+    variant = {"use_dora": " with DoRA", "lora_bias": " with lora_bias"}.get(next(iter(options), ""), "")
+    assert f"to adapt{variant}, {plan.parameters:,} parameters" in str(plan)
+
+
 # What a plan says -------------------------------------------------------------------------------------
 
 
