@@ -59,8 +59,8 @@ def convert_precision(
     others = [weight for weight in weights if weight.dtype in ("FLOAT16", "BFLOAT16", "DOUBLE")]
     if others:
         raise ExportError(
-            f"dtype= converts graphs in float32, and {some(weight.name for weight in others)} is {others[0].dtype}; "
-            "trace the model in float32, or export it as it is"
+            f"dtype= converts graphs in float32, and of this one {some(weight.name for weight in others)} are "
+            f"{others[0].dtype}; give it one in float32, gm.to(torch.float32), or export it as it is"
         )
     kept = _kept_nodes(model, weights, keep_fp32)
     if dtype == ir.DataType.FLOAT:

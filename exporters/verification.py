@@ -348,7 +348,8 @@ def open_for_check(path: Path) -> ort.InferenceSession:
     except ExportError as error:
         raise ExportError(
             f"the exported file does not open in ONNX Runtime on the CPU, so nothing was written: {reason(error)}. "
-            "If it is meant for another provider alone (bfloat16 is), export with check=False and verify it there"
+            "Of a graph in bfloat16, which the CPU lacks ops for, export gm.to(torch.float32); or with check=False, if "
+            "it is meant for another provider alone, and verify it there"
         ) from error
 
 

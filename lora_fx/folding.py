@@ -119,6 +119,9 @@ def fold(
 
 
 def _check_options(*, inplace: bool, reversible: bool, accumulate: torch.dtype | None, quantized: str | None) -> None:
+    for name, value in (("inplace", inplace), ("reversible", reversible)):
+        if not isinstance(value, bool):
+            raise FoldError(f"{name}={value!r} must be True or False")
     if quantized not in (None, "dequantize", "requantize"):
         raise FoldError(f"quantized={quantized!r} must be 'dequantize', 'requantize' or None")
     if accumulate not in (None, torch.float32, torch.float64):
@@ -222,8 +225,8 @@ def unfold(gm: fx.GraphModule) -> LoraGraphModule:
     state = record_of(gm).folded
     if state is None or not isinstance(gm, LoraGraphModule):
         raise FoldError(
-            "this graph was not folded in place; only fold(gm, inplace=True) can be taken back. "
-            "Without inplace, fold leaves the injected graph as it was: keep that"
+            "there is no fold to take back here: fold(gm, inplace=True) keeps copies for that, and none with "
+            "reversible=False, so load the base again. Without inplace, fold leaves the injected graph as it was: keep that"
         )
     _restore(state.originals)
     injected, training = state.injected, gm.training

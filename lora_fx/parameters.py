@@ -72,10 +72,13 @@ def find_adapter(gm: fx.GraphModule, name: str) -> Adapter:
     Raises:
         AdapterError: naming those that there are.
     """
-    adapters = record_of(gm).adapters
+    record = record_of(gm)
+    adapters = record.adapters
     if isinstance(name, str) and name in adapters:
         return adapters[name]
-    have = f"it has {', '.join(map(repr, adapters))}" if adapters else "it has none; inject one first"
+    if record.folded is not None:
+        raise AdapterError("this graph is folded in place, without its adapters; lora_fx.unfold(gm) brings them back")
+    have = f"it has {', '.join(map(repr, adapters))}" if adapters else "it has none"
     raise AdapterError(f"the graph has no adapter {name!r}; {have}.{closest(str(name), adapters)} inject adds one")
 
 

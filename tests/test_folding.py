@@ -226,6 +226,15 @@ def test_in_place_with_modules_to_save_and_biases() -> None:
     assert_same_bits(run(adapted, x), expected)
 
 
+def test_what_is_no_truth_value_is_refused() -> None:
+    gm = randomise(injected(MLP, private()))
+    before = {name: bits(t) for name, t in gm.state_dict().items()}
+    for options in ({"inplace": "yes"}, {"inplace": True, "reversible": None}, {"inplace": 1}):
+        with pytest.raises(FoldError, match="must be True or False"):
+            lora_fx.fold(gm, **options)
+    assert {name: bits(t) for name, t in gm.state_dict().items()} == before
+
+
 def test_a_folded_graph_takes_no_second_fold_nor_injection() -> None:
     gm = randomise(injected(MLP, private()))
     lora_fx.fold(gm, inplace=True)
@@ -234,9 +243,9 @@ def test_a_folded_graph_takes_no_second_fold_nor_injection() -> None:
     with pytest.raises(lora_fx.GraphError, match=r"folded in place; call lora_fx\.unfold\(gm\)"):
         injected(MLP, gm, "second")
     lora_fx.unfold(gm)
-    with pytest.raises(FoldError, match="not folded in place"):
+    with pytest.raises(FoldError, match="no fold to take back"):
         lora_fx.unfold(gm)
-    with pytest.raises(FoldError, match="not folded in place"):
+    with pytest.raises(FoldError, match="no fold to take back"):
         lora_fx.unfold(lora_fx.fold(gm))
 
 
@@ -458,7 +467,7 @@ def test_folding_for_good_gives_what_folding_gives(dtype: torch.dtype) -> None:
     report, wanted = lora_fx.fold_report(result).sites[0], lora_fx.fold_report(expected).sites[0]
     assert report.weight_norm == pytest.approx(wanted.weight_norm, rel=1e-5)
     assert report.kept == pytest.approx(wanted.kept, abs=1e-3)
-    with pytest.raises(FoldError, match="not folded in place"):
+    with pytest.raises(FoldError, match="no fold to take back"):
         lora_fx.unfold(result)
 
 
@@ -507,7 +516,7 @@ def test_a_copy_of_a_graph_folded_in_place_is_a_folded_graph() -> None:
     gm = lora_fx.fold(own_model()[1], inplace=True)
     twin = copy.deepcopy(gm)
     assert not lora_fx.compare_graphs(gm, twin)
-    with pytest.raises(FoldError, match="not folded in place"):
+    with pytest.raises(FoldError, match="no fold to take back"):
         lora_fx.unfold(twin)
     lora_fx.unfold(gm)
     assert lora_fx.compare_graphs(gm, twin)
@@ -643,7 +652,7 @@ def test_what_was_trained_in_full_is_of_the_kind_it_was(options: dict[str, bool]
         assert torch.equal(lora_fx.unfold(folded)(BATCH), wanted)
         assert folded.code == code
     elif options:
-        with pytest.raises(FoldError, match="was not folded in place"):
+        with pytest.raises(FoldError, match="there is no fold to take back"):
             lora_fx.unfold(folded)
     if options.get("reversible", True):
         assert {name: bits(tensor) for name, tensor in model.state_dict().items()} == before

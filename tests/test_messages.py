@@ -401,8 +401,8 @@ ERRORS: dict[str, tuple[type, Callable[[Path], object], str, str, str]] = {
     "unfold": (
         FoldError,
         lambda p: lora_fx.unfold(adapted()),
-        "not folded in place",
-        "this graph",
+        "no fold to take back",
+        "here",
         "fold(gm, inplace=True)",
     ),
     "report": (
