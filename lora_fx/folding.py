@@ -225,8 +225,8 @@ def unfold(gm: fx.GraphModule) -> LoraGraphModule:
     state = record_of(gm).folded
     if state is None or not isinstance(gm, LoraGraphModule):
         raise FoldError(
-            "there is no fold to take back here: fold(gm, inplace=True) keeps copies for that, and none with "
-            "reversible=False, so load the base again. Without inplace, fold leaves the injected graph as it was: keep that"
+            "there is no fold to take back here: fold(gm, inplace=True) keeps copies for that; with reversible=False it "
+            "keeps none, so load the base again. Without inplace, fold leaves the injected graph as it was: keep that"
         )
     _restore(state.originals)
     injected, training = state.injected, gm.training
