@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.subjects:
         if name not in SUBJECTS:
             parser.error(f"unknown subject {name!r}; choose from {', '.join(SUBJECTS)}")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json {options.json}: there is no directory {str(options.json.parent)!r}; make it first")
     _settle()
     from .checks import CheckFailed
     from .report import Table, as_json, machine
@@ -72,7 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "subjects", nargs="*", metavar="subject", help=f"of {', '.join(SUBJECTS)}; all if none is named"
     )
-    parser.add_argument("--quick", action="store_true", help="small models, few rounds: two to three minutes for all")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small models, few rounds: some ten minutes for all, as a check that it runs",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every table to FILE as well")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw what has a picture to FOLDER, as SVG")
     parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds of each timing; default by subject")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ from .workloads import Workload
 
 def measure(*, quick: bool = False, rounds: int | None = None) -> tuple[Table, ...]:
     """What is counted, which does not depend on how busy the machine is; and what is timed, which does."""
-    return _counted(quick), _timed(quick, rounds)
+    return tuple(_with_caveat(table) if quick else table for table in (_counted(quick), _timed(quick, rounds)))
+
+
+def _with_caveat(table: Table) -> Table:
+    note = "the limits are those of the full sizes; these models are so small that some cannot be met"
+    return replace(table, notes=(note, *table.notes))
 
 
 def _counted(quick: bool) -> Table:
@@ -121,9 +127,7 @@ def _timed(quick: bool, rounds: int | None) -> Table:
         name, theirs = "lora_fx.fold inplace, irreversible", "PEFT merge_and_unload"
         times = folding.fold_times(subject, rounds, (name, theirs))
         floor = times.ratio("floor: addmm only", theirs)
-        what = (
-            f"fold for good / merge_and_unload, width {size}, {str(dtype).removeprefix('torch.')} (floor {floor:.2f})"
-        )
+        what = f"fold for good / merge_and_unload, {depth} × {size}, {str(dtype).removeprefix('torch.')} (floor {floor:.2f})"
         goal(19, what, most, times.ratio(name, theirs))
     swap = adapters.swap_table(llama, rounds)
     goal(24, "swap / set_peft_model_state_dict", 0.08, _cell(swap, "lora_fx, finite=True", 2))
@@ -202,8 +206,6 @@ def _counts(
 
 def _last_layers(layers: int, hidden: int, tokens: int) -> float:
     """Both checkpoint each layer; PEFT's users let a gradient into the embeddings, or else nothing would flow."""
-    from dataclasses import replace
-
     workload = workloads.llama(layers, hidden, tokens)
     last = list(range(layers - max(layers // 3, 1), layers))
     workload = replace(workload, options={**workload.options, "layers_to_transform": last})
@@ -219,8 +221,6 @@ def _last_layers(layers: int, hidden: int, tokens: int) -> float:
 
 def _all_of_gpt2(layers: int, hidden: int, tokens: int) -> Workload:
     """GPT-2 with LoRA on every linear: its gelu, written out in eight ops, goes into one of them."""
-    from dataclasses import replace
-
     return replace(workloads.gpt2(layers, hidden, tokens), targets=("c_attn", "c_proj", "c_fc"), sites=4 * layers)
 
 

@@ -225,7 +225,7 @@ def unfold(gm: fx.GraphModule) -> LoraGraphModule:
     state = record_of(gm).folded
     if state is None or not isinstance(gm, LoraGraphModule):
         raise FoldError(
-            "there is no fold to take back here: fold(gm, inplace=True) keeps copies for that; with reversible=False it "
+            "there is no fold to take back here: fold(gm, inplace=True) keeps copies for it; with reversible=False it "
             "keeps none, so load the base again. Without inplace, fold leaves the injected graph as it was: keep that"
         )
     _restore(state.originals)
