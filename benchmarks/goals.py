@@ -127,7 +127,8 @@ def _timed(quick: bool, rounds: int | None) -> Table:
         name, theirs = "lora_fx.fold inplace, irreversible", "PEFT merge_and_unload"
         times = folding.fold_times(subject, rounds, (name, theirs))
         floor = times.ratio("floor: addmm only", theirs)
-        what = f"fold for good / merge_and_unload, {depth} × {size}, {str(dtype).removeprefix('torch.')} (floor {floor:.2f})"
+        shape = f"{depth} × {size}, {str(dtype).removeprefix('torch.')}"
+        what = f"fold for good / merge_and_unload, {shape} (floor {floor:.2f})"
         goal(19, what, most, times.ratio(name, theirs))
     swap = adapters.swap_table(llama, rounds)
     goal(24, "swap / set_peft_model_state_dict", 0.08, _cell(swap, "lora_fx, finite=True", 2))

@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from lora_fx import AdapterArrays, AdapterError, ExportError, read_adapter
 from lora_fx.adapter_arrays import map_adapter
+from lora_fx.tables import counted
 
 from .external_data import sampled_sha256
 from .lora_slots import SLOTS_KEY, read_slots
@@ -98,7 +99,7 @@ class OnnxFoldReport(Shown):
             for weight in self.weights
         ]
         header = ("adapter's", "initializer", "type", "‖ΔW‖/‖W‖", "kept", "rounding")
-        head = f"{self.path}: {self.adapter} folded into {len(rows)} weights, {self.seconds:.2f} s"
+        head = f"{self.path}: {self.adapter} folded into {counted(len(rows), 'weight')}, {self.seconds:.2f} s"
         return [head, table(header, rows), *self.notes]
 
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import warnings
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
     from .hf_models import HfModel
     from .plan import Plan
 
-OK, BUG, USAGE, BAD_INPUT, CHECK_FAILED, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+OK, BUG, USAGE, BAD_INPUT, CHECK_FAILED, ENVIRONMENT, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 3, 4, 5, 130, 141
 
 app = typer.Typer(
     name="lora-fx",
@@ -138,6 +139,10 @@ def _status() -> int:
     try:
         status = app(prog_name="lora-fx", standalone_mode=False)
         return status if isinstance(status, int) else OK
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # `| head` has read enough
+            return CLOSED_PIPE
+        raise
     except (KeyboardInterrupt, typer.Abort):
         complain("interrupted")
         return INTERRUPTED
@@ -622,7 +627,9 @@ def doctor(as_json: Json = False) -> None:
 
 @register(app)
 def bench(
-    subjects: Annotated[list[str] | None, typer.Argument(help="What to measure; none: everything.")] = None,
+    subjects: Annotated[
+        list[str] | None, typer.Argument(help="What to measure, of what python -m benchmarks --help lists; none: all.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small models, few rounds.")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each timing; none: by subject.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every table to this file as well.")] = None,
@@ -638,6 +645,9 @@ def bench(
             "the benchmarks are no part of the installed package; run pip install -e '.[bench]' in a checkout of the "
             "repository, and this again"
         )
+    for name in ("peft", "transformers"):
+        if find_spec(name) is None:
+            raise OSError(f"the benchmarks need {name}; run pip install -c constraints.txt -e '.[bench]' in {checkout}")
     sys.path.insert(0, str(checkout))
     from benchmarks.__main__ import SUBJECTS
     from benchmarks.__main__ import main as run_benchmarks

@@ -421,3 +421,15 @@ def test_a_file_where_a_directory_is_meant_and_weights_that_are_cut_off_are_name
     assert re.match(
         rf"error: {re.escape(repr(str(cut)))} is cut off or damaged \(.+\); copy or download it again", told
     )
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["inspect", "--help"]], ids=" ".join)
+def test_a_reader_that_has_enough_is_no_bug(arguments) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        command = [sys.executable, "-c", "from lora_fx.cli import main; main()", *arguments]
+        ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=120, text=True)
+    finally:
+        os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, "")
