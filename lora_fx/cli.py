@@ -555,6 +555,8 @@ def verify(
     if write is not None:
         report.write(write)
     show_report(report, as_json=as_json)
+    if write is not None and not as_json:
+        show(f"written to {write}")
     if not report.ok:
         raise CheckFailedError(_disagreement(report, base))
 

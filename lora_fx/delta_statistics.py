@@ -32,6 +32,8 @@ MOST = 0.99
 # Hints: below this share of the ranks carries most, above this share of them is the effective rank.
 _FEW, _ALL = 0.5, 0.9
 
+_DORA = "DoRA"  # a remark, which `AdapterStatistics` explains
+
 _BARS, _WIDEST = "▁▂▃▄▅▆▇█", 16
 
 
@@ -166,6 +168,8 @@ class AdapterStatistics(Shown):
             for site in self.sites
         ]
         blocks: list[str | Table] = [f"adapter {self.adapter}: {counted(len(rows), 'site')}", Table(header, rows)]
+        if any(_DORA in site.remarks for site in self.sites):
+            blocks.append(f"{_DORA}: σ are of scaling · B @ A, ‖ΔW‖ is of all that changes")
         if self.trained:
             blocks.append(
                 Table(
@@ -257,7 +261,7 @@ def _site_delta(
     else:
         weight_norm, kept = fold.weight_norm, fold.kept
     if site.magnitude is not None and not isinstance(fold, str):
-        remarks.append("DoRA: σ are of scaling · B @ A, ‖ΔW‖ of all that changes")
+        remarks.append(_DORA)
         norm = fold.delta_norm
     if target.site.part:
         remarks.append("‖W‖ and kept are of the whole weight")

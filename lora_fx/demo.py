@@ -346,7 +346,7 @@ def _next_steps(model: Path, out: Path, is_temporary: bool, say: Console) -> Non
     say.print("[bold green]Every check passed.[/] Next:")
     if is_temporary:
         say.print("  lora-fx demo --out lora_fx_demo    keeps the adapter and the ONNX files")
-        say.print("  lora-fx inspect MODEL_DIR          shows what can be adapted in a model of yours")
+        say.print("  lora-fx inspect MODEL_DIR          shows what can be adapted in your model")
         return
     say.print(f"  lora-fx inspect {model} {out / 'adapter'}", soft_wrap=True)
     say.print(f"  lora-fx fold {model} {out / 'adapter'} {out / 'merged'}", soft_wrap=True)
