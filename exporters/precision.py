@@ -59,7 +59,7 @@ def convert_precision(
     others = [weight for weight in weights if weight.dtype in ("FLOAT16", "BFLOAT16", "DOUBLE")]
     if others:
         raise ExportError(
-            f"dtype= converts graphs in float32, and of this one {some(weight.name for weight in others)} are "
+            f"dtype= converts graphs in float32, and this one has {some(weight.name for weight in others)} in "
             f"{others[0].dtype}; give it one in float32, gm.to(torch.float32), or export it as it is"
         )
     kept = _kept_nodes(model, weights, keep_fp32)

@@ -195,7 +195,7 @@ def test_a_weight_out_of_range_is_refused(tmp_path: Path) -> None:
 
 def test_a_graph_in_another_dtype_is_refused(tmp_path: Path) -> None:
     gm = lora_fx.trace(nn.Linear(5, 3).half(), (torch.ones(2, 5).half(),))
-    with pytest.raises(ExportError, match="converts graphs in float32, and 'weight', 'bias' is FLOAT16"):
+    with pytest.raises(ExportError, match="converts graphs in float32, and this one has 'weight', 'bias' in FLOAT16"):
         export_onnx(gm, tmp_path / "m.onnx", dtype="bfloat16")
 
 
