@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="small models, few rounds: some ten minutes for all, as a check that it runs",
+        help="small models, few rounds: a check that it runs",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every table to FILE as well")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw what has a picture to FOLDER, as SVG")

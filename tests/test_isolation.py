@@ -13,6 +13,7 @@ from zoo import BY_NAME, injected, randomise, traced
 
 import lora_fx
 from benchmarks.counters import OpCounter
+from lora_fx.graph_module import record_of
 
 OPTIONS = {"magnitudes": {"use_dora": True}, "biases": {"lora_bias": True}}
 # Kinds of sites that have no outputs to scale or to shift.
@@ -175,23 +176,43 @@ def test_under_autocast(option: str) -> None:
         assert_alike(plain, lora_fx.optimize(plain), arguments, 60 * torch.finfo(torch.bfloat16).eps)
 
 
+class Written(torch.nn.Module):
+    """Somebody writes into what a linear gives, or into what it takes."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(5, 7)
+        self.what = what
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        y = self.fc(x)
+        if self.what == "input":
+            return y * x.add_(1).sum()
+        return y.relu_() + y if self.what == "result" else y.relu() + y
+
+
+def compiled(gm: Any) -> str:
+    """What is compiled in place of the graph."""
+    source: str = record_of(gm).lowering(gm, gm.graph).python_code("self").src
+    return source
+
+
+@pytest.mark.parametrize("what", ["result", "input", "nothing"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_a_result_that_somebody_writes_into_is_left_alone(option: str) -> None:
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = torch.nn.Linear(5, 7)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.fc(x)
-            return y.relu_() + y
-
+def test_what_somebody_writes_into_is_left_alone(option: str, what: str) -> None:
     torch.manual_seed(0)
-    gm = lora_fx.trace(Model().double(), (torch.randn(3, 5, dtype=torch.float64),))
+    arguments = (torch.randn(3, 5, dtype=torch.float64),), {}
+    gm = lora_fx.trace(Written(what).double(), *arguments)
     config = {"r": 2, "target_modules": ["fc"], **OPTIONS[option]}
     plain = with_values(randomise(lora_fx.inject(gm, config))).train()
-    arguments = (torch.randn(3, 5, dtype=torch.float64),), {}
-    assert_alike(plain, lora_fx.optimize(plain), arguments, 1e-10)
+    isolated, left = (lora_fx.optimize(plain, isolate=isolate) for isolate in (True, False))
+    is_left = what == "result" or (what == "input" and option == "magnitudes")  # where the op is written anew
+    assert (compiled(isolated) == compiled(left)) == is_left
+    if what == "input":  # for which autograd keeps another value, in the plain graph as well
+        assert torch.allclose(plain(*arguments[0]), isolated(*arguments[0]), rtol=1e-10)
+    else:
+        assert_alike(plain, isolated, arguments, 1e-10)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

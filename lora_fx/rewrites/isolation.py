@@ -17,7 +17,6 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from ..graph_module import ROLE
 from ..ops.use import Dialect, dialect_of, operands_of
 from .groups import calls, is_sum, readers
 
@@ -92,8 +91,8 @@ def find_biases(graph: fx.Graph, written: set[fx.Node]) -> list[BiasNodes]:
 def _magnitude(total: fx.Node) -> MagnitudeNodes | None:
     op, delta = _operands(total)
     dialect = dialect_of(op)
-    if ROLE in op.meta or not calls(delta, dialect.cast_like, 2) or delta.args[1] is not op:
-        return None  # as there are several adapters, or no magnitude
+    if not calls(delta, dialect.cast_like, 2) or delta.args[1] is not op:
+        return None
     difference: Any = delta.args[0]
     if not calls(difference, dialect.sub, 2):
         return None
@@ -115,6 +114,7 @@ def _magnitude(total: fx.Node) -> MagnitudeNodes | None:
         if bare is None:
             return None
         made += [own] if own is not op else []
+    # Of several adapters, the later ones add to a sum, and `own` is the op still.
     if own is not op and not (calls(own, dialect.cast_like, 2) and own.args[0] is op and _has_range(op)):
         return None
     expected = {*inside, *made, total}
@@ -126,14 +126,12 @@ def _magnitude(total: fx.Node) -> MagnitudeNodes | None:
 def _bare(op: fx.Node, bias: object) -> tuple[Callable[..., Any], tuple[fx.Node, ...]] | None:
     """The op without that bias, if it is known how to leave it out."""
     place, target = _WITHOUT_BIAS.get(op.target, (0, None))
-    operands = [*op.args]
-    if target is None or op.kwargs or len(operands) != 3 or not isinstance(bias, fx.Node):
+    operands = [operand for operand in op.args if isinstance(operand, fx.Node)]
+    if target is None or op.kwargs or len(op.args) != 3 or len(operands) != 3 or not isinstance(bias, fx.Node):
         return None
     given = operands.pop(place)
-    is_it = isinstance(given, fx.Node) and given.op == bias.op == "get_attr" and given.target == bias.target
-    if not is_it or not all(isinstance(operand, fx.Node) for operand in operands):
-        return None
-    return target, tuple(operands)  # type: ignore[arg-type]
+    is_it = given.op == bias.op == "get_attr" and given.target == bias.target
+    return (target, tuple(operands)) if is_it else None
 
 
 def _bias(total: fx.Node) -> BiasNodes | None:
